@@ -1,0 +1,27 @@
+"""What a Megalodon model computes. Importing this registers it with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .cache import CacheTensor, MegalodonCache, cache_layout, dimension_sizes
+from .config import PRESETS, MegalodonConfig, preset
+from .constants import freeze_constants, unfreeze_constants
+from .modeling import MegalodonForCausalLM, MegalodonModel, check_dtype
+
+AutoConfig.register("megalodon", MegalodonConfig, exist_ok=True)
+AutoModel.register(MegalodonConfig, MegalodonModel, exist_ok=True)
+AutoModelForCausalLM.register(MegalodonConfig, MegalodonForCausalLM, exist_ok=True)
+
+__all__ = [
+    "PRESETS",
+    "CacheTensor",
+    "MegalodonCache",
+    "MegalodonConfig",
+    "MegalodonForCausalLM",
+    "MegalodonModel",
+    "cache_layout",
+    "check_dtype",
+    "dimension_sizes",
+    "freeze_constants",
+    "preset",
+    "unfreeze_constants",
+]

@@ -1,0 +1,66 @@
+"""A Megalodon block: gated attention, then a feed-forward network whose residual is the block's input (two-hop)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import GatedAttention
+from .cache import LayerCache
+from .config import MegalodonConfig
+from .norm import LayerNorm, NormState
+
+
+class FeedForward(nn.Module):
+    """residual + alpha * W2 silu(W1 norm(h)), or W2 (silu(W1 .) * W3 .) with swiglu."""
+
+    def __init__(self, config: MegalodonConfig, layer: int) -> None:
+        super().__init__()
+        dim, hidden, bias = config.model_dim, config.ffn_hidden_dim, config.projection_bias
+        self.dropout, self.hidden_dropout = config.dropout, config.hidden_dropout
+        self.norm = LayerNorm(dim, config.norm_eps, config.norm_affine)
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.fc3 = nn.Linear(dim, hidden, bias=bias) if config.swiglu else None
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+        self.initial_alpha = 0.1 * 0.5**layer
+        self.alpha = nn.Parameter(torch.full((dim,), self.initial_alpha)) if config.rescale_nffn else None
+
+    def forward(self, h: Tensor, residual: Tensor) -> Tensor:
+        """h, residual (..., D) -> (..., D)."""
+        h = self.norm(h)
+        hidden = F.silu(self.fc1(h))
+        if self.fc3 is not None:
+            hidden = hidden * self.fc3(h)
+        out = self.fc2(F.dropout(hidden, self.hidden_dropout, self.training))
+        out = F.dropout(out, self.dropout, self.training)
+        return residual + (out if self.alpha is None else self.alpha * out)
+
+
+class MegalodonBlock(nn.Module):
+    """One layer of the model."""
+
+    def __init__(self, config: MegalodonConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = GatedAttention(config)
+        self.ffn = FeedForward(config, layer)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        position: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None,
+        max_length: int,
+    ) -> tuple[Tensor, NormState, Tensor]:
+        """x (B, L, D) -> (B, L, D), and the layer's new norm and EMA state; key and value change in place."""
+        h, norm, ema = self.attn(x, lengths, position, rotary, cache, max_length)
+        return self.ffn(h, x), norm, ema
+
+    def step(
+        self, x: Tensor, position: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache
+    ) -> tuple[Tensor, NormState, Tensor]:
+        """One token, x (B, D) -> (B, D); otherwise as `forward`."""
+        h, norm, ema = self.attn.step(x, position, rotary, cache)
+        return self.ffn(h, x), norm, ema

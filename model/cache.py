@@ -1,0 +1,152 @@
+"""The cache: everything a stream needs to go on, in a fixed list of tensors. This file is its only definition.
+
+The dataclasses below *are* the layout: names, shapes, dtypes, initial values and meanings. The model, the exported
+programs, the manifest, the sessions and every other runtime derive from `cache_layout`, none lists a tensor itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import MegalodonConfig
+
+
+def _tensor(dims: str, dtype: str, meaning: str, fill: float = 0.0) -> Any:
+    return field(metadata={"dims": tuple(dims.split()), "dtype": dtype, "meaning": meaning, "fill": fill})
+
+
+@dataclass
+class LayerCache:
+    """State of one layer. `key` and `value` are rings: the token at position t sits in slot t mod C."""
+
+    key: Tensor = _tensor("B H C dz", "model", "rotated keys of the current chunk, slot t mod C")
+    value: Tensor = _tensor("B H C dv", "model", "values of the current chunk, slot t mod C")
+    ema_state: Tensor = _tensor("B D N 2", "float32", "complex EMA state (real, imaginary)")
+    norm_mean: Tensor = _tensor("B G", "float32", "running mean of the layer's TimestepNorm")
+    norm_var: Tensor = _tensor("B G", "float32", "running variance of the layer's TimestepNorm", fill=1.0)
+
+
+@dataclass
+class FinalCache:
+    """State that exists once: the final TimestepNorm, and the tokens seen, which is the count of every norm."""
+
+    norm_mean: Tensor = _tensor("B G", "float32", "running mean of the final TimestepNorm")
+    norm_var: Tensor = _tensor("B G", "float32", "running variance of the final TimestepNorm", fill=1.0)
+    position: Tensor = _tensor("B", "int64", "tokens seen, per row")
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """One tensor of the cache: its name, its dimensions (letters; B is the batch), dtype, initial value, meaning."""
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str  # "model" (the model's own), "float32" or "int64"
+    fill: float
+    meaning: str
+
+    def shape(self, sizes: dict[str, int], batch: int) -> tuple[int, ...]:
+        """The concrete shape for a batch size, with `sizes` from `dimension_sizes`."""
+        known = {**sizes, "B": batch}
+        return tuple(known[d] if d in known else int(d) for d in self.dims)
+
+    def torch_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The concrete dtype. A float64 model (tests) keeps its statistics in float64 as well."""
+        if self.dtype == "int64":
+            return torch.int64
+        return model_dtype if self.dtype == "model" or model_dtype == torch.float64 else torch.float32
+
+
+def dimension_sizes(config: MegalodonConfig) -> dict[str, int]:
+    """What the letters of the layout stand for in a model."""
+    return {
+        "H": config.num_heads,
+        "C": config.chunk_size,
+        "dz": config.z_head_dim,
+        "dv": config.value_head_dim,
+        "D": config.model_dim,
+        "N": config.cema_ndim,
+        "G": config.norm_num_groups,
+    }
+
+
+def cache_layout(config: MegalodonConfig) -> tuple[CacheTensor, ...]:
+    """Every tensor of the cache in its canonical order: layer by layer, then the final ones."""
+    layout = [
+        CacheTensor(name=f"layers.{i}.{f.name}", **f.metadata)
+        for i in range(config.num_layers)
+        for f in fields(LayerCache)
+    ]
+    layout += [CacheTensor(name=f"final.{f.name}", **f.metadata) for f in fields(FinalCache)]
+    return tuple(layout)
+
+
+@dataclass
+class MegalodonCache:
+    """The cache of a batch of streams; rows are independent, every tensor's first dimension is the batch.
+
+    A forward pass updates the tensors in place, so a caller's references stay valid and programs may hold addresses.
+    """
+
+    layers: list[LayerCache]
+    final: FinalCache
+
+    @classmethod
+    def allocate(
+        cls, config: MegalodonConfig, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> MegalodonCache:
+        """A fresh cache for `batch` streams at position 0, key and value in `dtype`."""
+        sizes = dimension_sizes(config)
+        return cls.from_tensors(
+            config,
+            [
+                torch.full(t.shape(sizes, batch), t.fill, dtype=t.torch_dtype(dtype), device=device)
+                for t in cache_layout(config)
+            ],
+        )
+
+    @classmethod
+    def from_tensors(cls, config: MegalodonConfig, tensors: Sequence[Tensor]) -> MegalodonCache:
+        """A cache over existing tensors, given in the order of `cache_layout`; they are not copied."""
+        per_layer = len(fields(LayerCache))
+        count = config.num_layers * per_layer
+        layers = [LayerCache(*tensors[i : i + per_layer]) for i in range(0, count, per_layer)]
+        return cls(layers, FinalCache(*tensors[count:]))
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors in the order of `cache_layout`; not copies."""
+        parts: list[LayerCache | FinalCache] = [*self.layers, self.final]
+        return [getattr(part, f.name) for part in parts for f in fields(part)]
+
+    @property
+    def position(self) -> Tensor:
+        """Tokens seen by each row, (B) int64."""
+        return self.final.position
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.position.shape[0]
+
+    def clone(self, config: MegalodonConfig) -> MegalodonCache:
+        """An independent copy."""
+        return self.from_tensors(config, [t.clone() for t in self.tensors()])
+
+    def copy_(self, other: MegalodonCache) -> None:
+        """Take over the contents of another cache of the same shapes, in place."""
+        copy_in_place(self.tensors(), other.tensors())
+
+    def rows(self, config: MegalodonConfig, index: Tensor) -> MegalodonCache:
+        """A new cache of the chosen rows, (B') int64, in that order (to fork a stream, or to reorder beams)."""
+        return self.from_tensors(config, [t.index_select(0, index) for t in self.tensors()])
+
+
+def copy_in_place(destination: Iterable[Tensor], source: Iterable[Tensor]) -> None:
+    """Copy tensor by tensor, keeping the destination's storage."""
+    for old, new in zip(destination, source, strict=True):
+        old.copy_(new)

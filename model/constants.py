@@ -1,0 +1,52 @@
+"""Tensors that depend on the weights alone: computed on the fly while training, held as buffers in an inference graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class DerivedConstants(nn.Module):
+    """A module with constants derived from its parameters or its sizes.
+
+    `derive()` computes them, differentiably. `freeze_constants(model)` stores them as buffers of the submodule `frozen`,
+    from where `constants()` serves them; so an exported program holds them by name and never computes them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen: nn.Module | None = None
+
+    def derive(self) -> dict[str, Tensor]:
+        """The constants, from the current parameters."""
+        raise NotImplementedError
+
+    def constants(self) -> dict[str, Tensor]:
+        """The frozen constants if there are any, else freshly derived ones."""
+        return dict(self.frozen.named_buffers()) if self.frozen is not None else self.derive()
+
+    def freeze(self) -> None:
+        """Hold the constants as buffers until `unfreeze`; later changes of the parameters are not seen."""
+        with torch.no_grad():
+            constants = self.derive()
+        self.frozen = nn.Module()
+        for name, tensor in constants.items():
+            self.frozen.register_buffer(name, tensor.contiguous(), persistent=False)
+
+    def unfreeze(self) -> None:
+        """Derive the constants at every call again."""
+        self.frozen = None
+
+
+def freeze_constants(model: nn.Module) -> None:
+    """Freeze the derived constants of a whole model, for inference."""
+    for module in list(model.modules()):
+        if isinstance(module, DerivedConstants):
+            module.freeze()
+
+
+def unfreeze_constants(model: nn.Module) -> None:
+    """Undo `freeze_constants`, before training or after loading other weights."""
+    for module in list(model.modules()):
+        if isinstance(module, DerivedConstants):
+            module.unfreeze()

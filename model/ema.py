@@ -1,0 +1,166 @@
+"""The complex exponential moving average (CEMA): one-step recurrence, and prefill in blocks or by FFT.
+
+    h_t = q * h_{t-1} + p * x_t        y_t = Re(sum_n gamma_n h_t,n) + omega * x_t          (arXiv 2404.08801, eq. 4-6)
+
+Prefill works on blocks of T tokens. With Q[s] = q^s (s = 0..T), per channel:
+
+    inside a block   y = x K,  K[i, j] = Re(sum gamma p q^(j-i)) for i <= j (Toeplitz; omega on the diagonal)
+    what it adds     s = p * sum_j Q[T-1-j] x_j
+    carried state    H_b = q^T H_{b-1} + s_{b-1}     by doubling: log2(blocks) steps
+    from the state   y += Re(sum_n gamma q^(t+1) H_b)
+
+The FFT form replaces the first line by one causal convolution over the whole length; everything else is shared.
+No complex tensors: pairs (real, imaginary) in a last dimension of 2. Powers of q come from magnitude and phase.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import EMAForm
+from .constants import DerivedConstants
+from .norm import accumulation_dtype
+
+BLOCK = 32  # tokens per block; measured best of 16..128 on CPU and GPU
+
+
+def complex_mul(a: Tensor, b: Tensor) -> Tensor:
+    """Product of complex numbers held as (..., 2)."""
+    (ar, ai), (br, bi) = a.unbind(-1), b.unbind(-1)
+    return torch.stack([ar * br - ai * bi, ar * bi + ai * br], dim=-1)
+
+
+def powers_of_q(log_magnitude: Tensor, turns: Tensor, exponents: Tensor) -> Tensor:
+    """q^r as (..., 2) for log|q| and arg(q) / 2 pi, broadcast against integer exponents r >= 0.
+
+    `turns` is float64: the phase is reduced to one turn before it is rounded, so r may be large.
+    """
+    exponents = exponents.double()
+    angle = exponents * turns
+    angle = ((angle - angle.floor()) * (2 * math.pi)).to(log_magnitude.dtype)
+    magnitude = torch.exp(exponents.to(log_magnitude.dtype) * log_magnitude)
+    return torch.stack([magnitude * torch.cos(angle), magnitude * torch.sin(angle)], dim=-1)
+
+
+class ComplexEMA(DerivedConstants):
+    """Complex EMA over D channels with N modes each; parameters as in the original."""
+
+    def __init__(self, dim: int, ndim: int, form: EMAForm = "blocked") -> None:
+        super().__init__()
+        self.dim, self.ndim, self.form = dim, ndim, form
+        self.alpha = nn.Parameter(torch.zeros(dim, ndim, 1))
+        self.delta = nn.Parameter(torch.zeros(dim, ndim, 1))
+        self.theta = nn.Parameter(torch.zeros(dim, 1, 1))
+        self.gamma = nn.Parameter(torch.zeros(dim, ndim, 2))
+        self.omega = nn.Parameter(torch.zeros(dim, 1))
+
+    def derive(self) -> dict[str, Tensor]:
+        """p (D, N), q and gamma (D, N, 2), omega (D), log|q| and turns (D, N), kernel K[0..T) (D, T), from float64."""
+        dtype = accumulation_dtype(self.alpha.dtype)
+        p = torch.sigmoid(self.alpha.double()[..., 0])
+        log_magnitude = torch.log1p(-p * torch.sigmoid(self.delta.double()[..., 0]))
+        modes = torch.arange(1, self.ndim + 1, dtype=torch.float64, device=p.device) / self.ndim
+        turns = torch.sigmoid(self.theta.double()[..., 0]) * modes  # theta_n = n * base * 2 pi / N
+        q = powers_of_q(log_magnitude, turns, torch.ones((), device=p.device))
+        gamma = self.gamma.double() / math.sqrt(self.ndim)
+        omega = self.omega.double()[:, 0]
+        steps = torch.arange(BLOCK, device=p.device)[:, None]
+        powers = powers_of_q(log_magnitude[:, None], turns[:, None], steps)  # (D, T, N, 2)
+        kernel = (complex_mul(powers, gamma[:, None])[..., 0] * p[:, None]).sum(-1)
+        kernel = torch.cat([kernel[:, :1] + omega[:, None], kernel[:, 1:]], dim=1)
+        constants = {"p": p, "q": q, "gamma": gamma, "omega": omega, "log_magnitude": log_magnitude, "kernel": kernel}
+        return {**{name: tensor.to(dtype) for name, tensor in constants.items()}, "turns": turns}
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: x (B, D), state (B, D, N, 2) -> y (B, D) in the accumulation dtype, new state."""
+        c = self.constants()
+        x = x.to(c["p"].dtype)
+        (re, im), (q_re, q_im), (g_re, g_im) = state.unbind(-1), c["q"].unbind(-1), c["gamma"].unbind(-1)
+        new_re = q_re * re - q_im * im + c["p"] * x[..., None]
+        new_im = q_re * im + q_im * re
+        y = (g_re * new_re - g_im * new_im).sum(-1) + c["omega"] * x
+        return y, torch.stack([new_re, new_im], dim=-1)
+
+    def forward(self, x: Tensor, lengths: Tensor, state: Tensor | None, max_length: int) -> tuple[Tensor, Tensor]:
+        """Prefill: x (B, L, D), 0 from `lengths` (B) on; state (B, D, N, 2) or None (zero); L <= max_length.
+
+        Returns y (B, L, D) in the accumulation dtype and each row's state after its `lengths` tokens.
+        """
+        c = self.constants()
+        x = x.to(c["p"].dtype)
+        batch, length, dim = x.shape
+        if state is None:
+            state = x.new_zeros(batch, dim, self.ndim, 2)
+        count = (length + BLOCK - 1) // BLOCK
+        padded = F.pad(x, (0, 0, 0, count * BLOCK - length))
+        blocks = padded.unflatten(1, (count, BLOCK)).permute(3, 0, 1, 2).flatten(1, 2)  # (D, B*blocks, T)
+
+        exponents = torch.arange(BLOCK + 1, device=x.device)[:, None]
+        powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], exponents)  # (D, T+1, N, 2)
+        to_state = powers[:, :BLOCK].flip(1).flatten(2)  # (D, T, 2N)
+        added = torch.bmm(blocks, to_state).unflatten(-1, (self.ndim, 2)) * c["p"][:, None, :, None]
+        carried = self._carry(added.unflatten(1, (batch, count)), state, c, max_length)  # (D, B, blocks, N, 2)
+
+        from_state = complex_mul(powers[:, 1:], c["gamma"][:, None])  # Re(g q^(t+1) h) = re * h_re - im * h_im
+        from_state = torch.stack([from_state[..., 0], -from_state[..., 1]], dim=-1).flatten(2).mT  # (D, 2N, T)
+        if self.form == "blocked":
+            y = torch.baddbmm(torch.bmm(blocks, toeplitz(c["kernel"])), carried.flatten(1, 2).flatten(2), from_state)
+            y = y.unflatten(1, (batch, count)).permute(1, 2, 3, 0).flatten(1, 2)[:, :length]
+        else:
+            y = self._convolve(x, state, powers, from_state, c)
+        return y, self._final_state(padded, lengths, carried, powers, to_state, c)
+
+    def _carry(self, added: Tensor, state: Tensor, c: dict[str, Tensor], max_length: int) -> Tensor:
+        """State at the start of every block: prefix sums of what blocks add, decayed by q^T a block, by doubling."""
+        count = added.shape[2]
+        carried = torch.cat([state.transpose(0, 1)[:, :, None], added[:, :, :-1]], dim=2)
+        shift = 1
+        while shift * BLOCK < max_length:
+            decay = powers_of_q(c["log_magnitude"], c["turns"], c["turns"].new_tensor(shift * BLOCK))
+            earlier = F.pad(carried, (0, 0, 0, 0, shift, 0))[:, :, :count]
+            carried = carried + complex_mul(earlier, decay[:, None, None])
+            shift *= 2
+        return carried
+
+    def _convolve(self, x: Tensor, state: Tensor, powers: Tensor, from_state: Tensor, c: dict[str, Tensor]) -> Tensor:
+        """y by FFT of size 2L: the kernel over the whole length, and what the incoming state adds, in two levels."""
+        batch, length, dim = x.shape
+        count = (length + BLOCK - 1) // BLOCK
+        starts = torch.arange(count, device=x.device)[:, None] * BLOCK
+        starts = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], starts)  # q^(T b): (D, blocks, N, 2)
+        gamma_powers = complex_mul(powers[:, :BLOCK], c["gamma"][:, None])
+        gamma_powers = torch.stack([gamma_powers[..., 0], -gamma_powers[..., 1]], dim=-1).flatten(2).mT
+        kernel = torch.bmm((starts * c["p"][:, None, :, None]).flatten(2), gamma_powers).flatten(1)[:, :length]
+        size = 2 * length
+        spectrum = torch.fft.rfft(x, n=size, dim=1) * torch.fft.rfft(kernel, n=size, dim=1).mT
+        y = torch.fft.irfft(spectrum, n=size, dim=1)[:, :length]
+        decayed = complex_mul(state.transpose(0, 1)[:, :, None], starts[:, None])  # (D, B, blocks, N, 2)
+        incoming = torch.bmm(decayed.flatten(1, 2).flatten(2), from_state).unflatten(1, (batch, count))
+        return y + incoming.permute(1, 2, 3, 0).flatten(1, 2)[:, :length] + c["omega"] * x
+
+    def _final_state(
+        self, padded: Tensor, lengths: Tensor, carried: Tensor, powers: Tensor, to_state: Tensor, c: dict[str, Tensor]
+    ) -> Tensor:
+        """Each row's state after its own length: the state its last block starts from, and that block's valid tokens."""
+        last = (lengths - 1).clamp(min=0) // BLOCK  # (B)
+        rest = lengths - last * BLOCK  # tokens of the last block, 0..T
+        rows = torch.arange(lengths.shape[0], device=lengths.device)
+        offsets = torch.arange(BLOCK, device=lengths.device) - BLOCK  # the T tokens that end at `lengths`
+        index = (lengths[:, None] + offsets).clamp(min=0)
+        inside = (rest[:, None] + offsets >= 0)[:, :, None]
+        tail = torch.where(inside, padded[rows[:, None], index], 0.0)  # (B, T, D)
+        added = torch.bmm(tail.permute(2, 0, 1), to_state).unflatten(-1, (self.ndim, 2)) * c["p"][:, None, :, None]
+        start = carried[:, rows, last]  # (D, B, N, 2)
+        return (complex_mul(powers.index_select(1, rest), start) + added).transpose(0, 1)
+
+
+def toeplitz(kernel: Tensor) -> Tensor:
+    """K (D, T) -> (D, T, T) with K[j - i] at [i, j] for i <= j, else 0."""
+    size = kernel.shape[1]
+    steps = torch.arange(size, device=kernel.device)
+    lag = steps[None, :] - steps[:, None]
+    return torch.where(lag >= 0, kernel[:, lag.clamp(min=0)], 0.0)

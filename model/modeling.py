@@ -1,0 +1,287 @@
+"""The language model, as transformers' PreTrainedModel classes over two passes: `prefill` and `decode`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .attention import GatedAttention, RotaryTable
+from .blocks import FeedForward, MegalodonBlock
+from .cache import MegalodonCache, copy_in_place
+from .config import MegalodonConfig
+from .constants import unfreeze_constants
+from .ema import ComplexEMA
+from .norm import NormState, TimestepNorm
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """TypeError unless the model can run in `dtype`."""
+    if dtype not in SUPPORTED_DTYPES:
+        raise TypeError(
+            f"Megalodon does not run in {str(dtype).removeprefix('torch.')}: its running statistics and products overflow "
+            "or lose precision there; load it with dtype=torch.bfloat16 or torch.float32 (float64 for tests)"
+        )
+
+
+class MegalodonPreTrainedModel(PreTrainedModel):
+    """What the Megalodon classes share: config, initialisation, placement."""
+
+    config_class = MegalodonConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["MegalodonBlock"]  # noqa: RUF012
+    # bfloat16 keeps 8 bits of theta; over a hundred steps of phase that is another model.
+    _keep_in_fp32_modules_strict = ["cema"]  # noqa: RUF012
+    supports_gradient_checkpointing = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The original's initialisation; transformers skips tensors that came from a checkpoint."""
+        if isinstance(module, nn.Embedding):
+            _truncated_normal(module.weight, 1 / math.sqrt(self.config.model_dim))
+        elif isinstance(module, nn.Linear):
+            if module is getattr(self, "lm_head", None):
+                _truncated_normal(module.weight, 1 / math.sqrt(self.config.model_dim))
+            else:
+                _init_linear(module.weight, self.config.init_mode)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, ComplexEMA):
+            _init_ema(module)
+        elif isinstance(module, GatedAttention):
+            init.zeros_(module.gamma)
+            init.zeros_(module.beta)
+        elif isinstance(module, FeedForward):
+            if module.alpha is not None:
+                init.constant_(module.alpha, module.initial_alpha)
+        else:  # the norms: every scale is weight + 1
+            for parameter in module.parameters(recurse=False):
+                init.zeros_(parameter)
+
+    def train(self, mode: bool = True) -> MegalodonPreTrainedModel:
+        """As nn.Module.train; leaving inference drops frozen constants, which would go stale."""
+        if mode:
+            unfreeze_constants(self)
+        return super().train(mode)
+
+
+class MegalodonModel(MegalodonPreTrainedModel):
+    """Embedding, blocks and final TimestepNorm."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.model_dim)
+        self.rotary = RotaryTable(config.z_head_dim, config.chunk_size, config.rope_base)
+        self.layers = nn.ModuleList(MegalodonBlock(config, i) for i in range(config.num_layers))
+        self.norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps, config.norm_statistics)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.embed
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.embed = value
+
+    def prefill(
+        self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache | None = None, max_length: int | None = None
+    ) -> Tensor:
+        """Run `lengths` (B) tokens of each row of token_ids (B, L) -> hidden states (B, L, D).
+
+        With a cache, the rows go on from it and it is updated in place; without one they start fresh. Hidden states at
+        and after a row's length are 0. A length of 0 leaves the row's cache as it is. `max_length` bounds L where L is
+        symbolic (torch.compile, torch.export): it decides what is static in the graph.
+        """
+        check_dtype(self.embed.weight.dtype)
+        max_length = max_length or token_ids.shape[1]
+        position = torch.zeros_like(lengths) if cache is None else cache.position
+        steps = torch.arange(token_ids.shape[1], device=token_ids.device)
+        rotary = self.rotary(position[:, None] + steps)
+        x = self._embed(token_ids)  # (B, L, D)
+        states = []
+        for i, layer in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[i]
+            x, norm, ema = layer(x, lengths, position, rotary, layer_cache, max_length)
+            states.append((ema, *norm))
+        final = (
+            self.norm.initial_state(x.shape[0], x.device)
+            if cache is None
+            else NormState(cache.final.norm_mean, cache.final.norm_var)
+        )
+        x, final = self.norm(x, lengths, position, final, max_length)
+        if cache is not None:
+            _store(cache, states, final, position + lengths)
+        return x
+
+    def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
+        """Run one token of each row, token_ids (B) -> hidden states (B, D); the cache is updated in place."""
+        check_dtype(self.embed.weight.dtype)
+        position = cache.position
+        rotary = self.rotary(position)
+        x = self._embed(token_ids)  # (B, D)
+        states = []
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x, norm, ema = layer.step(x, position, rotary, layer_cache)
+            states.append((ema, *norm))
+        x, final = self.norm.step(x, position, NormState(cache.final.norm_mean, cache.final.norm_var))
+        _store(cache, states, final, position + 1)
+        return x
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        past_key_values: MegalodonCache | None = None,
+        use_cache: bool | None = None,
+        lengths: Tensor | None = None,
+        **unsupported: Any,
+    ) -> BaseModelOutputWithPast:
+        """transformers' interface to `prefill` and `decode`: input_ids (B, L), optional valid `lengths` (B)."""
+        _refuse(unsupported)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = MegalodonCache.allocate(self.config, input_ids.shape[0], self.embed.weight.dtype, self.device)
+        if cache is not None and past_key_values is not None and input_ids.shape[1] == 1 and lengths is None:
+            hidden = self.decode(input_ids[:, 0], cache)[:, None]
+        else:
+            if lengths is None:
+                lengths = torch.full_like(input_ids[:, 0], input_ids.shape[1])
+            hidden = self.prefill(input_ids, lengths, cache)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        x = self.embed(token_ids)
+        if self.config.scale_emb:
+            x = x * math.sqrt(self.config.model_dim)
+        return F.dropout(x, self.config.dropout, self.training)
+
+
+class MegalodonForCausalLM(MegalodonPreTrainedModel):
+    """Megalodon with a language-model head: bias-free, tied to the embedding with share_emb."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__(config)
+        self.model = MegalodonModel(config)
+        self.lm_head = nn.Linear(config.model_dim, config.logits_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.model.embed
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.model.embed = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the head."""
+        self.lm_head = value
+
+    def new_cache(self, batch: int) -> MegalodonCache:
+        """A fresh cache for `batch` streams, in the model's dtype and on its device."""
+        return MegalodonCache.allocate(self.config, batch, self.model.embed.weight.dtype, self.device)
+
+    def prefill(
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        cache: MegalodonCache | None = None,
+        max_length: int | None = None,
+        all_logits: bool = False,
+    ) -> Tensor:
+        """As `MegalodonModel.prefill`; float32 logits of each row's last valid token (B, V), or of all (B, L, V)."""
+        hidden = self.model.prefill(token_ids, lengths, cache, max_length)
+        if not all_logits:
+            rows = torch.arange(token_ids.shape[0], device=token_ids.device)
+            hidden = hidden[rows, (lengths - 1).clamp(min=0)]
+        return self._logits(hidden)
+
+    def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
+        """As `MegalodonModel.decode`; float32 logits (B, V)."""
+        return self._logits(self.model.decode(token_ids, cache))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        past_key_values: MegalodonCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        lengths: Tensor | None = None,
+        **unsupported: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, L, V) float32 of input_ids (B, L), and the loss (nats a token) if `labels` (B, L) are given.
+
+        Labels are shifted inside, -100 is ignored, as everywhere in transformers. `past_key_values` is a MegalodonCache
+        and is updated in place. `lengths` (B) are the valid tokens of rows padded on the right.
+        """
+        out = self.model(input_ids, past_key_values, use_cache, lengths, **unsupported)
+        logits = self._logits(out.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.lm_head(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _store(cache: MegalodonCache, states: list[tuple[Tensor, ...]], final: NormState, position: Tensor) -> None:
+    """Write the new small states into the cache, in place; not part of the autograd graph."""
+    for layer, (ema, mean, var) in zip(cache.layers, states, strict=True):
+        copy_in_place((layer.ema_state, layer.norm_mean, layer.norm_var), (ema.detach(), mean.detach(), var.detach()))
+    copy_in_place((cache.final.norm_mean, cache.final.norm_var), (final.mean.detach(), final.var.detach()))
+    cache.final.position.copy_(position)
+
+
+def _refuse(unsupported: dict[str, Any]) -> None:
+    mask = unsupported.pop("attention_mask", None)
+    if mask is not None and not bool(mask.all()):
+        raise ValueError(
+            "attention_mask has padding, which forward does not take; pad on the right and pass lengths=mask.sum(1)"
+        )
+    given = [name for name, value in unsupported.items() if value not in (None, False, True)]
+    if given:
+        raise TypeError(f"Megalodon's forward has no argument {', '.join(given)}; leave it out")
+
+
+def _truncated_normal(weight: Tensor, std: float) -> None:
+    init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+def _init_linear(weight: Tensor, mode: str) -> None:
+    if mode == "he":
+        init.kaiming_normal_(weight, a=math.sqrt(5.0))
+    elif mode == "bert":
+        init.normal_(weight, std=0.02)
+    elif mode == "gaussian":
+        _truncated_normal(weight, 1.0)
+    elif mode == "xavier":
+        init.xavier_uniform_(weight)
+
+
+def _init_ema(module: ComplexEMA) -> None:
+    """Decays around 3/4, log-spaced frequencies in random order, real gamma."""
+    init.normal_(module.alpha, std=0.2)
+    init.normal_(module.delta, std=0.2)
+    steps = torch.arange(1, module.dim + 1, dtype=torch.float64)
+    ratio = torch.exp(-math.log(max(module.dim, 2)) / module.dim * steps)[torch.randperm(module.dim)]
+    init.copy_(module.theta, torch.logit(ratio).view(-1, 1, 1).to(module.theta.dtype))
+    gamma = torch.randn(module.gamma.shape[:2])
+    init.copy_(module.gamma, torch.stack([gamma, torch.zeros_like(gamma)], dim=-1).to(module.gamma.dtype))
+    init.trunc_normal_(module.omega, std=0.25, a=-1.0, b=1.0)

@@ -1,0 +1,150 @@
+"""The normalisations: TimestepNorm with its running statistics, RMSNorm and LayerNorm with the original's +1 scales."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import NormStatistics
+
+_PREFIX_BLOCK = 64
+_HF_VARIANCE_FLOOR = 1e-6
+
+
+class NormState(NamedTuple):
+    """Running statistics of a TimestepNorm: mean and variance (B, G), float32. The count is the stream's position."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and EMA for a model dtype: float32, or float64 for a float64 model."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def prefix_sum(x: Tensor, max_length: int) -> Tensor:
+    """Inclusive sums over dim 1 of x (B, L, K), L <= max_length, as triangular products of blocks of 64.
+
+    Not torch.cumsum: on a GPU, Inductor cannot compile a scan over a middle dimension (SplitScan), and ONNX Runtime's
+    takes O(L^2).
+    """
+    length = x.shape[1]
+    if max_length <= _PREFIX_BLOCK:
+        ones = torch.ones(length, length, dtype=x.dtype, device=x.device)
+        return torch.matmul(ones.tril(), x)
+    count = (length + _PREFIX_BLOCK - 1) // _PREFIX_BLOCK
+    blocks = F.pad(x, (0, 0, 0, count * _PREFIX_BLOCK - length)).unflatten(1, (count, _PREFIX_BLOCK))
+    ones = torch.ones(_PREFIX_BLOCK, _PREFIX_BLOCK, dtype=x.dtype, device=x.device)
+    inside = torch.matmul(ones.tril(), blocks)  # (B, blocks, 64, K)
+    before = inside[:, :, -1]
+    before = prefix_sum(before, -(-max_length // _PREFIX_BLOCK)) - before
+    return (inside + before[:, :, None]).flatten(1, 2)[:, :length]
+
+
+class TimestepNorm(nn.Module):
+    """Normalises each of G groups of features by the mean and variance of all that the group has seen so far.
+
+    `statistics` "megalodon": within-group and between-step variance, no prior. "megalodon-hf": the variance of the group
+    means alone with a prior m2 of 1 and a floor of 1e-6. Always affine, the scale is weight + 1.
+    """
+
+    def __init__(self, dim: int, groups: int, eps: float, statistics: NormStatistics) -> None:
+        super().__init__()
+        self.groups, self.eps, self.statistics = groups, eps, statistics
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def initial_state(self, batch: int, device: torch.device) -> NormState:
+        """Statistics of a stream that has seen nothing."""
+        shape = (batch, self.groups)
+        dtype = accumulation_dtype(self.weight.dtype)
+        return NormState(torch.zeros(shape, dtype=dtype, device=device), torch.ones(shape, dtype=dtype, device=device))
+
+    def forward(
+        self, x: Tensor, lengths: Tensor, position: Tensor, state: NormState, max_length: int
+    ) -> tuple[Tensor, NormState]:
+        """Normalise x (B, L, D) from `position` (B) tokens on; the first `lengths` (B) steps of each row are valid.
+
+        Returns (B, L, D), exactly 0 where not valid, and the statistics after each row's last valid step.
+        Sums run in float64: the statistics of step t are sums over all steps before it.
+        """
+        grouped = x.unflatten(-1, (self.groups, -1)).to(accumulation_dtype(x.dtype))  # (B, L, G, D/G)
+        mu, var = self._moments(grouped)  # (B, L, G)
+        mu, var = mu.double(), var.double()
+        taken = torch.arange(1, x.shape[1] + 1, device=x.device)  # steps summed at each step, itself included
+        mask = (taken <= lengths[:, None])[:, :, None]
+        steps = torch.cat([mu, mu * mu if self.statistics == "megalodon-hf" else var + mu * mu], dim=-1) * mask
+        first, second = prefix_sum(steps, max_length).chunk(2, dim=-1)
+
+        count = position.double()[:, None, None]
+        mean_in, var_in = (s.double()[:, None] for s in state)
+        seen = (count + torch.minimum(taken, lengths[:, None])[:, :, None]).clamp(min=1)
+        mean = (count * mean_in + first) / seen
+        prior = count.clamp(min=1) if self.statistics == "megalodon-hf" else count
+        variance = (prior * var_in + count * mean_in * mean_in + second) / seen - mean * mean
+        variance = variance.clamp(min=_HF_VARIANCE_FLOOR if self.statistics == "megalodon-hf" else 0.0)
+
+        started = lengths[:, None] > 0  # a row without a valid step keeps its statistics
+        state = NormState(
+            torch.where(started, mean[:, -1].to(state.mean.dtype), state.mean),
+            torch.where(started, variance[:, -1].to(state.var.dtype), state.var),
+        )
+        y = self._affine(grouped, mean.to(grouped.dtype), variance.to(grouped.dtype), x.dtype)
+        return torch.where(mask, y, 0.0), state
+
+    def step(self, x: Tensor, position: Tensor, state: NormState) -> tuple[Tensor, NormState]:
+        """Normalise one step x (B, D); the same numbers as `forward` with L = 1, by Welford's update."""
+        grouped = x.unflatten(-1, (self.groups, -1)).to(accumulation_dtype(x.dtype))  # (B, G, D/G)
+        mu, var = self._moments(grouped)
+        count = position.to(grouped.dtype)[:, None]
+        share = 1 / (count + 1)
+        delta = mu - state.mean
+        mean = state.mean + delta * share
+        between = delta * delta * count * share
+        if self.statistics == "megalodon-hf":
+            variance = ((count.clamp(min=1) * state.var + between) * share).clamp(min=_HF_VARIANCE_FLOOR)
+        else:
+            variance = (count * state.var + var + between) * share
+        return self._affine(grouped, mean, variance, x.dtype), NormState(mean, variance)
+
+    def _moments(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
+        mu = grouped.mean(-1)
+        return mu, (grouped - mu[..., None]).square().mean(-1)
+
+    def _affine(self, grouped: Tensor, mean: Tensor, variance: Tensor, dtype: torch.dtype) -> Tensor:
+        y = (grouped - mean[..., None]) * torch.rsqrt(variance[..., None] + self.eps)
+        return (y.flatten(-2) * (self.weight.to(y.dtype) + 1) + self.bias.to(y.dtype)).to(dtype)
+
+
+class RMSNorm(nn.Module):
+    """x over its root mean square, times weight + 1; without affine when `dim` is None. Computed in float32 or better."""
+
+    def __init__(self, dim: int | None, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim)) if dim is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; the result has the accumulation dtype, the caller casts."""
+        x = x.to(accumulation_dtype(x.dtype))
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return y if self.weight is None else y * (self.weight.to(y.dtype) + 1)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with scale weight + 1, or without affine."""
+
+    def __init__(self, dim: int, eps: float, affine: bool) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of x, in x's dtype."""
+        weight = None if self.weight is None else self.weight + 1
+        return F.layer_norm(x, (self.dim,), weight, self.bias, self.eps)
