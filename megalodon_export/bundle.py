@@ -260,6 +260,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # neither folders nor files opened for reading can be synced there
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -335,6 +337,8 @@ def _clean_up_after_dead(target: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # signal 0 is Ctrl-C there
+        return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

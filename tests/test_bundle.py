@@ -167,8 +167,9 @@ def test_all_problems_are_listed_up_to_ten(sound: Path) -> None:
     with pytest.raises(BundleError) as caught:
         read(sound)
     text = str(caught.value)
-    assert "programs.pt2: a file" in text and "safetensors: sha256" in text and "z07" in text
-    assert "z08" not in text and "and 4 more" in text and "export it again" in text
+    for part in ("programs.pt2: a file", "safetensors: sha256", "z07", "and 4 more", "export it again"):
+        assert part in text
+    assert "z08" not in text
 
 
 def test_what_is_no_folder(tmp_path: Path) -> None:
@@ -211,9 +212,13 @@ def test_a_link_to_a_bundle_stays_a_link(sound: Path) -> None:
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_leaves_the_old_bundle(sound: Path, kind: type[BaseException]) -> None:
-    with pytest.raises(kind), staged(sound) as staging:
-        (staging / "half").write_bytes(b"half")
-        raise kind
+    def export() -> None:
+        with staged(sound) as staging:
+            (staging / "half").write_bytes(b"half")
+            raise kind
+
+    with pytest.raises(kind):
+        export()
     read(sound)
     assert siblings(sound) == []
     write(sound)
@@ -279,7 +284,8 @@ with staged(sys.argv[1]) as staging:
 def start_export(destination: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", EXPORT, str(destination)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "inside\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == "inside\n"
     return process
 
 

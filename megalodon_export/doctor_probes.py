@@ -1,0 +1,308 @@
+"""What the doctor tries, one function per process: python -P doctor_probes.py FOLDER TITLE FUNCTION [ARGUMENT...]
+
+Each check goes to FOLDER/checks as one JSON line as soon as it is known, and what is being tried to FOLDER/stage, so
+that both survive a crash. This file is run as a script: it imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SYSTEM_COMPILER = "export CXX=/usr/bin/g++ CC=/usr/bin/gcc"
+# Enough of the library to be linked against whatever the compiler takes for it.
+LIBRARY_SOURCE = """
+#include <iostream>
+#include <string>
+extern "C" int probe(const char* text) { std::string s(text); std::cout << s << std::endl; return int(s.size()); }
+"""
+PROGRAM_SOURCE = """
+#include <iostream>
+#include <string>
+int main() { std::string s("hello"); std::cout << s << std::endl; }
+"""
+
+
+class Report:
+    """Where one probe writes its checks."""
+
+    def __init__(self, folder: Path, title: str) -> None:
+        self.folder = folder
+        self.title = title
+
+    def stage(self, doing: str) -> None:
+        (self.folder / "stage").write_text(doing, encoding="utf-8")
+
+    def add(self, ok: bool | None, found: str, advice: str = "", name: str = "") -> None:
+        line = json.dumps({"name": name or self.title, "ok": ok, "found": found, "advice": advice})
+        with (self.folder / "checks").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def package(report: Report, name: str, minimum: str) -> None:
+    report.stage(f"importing {name}")
+    importlib.import_module(name)
+    version = importlib.metadata.version(name)
+    ok = not minimum or _release(version) >= _release(minimum)
+    report.add(ok, version if ok else f"{version}; {minimum} or newer is needed")
+
+
+def torch_build(report: Report, minimum: str) -> None:
+    report.stage("importing torch")
+    import torch
+
+    version = str(torch.__version__)
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    ok = _release(version) >= _release(minimum)
+    report.add(ok, f"{version}, {build}" if ok else f"{version}; {minimum} or newer is needed")
+    new_abi = torch.compiled_with_cxx11_abi()
+    report.add(
+        new_abi,
+        "C++11" if new_abi else "before C++11",
+        "The C++ library is built for the C++11 ABI: use an official torch build",
+        name="torch's C++ ABI",
+    )
+    report.add(True, f"{torch.backends.cpu.get_cpu_capability()}, {platform.machine()}", name="CPU instructions")
+
+
+def compiler(report: Report) -> None:
+    chosen = os.environ.get("CXX", "")
+    origin = f"CXX={chosen}" if chosen else "CXX not set"
+    report.stage("asking torch for its compiler")
+    try:
+        path = _inductor_compiler()
+    except Exception as error:
+        report.add(False, f"none that works ({origin}): {_summary(error)}", _compiler_advice())
+        return
+    source, program, library = (report.folder / name for name in ("probe.cpp", "probe", "probe.so"))
+    report.stage(f"running {path}")
+    version = _output([path, "--version"]).splitlines()[:1]
+    source.write_text(PROGRAM_SOURCE, encoding="utf-8")
+    try:
+        _output([path, "-std=c++20", str(source), "-o", str(program)])
+        printed = _output([str(program)]).strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        report.add(False, f"{path} ({origin}) does not build a C++20 program: {_summary(error)}", _compiler_advice())
+        return
+    report.add(printed == "hello", f"{shutil.which(path) or path} ({origin}): {''.join(version)}", _compiler_advice())
+    if sys.platform != "linux":
+        return
+    source.write_text(LIBRARY_SOURCE, encoding="utf-8")
+    _output([path, "-std=c++20", "-shared", "-fPIC", str(source), "-o", str(library)])
+    # The names of the libraries it needs are in its dynamic string table, so no readelf is needed to see them.
+    shared = b"libstdc++.so.6" in library.read_bytes()
+    report.add(
+        shared,
+        "libstdc++.so.6, shared with torch"
+        if shared
+        else "output does not use the shared libstdc++.so.6 that torch uses",
+        f"Such programs crash or fail when AOTInductor loads them. {_compiler_advice()}",
+        name="C++ standard library",
+    )
+
+
+def aoti(report: Report, device: str) -> None:
+    report.stage("importing torch")
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        report.add(None, "no CUDA device")
+        return
+
+    class Product(torch.nn.Module):
+        def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x @ weight) + x.sum(-1, keepdim=True)
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).to(device) for shape in ((3, 64), (64, 64)))
+    report.stage("exporting")
+    rows = torch.export.Dim("rows", min=1, max=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(Product(), (x, weight), dynamic_shapes=({0: rows}, None), strict=False)
+    report.stage("compiling")
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(report.folder / "probe.pt2"))
+    report.stage("loading the compiled program")
+    compiled = torch._inductor.aoti_load_package(path)
+    report.stage("running the compiled program")
+    wider = torch.cat([x, x])
+    error = (compiled(wider, weight) - Product()(wider, weight)).abs().max().item()
+    report.add(error < 1e-3, f"exported, compiled, loaded, run; {error:.1e} from eager")
+
+
+def cuda(report: Report) -> None:
+    nvcc = "not found (optional)"
+    with contextlib.suppress(OSError, subprocess.SubprocessError, StopIteration):
+        nvcc = next(line for line in _output(["nvcc", "--version"]).splitlines() if "release" in line)
+    report.add(None if "optional" in nvcc else True, nvcc, name="nvcc")
+    report.stage("importing torch")
+    import torch
+
+    report.stage("looking for devices")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    if not torch.cuda.is_available():
+        _no_cuda(report, torch, hidden)
+        return
+    for index in range(torch.cuda.device_count()):
+        report.stage(f"multiplying on device {index}")
+        found = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        left, right = torch.randn(2, 1024, 1024, generator=torch.Generator().manual_seed(0))
+        product = (left.to(f"cuda:{index}") @ right.to(f"cuda:{index}")).cpu().double()
+        exact = left.double() @ right.double()
+        error = ((product - exact).abs().max() / exact.abs().max()).item()
+        report.add(
+            error < 1e-3,
+            f"{found.name}, sm_{found.major}{found.minor}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, "
+            f"driver {_driver()}; matmul {error:.1e} from exact",
+            name=f"CUDA device {index}",
+        )
+
+
+def _no_cuda(report: Report, torch: Any, hidden: bool) -> None:
+    if hidden or not _has_nvidia_driver():
+        report.add(None, "hidden by CUDA_VISIBLE_DEVICES" if hidden else "no NVIDIA device")
+    elif torch.version.cuda is None:
+        report.add(None, f"driver {_driver()}, but torch is a CPU build", "For the GPU, install a CUDA build of torch")
+    else:
+        try:
+            torch.cuda.init()
+            reason = "no device visible"
+        except Exception as error:
+            reason = _summary(error)
+        report.add(False, f"driver {_driver()}, torch for CUDA {torch.version.cuda}, but: {reason}")
+
+
+def onnx_runtime(report: Report, device: str) -> None:
+    report.stage("importing onnxruntime")
+    import onnxruntime
+
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    offered = onnxruntime.get_available_providers()
+    if device == "cpu":
+        report.add(True, f"{onnxruntime.__version__}; {', '.join(offered)}", name="ONNX Runtime")
+    elif not _prepare_cuda(report, onnxruntime, provider in offered):
+        return
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if device == "cuda":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    model, x, expected = _tiny_onnx_model(report)
+    report.stage("creating a session")
+    session = onnxruntime.InferenceSession(model, options, providers=[provider])
+    # A provider whose libraries do not load is replaced silently.
+    if session.get_providers()[0] != provider:
+        report.add(False, f"{provider} does not load; {session.get_providers()[0]} was taken")
+        return
+    report.stage("running a session")
+    error = float(abs(session.run(None, {"x": x})[0] - expected).max())
+    report.add(error < 1e-2, f"session created and run; {error:.1e} from numpy")
+
+
+def _prepare_cuda(report: Report, onnxruntime: Any, offered: bool) -> bool:
+    available = False
+    with contextlib.suppress(ImportError):
+        report.stage("importing torch")
+        import torch
+
+        available = torch.cuda.is_available()
+    if not available:
+        report.add(None, "no CUDA device")
+    elif not offered:
+        report.add(None, "this build has no CUDA provider", "For the GPU, replace onnxruntime by onnxruntime-gpu")
+    elif hasattr(onnxruntime, "preload_dlls"):
+        report.stage("loading CUDA's libraries")
+        onnxruntime.preload_dlls()
+    return available and offered
+
+
+def _tiny_onnx_model(report: Report) -> tuple[bytes, Any, Any]:
+    report.stage("making an ONNX model")
+    import numpy
+    from onnx import TensorProto, checker, helper, numpy_helper
+
+    random = numpy.random.default_rng(0)
+    x, weight = (random.standard_normal((8, 8), dtype=numpy.float32) for _ in range(2))
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["product"]), helper.make_node("Relu", ["product"], ["y"])],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 8])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    # An older IR than onnx writes by default: ONNX Runtime lags behind it.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    checker.check_model(model)
+    return model.SerializeToString(), x, numpy.maximum(x @ weight, 0)
+
+
+# --------------------------------------------------------------------------------------------------------- helpers
+
+
+def _inductor_compiler() -> str:
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+    except ImportError:  # torch has a row of its own
+        return os.environ.get("CXX", "g++")
+    return str(get_cpp_compiler())
+
+
+def _compiler_advice() -> str:
+    if os.access("/usr/bin/g++", os.X_OK):
+        return SYSTEM_COMPILER
+    return f"Install g++ 11 or newer (Debian, Ubuntu: apt-get install g++), then {SYSTEM_COMPILER}"
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=100).stdout
+
+
+def _has_nvidia_driver() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
+
+
+def _driver() -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).split("\n")[0].strip()
+    return "of unknown version"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def _summary(error: BaseException) -> str:
+    """The line that tells most: a compiler's first error if there is one, else the exception's first line."""
+    text = f"{getattr(error, 'stderr', None) or ''}\n{error}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = next((line for line in lines if re.search(r"(error|undefined reference|No such file).*\S", line)), None)
+    return f"{type(error).__name__}: {telling or ''.join(lines[:1])}"[:300]
+
+
+def main(folder: str, title: str, function: str, *arguments: str) -> None:
+    probes: dict[str, Callable[..., None]] = {
+        probe.__name__: probe for probe in (package, torch_build, compiler, aoti, cuda, onnx_runtime)
+    }
+    report = Report(Path(folder), title)
+    try:
+        probes[function](report, *arguments)
+    except Exception as error:
+        stage = report.folder / "stage"
+        doing = f" (while {stage.read_text(encoding='utf-8')})" if stage.exists() else ""
+        report.add(False, f"{_summary(error)}{doing}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
