@@ -1,0 +1,205 @@
+"""Choosing the next token from logits, specified so exactly that other languages can reproduce it bit for bit.
+
+Library `exp`, reductions and scans differ in their last bits between libraries, devices and batch shapes. Here every
+operation is either a single correctly rounded IEEE float64 operation (no fused multiply-add) or exact, so neither the
+device, nor the batch, nor the order of a sum can change a token. For one row of V logits, converted to float64:
+
+1. Greedy (temperature 0): the largest logit, the lowest id among equals. Nothing below applies.
+2. `x[i] = max((logit[i] - peak) / temperature, -64)`, where `peak` is the row's largest logit.
+3. `e[i] = exp(x[i])` by `exp_reproducible`: n = rint(x * LOG2_E), r = (x - n * LN2_HIGH) - n * LN2_LOW, the Taylor
+   polynomial of degree 13 in r by Horner's rule with coefficients 1.0 / k!, times 2**n.
+4. `w[i] = rint(e[i] * 2**K)` with K = 53 - bit_length(V), rint to nearest, ties to even. The weights are integers whose
+   sum stays below 2**53: float64 adds them without rounding, in any order. The peak's weight is 2**K; a token less
+   than 2**-(K+1) times as likely as the peak (3e-14 for 256 tokens, 4e-12 for 32,768) has weight 0.
+5. Rank the tokens by falling logit, equal logits by rising id. top-k keeps the first k.
+6. top-p: of what top-k kept, `total` is the weight. A token stays while the weight ranked before it is
+   `< top_p * total`: the smallest set that reaches top_p, never empty.
+7. min-p keeps `w[i] >= min_p * 2**K`.
+8. Of what is left, `total` is the weight (dividing by it would only round). The token is the first id, in id order,
+   whose cumulative weight, itself included, is `> draw * total`.
+
+The draws are splitmix64 (Steele, Lea and Flood, 2014) used as a counter: `uniform(seed, index)` is the draw of the
+token that a stream samples after `index` others. A stream needs no generator state beside that count.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK = 2**64 - 1
+_LOG2_E = 1.4426950408889634
+# ln 2 in two parts (fdlibm e_exp.c): the high part ends in 21 zero bits, so its product with a small n is exact.
+_LN2_HIGH = 6.93147180369123816490e-01
+_LN2_LOW = 1.90821492927058770002e-10
+_TAYLOR = tuple(1.0 / math.factorial(k) for k in range(14))
+_LOWEST_EXPONENT = -64.0  # exp(-64) is below half a unit of every weight, and 2**n stays far from subnormal
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen; the defaults are greedy.
+
+    temperature: 0 is greedy. top_k: 0 is off. top_p: in (0, 1], 1 is off. min_p: in [0, 1], 0 is off; relative to the
+    most probable token. seed: in [0, 2**64). Raises ValueError for anything else.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(
+            _is_number(self.temperature) and 0.0 <= self.temperature < math.inf,
+            f"temperature is {self.temperature!r}, expected a finite number >= 0; use 0 for greedy decoding",
+        )
+        _require(
+            _is_integer(self.top_k) and self.top_k >= 0,
+            f"top_k is {self.top_k!r}, expected an integer >= 0; use 0 to turn top-k off",
+        )
+        _require(
+            _is_number(self.top_p) and 0.0 < self.top_p <= 1.0,
+            f"top_p is {self.top_p!r}, expected a number in (0, 1]; use 1 to turn top-p off",
+        )
+        _require(
+            _is_number(self.min_p) and 0.0 <= self.min_p <= 1.0,
+            f"min_p is {self.min_p!r}, expected a number in [0, 1]; use 0 to turn min-p off",
+        )
+        _require(
+            _is_integer(self.seed) and 0 <= self.seed <= _MASK,
+            f"seed is {self.seed!r}, expected an integer in [0, 2**64); reduce it modulo 2**64",
+        )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether tokens are chosen without draws."""
+        return self.temperature == 0.0
+
+
+def uniform(seed: int, index: int) -> float:
+    """The draw in [0, 1) of the token that a stream samples after `index` others; see the module's docstring.
+
+    A multiple of 2**-53, so float64 holds it exactly. Raises ValueError if index is negative.
+    """
+    _require(index >= 0, f"index is {index}, expected the number of tokens sampled so far, >= 0")
+    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    z ^= z >> 31
+    return (z >> 11) * 2.0**-53
+
+
+def sample(logits: Tensor, params: SamplingParams, draws: Tensor | None = None) -> Tensor:
+    """One token id per row, by the algorithm in the module's docstring.
+
+    logits (B, V), any float dtype; draws (B) float64 in [0, 1), one `uniform` per row, not needed when greedy
+    -> (B) int64 on the device of logits. Waits for the device once, to check the values.
+    Raises ValueError for wrong shapes or dtypes, rows holding NaN or +inf or nothing but -inf, draws outside [0, 1).
+    """
+    _check_shapes(logits, params, draws)
+    peak = logits.amax(dim=-1, keepdim=True)  # (B, 1); NaN if the row holds one
+    if params.greedy or draws is None:
+        _check_rows(torch.isfinite(peak[:, 0]), logits, None)
+        return logits.argmax(dim=-1)  # the first of equal maxima
+    draws = draws.to(logits.device)
+    _check_rows(torch.isfinite(peak[:, 0]) & (draws >= 0.0) & (draws < 1.0), logits, draws)
+
+    weights = _integer_weights(logits.double() - peak.double(), params.temperature)  # (B, V)
+    weights = _keep_most_probable(weights, logits, params)
+    if params.min_p > 0.0:
+        weights = weights.where(weights >= params.min_p * _unit(logits.shape[-1]), 0.0)
+    cumulative = weights.cumsum(dim=-1)
+    target = draws[:, None] * cumulative[:, -1:]
+    return (cumulative <= target).sum(dim=-1)  # cumulative never falls: how many ids lie before the first beyond target
+
+
+def exp_reproducible(x: Tensor) -> Tensor:
+    """exp(x) to within 2 units in the last place, from correctly rounded float64 operations only.
+
+    x float64, any shape, in [-700, 700]. Cody and Waite's reduction; step 3 in the module's docstring.
+    """
+    n = torch.round(x * _LOG2_E)  # ties to even
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    result = torch.full_like(r, _TAYLOR[-1])
+    for coefficient in reversed(_TAYLOR[:-1]):
+        result = result * r + coefficient  # two kernels in eager mode, hence two roundings
+    power_of_two = ((n.long() + 1023) << 52).view(torch.float64)  # built from its bits: pow may round
+    return result * power_of_two
+
+
+def _unit(vocab_size: int) -> float:
+    return 2.0 ** (53 - vocab_size.bit_length())
+
+
+def _integer_weights(below_peak: Tensor, temperature: float) -> Tensor:
+    # Dividing by a Python number multiplies by its reciprocal on CUDA, which rounds differently.
+    divisor = torch.full((), temperature, dtype=torch.float64, device=below_peak.device)
+    exponent = (below_peak / divisor).clamp(min=_LOWEST_EXPONENT)
+    return torch.round(exp_reproducible(exponent) * _unit(below_peak.shape[-1]))
+
+
+def _keep_most_probable(weights: Tensor, logits: Tensor, params: SamplingParams) -> Tensor:
+    """Weights (B, V) with those that top-k and top-p drop set to zero."""
+    vocab_size = weights.shape[-1]
+    limit = min(params.top_k or vocab_size, vocab_size)
+    if limit == vocab_size and params.top_p == 1.0:
+        return weights
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :limit]  # (B, limit)
+    ranked = weights.gather(-1, order)
+    if params.top_p < 1.0:
+        reached = ranked.cumsum(dim=-1)
+        ranked = ranked.where(reached - ranked < params.top_p * reached[:, -1:], 0.0)
+    return torch.zeros_like(weights).scatter(-1, order, ranked)
+
+
+def _check_shapes(logits: Tensor, params: SamplingParams, draws: Tensor | None) -> None:
+    _require(
+        logits.dim() == 2 and logits.shape[-1] > 0 and logits.is_floating_point(),
+        f"logits are {logits.dtype} of shape {tuple(logits.shape)}, expected floating point (B, V) with V >= 1; "
+        "pass the last position's logits only",
+    )
+    if draws is None:
+        _require(params.greedy, "temperature > 0 needs draws; pass one uniform(seed, index) per row")
+        return
+    _require(
+        draws.dtype == torch.float64 and draws.shape == logits.shape[:1],
+        f"draws are {draws.dtype} of shape {tuple(draws.shape)}, expected float64 of shape ({logits.shape[0]},); "
+        "pass one uniform(seed, index) per row",
+    )
+
+
+def _check_rows(good: Tensor, logits: Tensor, draws: Tensor | None) -> None:
+    if bool(good.all()):
+        return
+    row = int((~good).nonzero()[0, 0])
+    if draws is not None and not 0.0 <= float(draws[row]) < 1.0:
+        raise ValueError(f"draw of row {row} is {float(draws[row])}, expected a number in [0, 1); use uniform()")
+    values = logits[row]
+    if bool(values.isnan().any()):
+        found = f"NaN in {int(values.isnan().sum())} of {values.numel()} logits"
+    elif bool((values == math.inf).any()):
+        found = "+inf among the logits"
+    else:
+        found = "-inf for every token"
+    raise ValueError(
+        f"row {row} cannot be sampled: {found}, expected finite logits (or -inf for tokens that are ruled out); "
+        "check the weights, the dtype and any logits mask"
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or _is_integer(value)
