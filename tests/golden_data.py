@@ -1,0 +1,64 @@
+"""The golden data, and checkpoint folders written from it as the two implementations write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def names(prefix: str) -> list[str]:
+    """Names of the golden files that start with `prefix`."""
+    return sorted(path.stem for path in GOLDEN.glob(f"{prefix}*.json"))
+
+
+def load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A golden file: its description (config, cases) and its tensors."""
+    return json.loads((GOLDEN / f"{name}.json").read_text()), load_file(GOLDEN / f"{name}.safetensors")
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it."""
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest magnitude of what is expected."""
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+
+
+def write_upstream(folder: Path, config: dict[str, Any], state: dict[str, Any], dtype: str = "fp32") -> Path:
+    """A consolidated checkpoint of the original, in one part."""
+    folder.mkdir(parents=True)
+    tokenizer = {"path": "/nowhere/tokenizer.model", "additional_vocab_size": 0, "data_tokenized": False}
+    (folder / "config.json").write_text(json.dumps({"model": config, "tokenizer": tokenizer}))
+    (folder / "consolidate_config.json").write_text(json.dumps({"model_parallel_size": 1, "dtype": dtype}))
+    torch.save(state, folder / "consolidated.pth")
+    return folder
+
+
+def write_hf(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> Path:
+    """A checkpoint of megalodon-hf; as transformers saves it, without the tied head."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    kept = {key: t.contiguous() for key, t in state.items() if key != "lm_head.weight"}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_checkpoint(name: str, folder: Path) -> Path:
+    """The checkpoint of a golden file, of the kind that its name says."""
+    info, tensors = load(name)
+    write = write_hf if name.startswith("hf_") else write_upstream
+    return write(folder, info["config"], under(tensors, "state_dict."))
+
+
+def halves(dim: int) -> Tensor:
+    """Order that turns interleaved rotary pairs of one head into halves."""
+    return torch.cat([torch.arange(0, dim, 2), torch.arange(1, dim, 2)])

@@ -1,0 +1,484 @@
+"""Conversion of the two kinds of checkpoints, through real folders, against what their own code computes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_data import halves, load, names, relative_error, under, write_checkpoint, write_hf, write_upstream
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+import megalodon_export.model as m
+from megalodon_export.model.attention import rotate
+from megalodon_export.model.convert import ConversionError, convert_megalodon_hf, convert_upstream
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+UPSTREAM = [name for name in names("model_") if name != "model_inference_longdoc"]
+HF = names("hf_")
+ALL = UPSTREAM + HF
+FORMS = ("blocked", "fft")
+
+
+def tolerance(name: str) -> float:
+    return 1e-3 if name.startswith("hf_") else 2e-4
+
+
+def convert(name: str) -> Callable[..., m.MegalodonConfig]:
+    return convert_megalodon_hf if name.startswith("hf_") else convert_upstream
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The converted folder of a golden file, made once."""
+    root = tmp_path_factory.mktemp("converted")
+
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            convert(name)(write_checkpoint(name, root / "source" / name), root / name)
+        return root / name
+
+    return folder
+
+
+def load_model(folder: Path, form: str = "blocked") -> m.MegalodonForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, ema_prefill=form).eval()
+
+
+def whole_cases(info: dict[str, Any]) -> list[tuple[str, int]]:
+    cases = [c for c in info["cases"] if "tokens" in c and c["name"] != "grads" and not c["name"].startswith("mask.")]
+    assert len(cases) >= 4
+    return [(case["name"], case["tokens"][1]) for case in cases]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ALL)
+def test_logits_of_whole_prompts(folders: Callable[[str], Path], name: str, form: str) -> None:
+    info, tensors = load(name)
+    model = load_model(folders(name), form)
+    for case, length in whole_cases(info):
+        token_ids, expected = tensors["tokens"][:, :length], tensors[f"{case}.logits"]
+        with torch.no_grad():
+            fresh = model(token_ids, use_cache=False).logits
+            cached = model(token_ids, use_cache=True).logits
+        assert (fresh - expected).abs().max() < tolerance(name), case
+        assert (cached - expected).abs().max() < tolerance(name), case
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ALL)
+def test_streams_and_their_cache(folders: Callable[[str], Path], name: str, form: str) -> None:
+    info, tensors = load(name)
+    model = load_model(folders(name), form)
+    segments = next(case["segments"] for case in info["cases"] if case["name"] == "stream")
+    marks = {int(key.split(".")[1].removeprefix("cache_after_")) for key in tensors if ".cache_after_" in key}
+    assert marks
+    cache, start, logits = model.new_cache(tensors["tokens"].shape[0]), 0, []
+    for length in segments:
+        with torch.no_grad():
+            piece = model(tensors["tokens"][:, start : start + length], past_key_values=cache)
+        logits.append(piece.logits)
+        start += length
+        if start in marks:
+            marks.remove(start)
+            check_cache(model.config, cache, under(tensors, f"stream.cache_after_{start}."), start, name)
+    assert not marks
+    assert (torch.cat(logits, dim=1) - tensors["stream.logits"]).abs().max() < tolerance(name)
+
+
+def check_cache(
+    config: m.MegalodonConfig, cache: m.MegalodonCache, golden: dict[str, Tensor], position: int, name: str
+) -> None:
+    """Our cache against theirs: (B len H d) keys and values, interleaved and chunk-relative, or absolute (hf)."""
+    assert (cache.position == position).all()
+    for i, layer in enumerate(cache.layers):
+        theirs = under(golden, f"layers.{i}.")
+        length = theirs["attn_k"].shape[1]
+        key, value = layer.key[:, :, :length], layer.value[:, :, :length]
+        expected_key = theirs["attn_k"].transpose(1, 2)
+        if name.startswith("hf_"):
+            pairs = torch.arange(0, config.z_head_dim, 2) / config.z_head_dim
+            angle = (position - length) * (config.rope_base or 10_000.0) ** -pairs
+            key = rotate(key, torch.cos(angle), torch.sin(angle))
+        else:
+            expected_key = expected_key[..., halves(config.z_head_dim)]
+            assert length == position % config.chunk_size
+        ema = theirs["ema"] if "ema" in theirs else theirs["hx"]
+        actual = {"key": key, "value": value, "ema": layer.ema_state, "mean": layer.norm_mean, "var": layer.norm_var}
+        expected = (expected_key, theirs["attn_v"].transpose(1, 2), ema, theirs["norm_mean"], theirs["norm_var"])
+        for (what, ours), other in zip(actual.items(), expected, strict=True):
+            torch.testing.assert_close(ours, other, rtol=1e-4, atol=tolerance(name) / 2, msg=f"layer {i} {what}")
+    torch.testing.assert_close(cache.final.norm_mean, golden["final_norm.mean"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.final.norm_var, golden["final_norm.var"], rtol=1e-4, atol=1e-4)
+
+
+def upstream_gradients(model: m.MegalodonForCausalLM) -> dict[str, Tensor]:
+    """Our gradients under the original's names, in its layout."""
+    heads, dz = model.config.num_heads, model.config.z_head_dim
+    back = (torch.arange(heads)[:, None] * dz + halves(dz).argsort()).flatten()
+    gradients = {}
+    for ours, parameter in model.named_parameters():
+        name = ours.replace("model.layers", "layers").replace(".attn.", ".mega.").replace(".ffn.", ".nffn.")
+        name = name.replace("model.norm", "output.final_norm").replace("model.embed", "embed")
+        gradient = parameter.grad
+        assert gradient is not None, ours
+        if ".mega.wz." in name:
+            gradient = gradient[back]
+        if name.endswith((".mega.gamma", ".mega.beta")):
+            gradient = gradient[:, back]
+        gradients[name.replace("lm_head", "output.output")] = gradient
+    return gradients
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [name for name in UPSTREAM if "grads.loss" in load(name)[1]])
+def test_gradients_of_the_original(folders: Callable[[str], Path], name: str, form: str) -> None:
+    tensors = load(name)[1]
+    targets = tensors["grads.targets"]
+    model = load_model(folders(name), form).train()
+    logits = model(tensors["tokens"][:, : targets.shape[1]]).logits
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    losses.mean().backward()
+    assert (losses - tensors["grads.token_losses"]).abs().max() < 1e-4
+    ours = upstream_gradients(model)
+    golden = {key: t for key, t in under(tensors, "grads.").items() if key not in ("targets", "token_losses", "loss")}
+    assert golden.keys() == ours.keys()
+    errors = {key: relative_error(ours[key], expected) for key, expected in golden.items()}
+    assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", HF)
+def test_gradients_of_megalodon_hf(folders: Callable[[str], Path], name: str, form: str) -> None:
+    info, tensors = load(name)
+    labels = tensors["grads.labels"]
+    model = load_model(folders(name), form).train()
+    out = model(tensors["tokens"][:, : labels.shape[1]], labels=labels)
+    out.loss.backward()
+    assert abs(out.loss.item() - tensors["grads.loss"].item()) < 1e-4
+    golden = {key: t for key, t in under(tensors, "grads.").items() if key not in ("labels", "loss")}
+    checked = 0
+    for key, parameter in model.named_parameters():
+        ours = parameter.grad
+        assert ours is not None
+        if key.endswith("cema.gamma"):
+            expected = torch.stack([golden[f"{key}_real"], golden[f"{key}_imag"]], dim=-1)
+        elif key.endswith("ffn.alpha"):
+            continue  # a constant there
+        else:
+            expected = golden[key.replace("rmsnorm.weight", "rmsnorm.gamma")].view_as(ours)
+        if key == "model.embed.weight":  # there the padding token's embedding is not trained
+            ours = ours.index_fill(0, torch.tensor(info["config"]["pad_token_id"]), 0.0)
+            expected = expected.index_fill(0, torch.tensor(info["config"]["pad_token_id"]), 0.0)
+        assert relative_error(ours, expected) < 1e-4, key
+        checked += 1
+    assert checked == len(golden) - info["config"]["num_layers"]  # gamma_real and gamma_imag are one tensor here
+
+
+def test_losses_of_a_long_document(tmp_path: Path) -> None:
+    name = "model_inference_longdoc"
+    tensors = load(name)[1]
+    inputs, targets = tensors["tokens"][:, :-1], tensors["tokens"][:, 1:]
+    convert_upstream(write_checkpoint(name, tmp_path / "src"), tmp_path / "dst")
+    model = load_model(tmp_path / "dst")
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        whole = model(inputs, use_cache=False).logits
+        pieces = [model(piece, past_key_values=cache).logits for piece in inputs.split(2 * model.config.chunk_size, 1)]
+    for logits in (whole, torch.cat(pieces, dim=1)):
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        assert (losses - tensors["plain.loss"]).abs().max() < 1e-4
+
+
+# ---- what the folder is ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model_base", "model_small_share_emb", "hf_flags"])
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_dtype_is_kept_or_chosen(tmp_path: Path, name: str, dtype: torch.dtype | None) -> None:
+    convert(name)(write_checkpoint(name, tmp_path / "src"), tmp_path / "dst", dtype)
+    reference_model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    stored = load_file(tmp_path / "dst" / "model.safetensors")
+    state = model.state_dict()
+    for key, tensor in stored.items():
+        assert tensor.dtype == (torch.float32 if ".cema." in key else dtype or torch.float32), key
+        assert state[key].dtype == tensor.dtype
+        assert torch.equal(state[key], tensor), key
+        assert torch.equal(reference_model.state_dict()[key], tensor.float()), key
+    assert set(state) - set(stored) == ({"lm_head.weight"} if model.config.share_emb else set())
+    assert model.lm_head.weight.data_ptr() == model.model.embed.weight.data_ptr() or not model.config.share_emb
+
+
+def test_bfloat16_source_stays_bfloat16(tmp_path: Path) -> None:
+    info, tensors = load("hf_base")
+    state = {key: t.bfloat16() for key, t in under(tensors, "state_dict.").items()}
+    convert_megalodon_hf(write_hf(tmp_path / "src", info["config"], state), tmp_path / "dst")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    assert model.dtype == torch.bfloat16
+    attention, source = model.model.layers[0].attn, under(state, "model.layers.0.attn.")
+    assert torch.equal(attention.wz.weight, source["wz.weight"])
+    assert torch.equal(attention.cema.alpha, source["cema.alpha"].float())
+
+
+def test_float16_source_needs_a_dtype(tmp_path: Path) -> None:
+    info, tensors = load("model_small_plain")
+    state = {key: t.half() if t.is_floating_point() else t for key, t in under(tensors, "state_dict.").items()}
+    src = write_upstream(tmp_path / "src", info["config"], state, "fp16")
+    with pytest.raises(ConversionError, match=r"float16.*--dtype bfloat16 or --dtype float32"):
+        convert_upstream(src, tmp_path / "dst")
+    assert_nothing_written(tmp_path)
+    with pytest.raises(ConversionError, match="cannot convert to float16"):
+        convert_upstream(src, tmp_path / "dst", torch.float16)
+    convert_upstream(src, tmp_path / "dst", torch.bfloat16)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dst").dtype == torch.bfloat16
+
+
+def test_folder_has_config_generation_config_and_tokenizer(tmp_path: Path) -> None:
+    src = write_checkpoint("hf_base", tmp_path / "src")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "unrelated.bin"):
+        (src / name).write_text(f'"{name}"')
+    config = convert_megalodon_hf(src, tmp_path / "deep" / "dst")
+    files = {path.name for path in (tmp_path / "deep" / "dst").iterdir()}
+    assert files == {
+        *("config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    }
+    generation = GenerationConfig.from_pretrained(tmp_path / "deep" / "dst")
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 0)
+    loaded = AutoConfig.from_pretrained(tmp_path / "deep" / "dst")
+    assert (loaded.norm_statistics, loaded.projection_bias, loaded.share_emb) == ("megalodon-hf", True, True)
+    assert loaded.eos_token_id == config.eos_token_id == 2
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["dst"]
+
+
+def test_norm_without_affine_of_megalodon_hf(tmp_path: Path) -> None:
+    info, tensors = load("hf_base")
+    absent = ("timenorm.", "rmsnorm.", "ffn.norm.", "model.norm.")
+    state = {k: t for k, t in under(tensors, "state_dict.").items() if not any(part in k for part in absent)}
+    src = write_hf(tmp_path / "src", {**info["config"], "norm_affine": False}, state)
+    convert_megalodon_hf(src, tmp_path / "dst")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    assert not model.model.norm.weight.any()
+    assert model.model.layers[0].attn.rmsnorm.weight is None
+
+
+def test_rescaling_of_megalodon_hf_is_its_constant(folders: Callable[[str], Path]) -> None:
+    for i, layer in enumerate(load_model(folders("hf_flags")).model.layers):
+        assert torch.equal(layer.ffn.alpha, torch.full_like(layer.ffn.alpha, 0.1 * 0.5**i))
+
+
+def test_untied_head_of_megalodon_hf(tmp_path: Path) -> None:
+    info, tensors = load("hf_base")
+    src = write_hf(tmp_path / "src", {**info["config"], "output_size": 5}, under(tensors, "state_dict."))
+    state = load_file(src / "model.safetensors")
+    save_file({**state, "lm_head.weight": torch.ones(5, 48)}, src / "model.safetensors")
+    assert not convert_megalodon_hf(src, tmp_path / "dst").share_emb
+    assert torch.equal(load_model(tmp_path / "dst").lm_head.weight, torch.ones(5, 48))
+
+
+def test_sharded_safetensors(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    src = write_checkpoint("hf_base", tmp_path / "src")
+    state = load_file(src / "model.safetensors")
+    (src / "model.safetensors").unlink()
+    shard = {key: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, key in enumerate(sorted(state))}
+    for file in set(shard.values()):
+        save_file({key: t for key, t in state.items() if shard[key] == file}, src / file)
+    (src / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shard}))
+    convert_megalodon_hf(src, tmp_path / "dst")
+    whole = load_file(folders("hf_base") / "model.safetensors")
+    assert all(torch.equal(t, whole[key]) for key, t in load_file(tmp_path / "dst" / "model.safetensors").items())
+    (src / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ConversionError, match="00002-of-00002.safetensors does not exist"):
+        convert_megalodon_hf(src, tmp_path / "other")
+    (src / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))
+    with pytest.raises(ConversionError, match="weight_map to files of its own folder"):
+        convert_megalodon_hf(src, tmp_path / "other")
+
+
+def test_vocabulary_size_may_be_left_to_the_tokenizer(tmp_path: Path) -> None:
+    info, tensors = load("model_small_plain")
+    state = under(tensors, "state_dict.")
+    src = write_upstream(tmp_path / "src", {**info["config"], "vocab_size": -1}, {"model": state})
+    assert convert_upstream(src, tmp_path / "dst").vocab_size == 31
+    assert math.isclose(AutoConfig.from_pretrained(tmp_path / "dst").norm_eps, 1e-5)
+
+
+def test_tied_head_may_be_absent_but_must_not_differ(tmp_path: Path) -> None:
+    info, tensors = load("model_small_share_emb")
+    state = under(tensors, "state_dict.")
+    head = state.pop("output.output.weight")
+    convert_upstream(write_upstream(tmp_path / "a", info["config"], state), tmp_path / "dst")
+    src = write_upstream(tmp_path / "b", info["config"], {**state, "output.output.weight": head + 1})
+    with pytest.raises(ConversionError, match=r"output.output.weight and embed.weight differ"):
+        convert_upstream(src, tmp_path / "other")
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def assert_nothing_written(root: Path) -> None:
+    assert {path.name for path in root.iterdir()} <= {"src"}
+
+
+def test_every_wrong_tensor_is_listed_and_nothing_written(tmp_path: Path) -> None:
+    info, tensors = load("model_small_plain")
+    state: dict[str, Any] = under(tensors, "state_dict.")
+    del state["layers.0.mega.wz.bias"], state["layers.1.nffn.fc1.weight"]
+    state["layers.0.mega.gamma"] = state["layers.0.mega.gamma"][:, :-1]
+    state["embed.weight"] = state["embed.weight"].to(torch.int8)
+    state["layers.1.mega.beta"] = "nothing"
+    state["layers.7.extra"] = torch.zeros(1)
+    with pytest.raises(ConversionError) as caught:
+        convert_upstream(write_upstream(tmp_path / "src", info["config"], state), tmp_path / "dst")
+    message = str(caught.value)
+    assert "2 missing: layers.0.mega.wz.bias, layers.1.nffn.fc1.weight" in message
+    assert "3 misshapen: embed.weight is int8 (31, 32), expected floating point (31, 32)" in message
+    assert "layers.0.mega.gamma is float32 (2, 15), expected floating point (2, 16)" in message
+    assert "layers.1.mega.beta is a str, expected a tensor" in message
+    assert "1 unknown: layers.7.extra" in message
+    assert_nothing_written(tmp_path)
+
+
+def test_long_lists_are_cut(tmp_path: Path) -> None:
+    info, tensors = load("hf_base")
+    state = {f"x{i:02}.{key}": t for i, (key, t) in enumerate(under(tensors, "state_dict.").items())}
+    with pytest.raises(ConversionError) as caught:
+        convert_megalodon_hf(write_hf(tmp_path / "src", info["config"], state), tmp_path / "dst")
+    assert "more. " in str(caught.value)
+    assert str(caught.value).count("expected") == 0
+    assert str(caught.value).count(": x00") == 1
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "function", "advice"),
+    [
+        ("hf_base", convert_upstream, "use: python -m megalodon_export convert megalodon-hf SRC DST"),
+        ("model_small_plain", convert_megalodon_hf, "use: python -m megalodon_export convert upstream SRC DST"),
+    ],
+)
+def test_other_kind_of_folder(tmp_path: Path, source: str, function: Callable[..., Any], advice: str) -> None:
+    src = write_checkpoint(source, tmp_path / "src")
+    with pytest.raises(ConversionError, match=advice):
+        function(src, tmp_path / "dst")
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("function", [convert_upstream, convert_megalodon_hf])
+def test_folder_without_a_checkpoint(tmp_path: Path, function: Callable[..., Any], folders: Any) -> None:
+    (tmp_path / "src").mkdir()
+    with pytest.raises(ConversionError, match="config.json does not exist; expected a checkpoint folder"):
+        function(tmp_path / "src", tmp_path / "dst")
+    (tmp_path / "src" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConversionError, match="model_type is 'llama'"):
+        function(tmp_path / "src", tmp_path / "dst")
+    (tmp_path / "src" / "config.json").write_text("[1")
+    with pytest.raises(ConversionError, match="cannot be read as JSON"):
+        function(tmp_path / "src", tmp_path / "dst")
+    with pytest.raises(ConversionError, match="already converted"):
+        function(folders("hf_base"), tmp_path / "dst")
+    assert_nothing_written(tmp_path)
+
+
+def test_several_parts_are_refused(tmp_path: Path) -> None:
+    src = write_checkpoint("model_small_plain", tmp_path / "src")
+    (src / "consolidate_config.json").write_text('{"model_parallel_size": 2, "dtype": "bf16"}')
+    with pytest.raises(ConversionError, match="model_parallel_size 2"):
+        convert_upstream(src, tmp_path / "dst")
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window_size": 4}, "unknown keys in section model: window_size"),
+        ({"z_dim": 15}, "z_dim 15"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_upstream_config_is_checked(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    info, tensors = load("model_small_plain")
+    src = write_upstream(tmp_path / "src", {**info["config"], **change}, under(tensors, "state_dict."))
+    with pytest.raises(ConversionError, match=message):
+        convert_upstream(src, tmp_path / "dst")
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"max_cache_len": 64}, {"cache_unbounded": True, "max_cache_len": None}])
+def test_hf_options_that_we_lack_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    info, tensors = load("hf_base")
+    src = write_hf(tmp_path / "src", {**info["config"], **change}, under(tensors, "state_dict."))
+    with pytest.raises(ConversionError, match="only max_cache_len = chunk_size"):
+        convert_megalodon_hf(src, tmp_path / "dst")
+    assert_nothing_written(tmp_path)
+
+
+class Payload:
+    """What an attacker's pickle would hold: a call, made while it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return Path.touch, (self.path,)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle_payload_is_refused(tmp_path: Path, zipped: bool) -> None:
+    src = write_checkpoint("model_small_plain", tmp_path / "src")
+    state = {"embed.weight": torch.zeros(31, 32), "payload": Payload(tmp_path / "executed")}
+    torch.save(state, src / "consolidated.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ConversionError, match="holds more than tensors and is refused"):
+        convert_upstream(src, tmp_path / "dst")
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", b"\x80\x02}q\x00."])
+def test_damaged_weights_are_refused(tmp_path: Path, content: bytes) -> None:
+    upstream = write_checkpoint("model_small_plain", tmp_path / "src" / "a")
+    hf = write_checkpoint("hf_base", tmp_path / "src" / "b")
+    (upstream / "consolidated.pth").write_bytes(content)
+    (hf / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConversionError):
+        convert_upstream(upstream, tmp_path / "dst")
+    with pytest.raises(ConversionError, match="is damaged"):
+        convert_megalodon_hf(hf, tmp_path / "dst")
+    (upstream / "consolidated.pth").unlink()
+    with pytest.raises(ConversionError, match=r"consolidated.pth does not exist"):
+        convert_upstream(upstream, tmp_path / "dst")
+    assert_nothing_written(tmp_path)
+
+
+def test_existing_destination(tmp_path: Path) -> None:
+    src = write_checkpoint("model_small_plain", tmp_path / "src")
+    dst = tmp_path / "dst"
+    dst.mkdir()
+    (dst / "precious").write_text("kept")
+    with pytest.raises(ConversionError, match="exists and is not an empty folder"):
+        convert_upstream(src, dst)
+    assert [path.name for path in dst.iterdir()] == ["precious"]
+    (dst / "precious").unlink()
+    convert_upstream(src, dst)
+    assert (dst / "model.safetensors").is_file()
+
+
+def test_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = write_checkpoint("model_small_plain", tmp_path / "src")
+
+    def fail(self: m.MegalodonForCausalLM, folder: Path) -> None:
+        Path(folder).mkdir()
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(m.MegalodonForCausalLM, "save_pretrained", fail)
+    with pytest.raises(ConversionError, match="no space left"):
+        convert_upstream(src, tmp_path / "dst")
+    assert_nothing_written(tmp_path)
