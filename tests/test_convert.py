@@ -297,7 +297,7 @@ def test_sharded_safetensors(tmp_path: Path, folders: Callable[[str], Path]) -> 
     whole = load_file(folders("hf_base") / "model.safetensors")
     assert all(torch.equal(t, whole[key]) for key, t in load_file(tmp_path / "dst" / "model.safetensors").items())
     (src / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ConversionError, match="00002-of-00002.safetensors does not exist"):
+    with pytest.raises(ConversionError, match=r"00002-of-00002\.safetensors does not exist"):
         convert_megalodon_hf(src, tmp_path / "other")
     (src / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))
     with pytest.raises(ConversionError, match="weight_map to files of its own folder"):
@@ -376,7 +376,7 @@ def test_other_kind_of_folder(tmp_path: Path, source: str, function: Callable[..
 @pytest.mark.parametrize("function", [convert_upstream, convert_megalodon_hf])
 def test_folder_without_a_checkpoint(tmp_path: Path, function: Callable[..., Any], folders: Any) -> None:
     (tmp_path / "src").mkdir()
-    with pytest.raises(ConversionError, match="config.json does not exist; expected a checkpoint folder"):
+    with pytest.raises(ConversionError, match=r"config\.json does not exist; expected a checkpoint folder"):
         function(tmp_path / "src", tmp_path / "dst")
     (tmp_path / "src" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConversionError, match="model_type is 'llama'"):
