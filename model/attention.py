@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocking import batched_matmul, compact, from_blocks, to_blocks
 from .cache import LayerCache
 from .config import MegalodonConfig
 from .constants import DerivedConstants
@@ -50,17 +51,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def softmax_product(scores: Tensor, allowed: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax of the allowed scores (float32 or better), times v."""
     weights = torch.softmax(scores.to(accumulation_dtype(scores.dtype)).masked_fill(~allowed, MIN_SCORE), dim=-1)
-    return torch.matmul(F.dropout(weights.to(v.dtype), dropout, training=dropout > 0), v)
+    weights = weights.to(v.dtype)
+    if dropout > 0:  # not training=dropout > 0: torch.compile(dynamic=True) makes a symbol of the rate
+        weights = F.dropout(weights, dropout)
+    return batched_matmul(weights, v)
 
 
 def attend_fresh(q: Tensor, k: Tensor, v: Tensor, chunk: int, max_length: int, dropout: float) -> Tensor:
     """Causal attention inside chunks from position 0: q, k (B, H, L, dz), v (B, H, L, dv) -> (B, H, L, dv)."""
     length = q.shape[2]
-    size, count = (length, 1) if max_length <= chunk else (chunk, (length + chunk - 1) // chunk)
-    q, k, v = (F.pad(t, (0, 0, 0, count * size - length)).unflatten(2, (count, size)) for t in (q, k, v))
-    steps = torch.arange(size, device=q.device)
-    out = softmax_product(torch.matmul(q, k.mT), steps[None, :] <= steps[:, None], v, dropout)
-    return out.flatten(2, 3)[:, :, :length]
+    q, k, v = (_split(t, chunk, max_length) for t in (q, k, v))  # (B, H, chunks, size, d)
+    steps = torch.arange(q.shape[3], device=q.device)
+    out = softmax_product(batched_matmul(q, k.mT), steps[None, :] <= steps[:, None], v, dropout)
+    return _join(out, length, chunk, max_length)
 
 
 def attend_prefill(
@@ -72,14 +75,10 @@ def attend_prefill(
     a chunk never reaches further back. Rows may stand at different positions.
     """
     length, chunk = q.shape[2], cache.key.shape[2]
-    size, count = (length, 1) if max_length <= chunk else (chunk, (length + chunk - 1) // chunk)
-    q, k, v = (F.pad(t, (0, 0, 0, count * size - length)).unflatten(2, (count, size)) for t in (q, k, v))
-    if max_length <= chunk:
-        k, v = torch.cat([cache.key[:, :, None], k], dim=3), torch.cat([cache.value[:, :, None], v], dim=3)
-    else:
-        k = torch.cat([torch.cat([cache.key[:, :, None], k[:, :, :-1]], dim=2), k], dim=3)
-        v = torch.cat([torch.cat([cache.value[:, :, None], v[:, :, :-1]], dim=2), v], dim=3)
+    q, k, v = (_split(t, chunk, max_length) for t in (q, k, v))  # (B, H, blocks, size, d)
+    k, v = (_behind(ring, t, max_length) for ring, t in ((cache.key, k), (cache.value, v)))  # (B, H, blocks, C + size, d)
 
+    count, size = q.shape[2:4]
     offset = (position % chunk)[:, None, None, None]  # valid slots of the ring
     block = torch.arange(count, device=q.device)[:, None, None]
     key = torch.arange(chunk + size, device=q.device)
@@ -88,8 +87,25 @@ def attend_prefill(
     in_ring = (block == 0) & (key < chunk)
     chunk_start = (offset + query) // chunk * chunk - offset  # (B, blocks, size, 1); negative: inside the ring
     allowed = torch.where(in_ring, (key < offset) & (chunk_start <= 0), (new_key <= query) & (new_key >= chunk_start))
-    out = softmax_product(torch.matmul(q, k.mT), allowed[:, None], v, dropout)
-    return out.flatten(2, 3)[:, :, :length]
+    out = softmax_product(batched_matmul(q, k.mT), allowed[:, None], v, dropout)
+    return _join(out, length, chunk, max_length)
+
+
+def _split(x: Tensor, chunk: int, max_length: int) -> Tensor:
+    """(B, H, L, d) -> (B, H, blocks, size, d): one block of L if no call is longer than a chunk, else blocks of C."""
+    return x[:, :, None] if max_length <= chunk else to_blocks(x, 2, chunk)
+
+
+def _join(x: Tensor, length: int, chunk: int, max_length: int) -> Tensor:
+    return x[:, :, 0] if max_length <= chunk else from_blocks(x, 2, length)
+
+
+def _behind(ring: Tensor, blocks: Tensor, max_length: int) -> Tensor:
+    """Put before each block the C keys (or values) that precede it: the ring, or the block before."""
+    previous = ring[:, :, None]
+    if max_length > ring.shape[2]:
+        previous = torch.cat([previous, blocks[:, :, :-1]], dim=2)
+    return torch.cat([previous, blocks], dim=3)
 
 
 def write_ring(ring: Tensor, new: Tensor, position: Tensor, lengths: Tensor, max_length: int) -> None:
@@ -102,7 +118,9 @@ def write_ring(ring: Tensor, new: Tensor, position: Tensor, lengths: Tensor, max
     index = (lengths[:, None] - size).clamp(min=0) + torch.arange(size, device=ring.device)  # (B, size)
     slots = (position[:, None] + index) % chunk  # distinct: size <= C
     valid = (index < lengths[:, None])[:, :, None, None]
-    ring[rows, :, slots] = torch.where(valid, new[rows, :, index], ring[rows, :, slots])
+    kept = torch.ops.aten.index(ring, [rows, None, slots])  # (B, size, H, d); the indexing syntax would add guards
+    taken = torch.ops.aten.index(new, [rows, None, index])
+    torch.ops.aten.index_put_(ring, [rows, None, slots], torch.where(valid, taken, kept))
 
 
 def attend_step(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, position: Tensor) -> Tensor:
@@ -110,10 +128,10 @@ def attend_step(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, position: Te
     chunk = cache.key.shape[2]
     rows = torch.arange(q.shape[0], device=q.device)
     slot = position % chunk
-    cache.key[rows, :, slot] = k
-    cache.value[rows, :, slot] = v
+    torch.ops.aten.index_put_(cache.key, [rows, None, slot], k)
+    torch.ops.aten.index_put_(cache.value, [rows, None, slot], v)
     allowed = torch.arange(chunk, device=q.device) <= slot[:, None]  # (B, C)
-    scores = torch.matmul(q[:, :, None], cache.key.mT)  # (B, H, 1, C)
+    scores = batched_matmul(q[:, :, None], cache.key.mT)  # (B, H, 1, C)
     return softmax_product(scores, allowed[:, None, None], cache.value)[:, :, 0]
 
 
@@ -196,7 +214,7 @@ class GatedAttention(nn.Module):
         return m, q.to(x_norm.dtype), k.to(x_norm.dtype), v
 
     def _gate(self, x: Tensor, m: Tensor, o: Tensor) -> Tensor:
-        gated = self._drop(o.flatten(-2) * F.silu(self.wr(m)), self.hidden_dropout)
+        gated = self._drop(compact(o).flatten(-2) * F.silu(self.wr(m)), self.hidden_dropout)
         return x + self._drop(self.wh1(m) + self.wh2(gated), self.dropout)
 
     def _drop(self, x: Tensor, rate: float) -> Tensor:

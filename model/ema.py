@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocking import first, from_blocks, to_blocks
 from .config import EMAForm
 from .constants import DerivedConstants
 from .norm import accumulation_dtype
@@ -95,9 +96,9 @@ class ComplexEMA(DerivedConstants):
         batch, length, dim = x.shape
         if state is None:
             state = x.new_zeros(batch, dim, self.ndim, 2)
-        count = (length + BLOCK - 1) // BLOCK
-        padded = F.pad(x, (0, 0, 0, count * BLOCK - length))
-        blocks = padded.unflatten(1, (count, BLOCK)).permute(3, 0, 1, 2).flatten(1, 2)  # (D, B*blocks, T)
+        padded = to_blocks(x, 1, BLOCK)  # (B, blocks, T, D)
+        count = padded.shape[1]
+        blocks = padded.permute(3, 0, 1, 2).flatten(1, 2)  # (D, B*blocks, T)
 
         exponents = torch.arange(BLOCK + 1, device=x.device)[:, None]
         powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], exponents)  # (D, T+1, N, 2)
@@ -109,10 +110,10 @@ class ComplexEMA(DerivedConstants):
         from_state = torch.stack([from_state[..., 0], -from_state[..., 1]], dim=-1).flatten(2).mT  # (D, 2N, T)
         if self.form == "blocked":
             y = torch.baddbmm(torch.bmm(blocks, toeplitz(c["kernel"])), carried.flatten(1, 2).flatten(2), from_state)
-            y = y.unflatten(1, (batch, count)).permute(1, 2, 3, 0).flatten(1, 2)[:, :length]
+            y = from_blocks(y.unflatten(1, (batch, count)).permute(1, 2, 3, 0), 1, length)
         else:
             y = self._convolve(x, state, powers, from_state, c)
-        return y, self._final_state(padded, lengths, carried, powers, to_state, c)
+        return y, self._final_state(padded.flatten(1, 2), lengths, carried, powers, to_state, c)
 
     def _carry(self, added: Tensor, state: Tensor, c: dict[str, Tensor], max_length: int) -> Tensor:
         """State at the start of every block: prefix sums of what blocks add, decayed by q^T a block, by doubling."""
@@ -121,26 +122,27 @@ class ComplexEMA(DerivedConstants):
         shift = 1
         while shift * BLOCK < max_length:
             decay = powers_of_q(c["log_magnitude"], c["turns"], c["turns"].new_tensor(shift * BLOCK))
-            earlier = F.pad(carried, (0, 0, 0, 0, shift, 0))[:, :, :count]
+            earlier = first(F.pad(carried, (0, 0, 0, 0, shift, 0)), 2, count)
             carried = carried + complex_mul(earlier, decay[:, None, None])
             shift *= 2
         return carried
 
     def _convolve(self, x: Tensor, state: Tensor, powers: Tensor, from_state: Tensor, c: dict[str, Tensor]) -> Tensor:
         """y by FFT of size 2L: the kernel over the whole length, and what the incoming state adds, in two levels."""
-        batch, length, dim = x.shape
+        batch, length, _ = x.shape
         count = (length + BLOCK - 1) // BLOCK
         starts = torch.arange(count, device=x.device)[:, None] * BLOCK
         starts = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], starts)  # q^(T b): (D, blocks, N, 2)
         gamma_powers = complex_mul(powers[:, :BLOCK], c["gamma"][:, None])
         gamma_powers = torch.stack([gamma_powers[..., 0], -gamma_powers[..., 1]], dim=-1).flatten(2).mT
-        kernel = torch.bmm((starts * c["p"][:, None, :, None]).flatten(2), gamma_powers).flatten(1)[:, :length]
+        kernel = torch.bmm((starts * c["p"][:, None, :, None]).flatten(2), gamma_powers)
+        kernel = from_blocks(kernel, 1, length)
         size = 2 * length
         spectrum = torch.fft.rfft(x, n=size, dim=1) * torch.fft.rfft(kernel, n=size, dim=1).mT
-        y = torch.fft.irfft(spectrum, n=size, dim=1)[:, :length]
+        y = first(torch.fft.irfft(spectrum, n=size, dim=1), 1, length)
         decayed = complex_mul(state.transpose(0, 1)[:, :, None], starts[:, None])  # (D, B, blocks, N, 2)
         incoming = torch.bmm(decayed.flatten(1, 2).flatten(2), from_state).unflatten(1, (batch, count))
-        return y + incoming.permute(1, 2, 3, 0).flatten(1, 2)[:, :length] + c["omega"] * x
+        return y + from_blocks(incoming.permute(1, 2, 3, 0), 1, length) + c["omega"] * x
 
     def _final_state(
         self, padded: Tensor, lengths: Tensor, carried: Tensor, powers: Tensor, to_state: Tensor, c: dict[str, Tensor]

@@ -14,10 +14,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .attention import GatedAttention, RotaryTable
 from .blocks import FeedForward, MegalodonBlock
+from .blocking import first, padding_to
 from .cache import MegalodonCache, copy_in_place
 from .config import MegalodonConfig
 from .constants import unfreeze_constants
-from .ema import ComplexEMA
+from .ema import BLOCK, ComplexEMA
 from .norm import NormState, TimestepNorm
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -101,7 +102,9 @@ class MegalodonModel(MegalodonPreTrainedModel):
         symbolic (torch.compile, torch.export): it decides what is static in the graph.
         """
         check_dtype(self.embed.weight.dtype)
-        max_length = max_length or token_ids.shape[1]
+        length = token_ids.shape[1]
+        max_length = (max_length or length) + padding_to(max_length or length, BLOCK)
+        token_ids = F.pad(token_ids, (0, padding_to(length, BLOCK)))  # once, so that no layer has to
         position = torch.zeros_like(lengths) if cache is None else cache.position
         steps = torch.arange(token_ids.shape[1], device=token_ids.device)
         rotary = self.rotary(position[:, None] + steps)
@@ -119,7 +122,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         x, final = self.norm(x, lengths, position, final, max_length)
         if cache is not None:
             _store(cache, states, final, position + lengths)
-        return x
+        return first(x, 1, length)
 
     def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """Run one token of each row, token_ids (B) -> hidden states (B, D); the cache is updated in place."""
@@ -255,7 +258,8 @@ def _refuse(unsupported: dict[str, Any]) -> None:
         raise ValueError(
             "attention_mask has padding, which forward does not take; pad on the right and pass lengths=mask.sum(1)"
         )
-    given = [name for name, value in unsupported.items() if value not in (None, False, True)]
+    unsupported.pop("return_dict", None)
+    given = [name for name, value in unsupported.items() if value is not None and value is not False]
     if given:
         raise TypeError(f"Megalodon's forward has no argument {', '.join(given)}; leave it out")
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocking import compact, from_blocks, to_blocks
 from .config import NormStatistics
 
-_PREFIX_BLOCK = 64
+_PREFIX_BLOCK = 32
 _HF_VARIANCE_FLOOR = 1e-6
 
 
@@ -27,22 +28,25 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def prefix_sum(x: Tensor, max_length: int) -> Tensor:
-    """Inclusive sums over dim 1 of x (B, L, K), L <= max_length, as triangular products of blocks of 64.
+    """Inclusive sums over dim 1 of x (B, L, K), L <= max_length, as triangular products of blocks of 32.
 
     Not torch.cumsum: on a GPU, Inductor cannot compile a scan over a middle dimension (SplitScan), and ONNX Runtime's
     takes O(L^2).
     """
-    length = x.shape[1]
     if max_length <= _PREFIX_BLOCK:
-        ones = torch.ones(length, length, dtype=x.dtype, device=x.device)
-        return torch.matmul(ones.tril(), x)
-    count = (length + _PREFIX_BLOCK - 1) // _PREFIX_BLOCK
-    blocks = F.pad(x, (0, 0, 0, count * _PREFIX_BLOCK - length)).unflatten(1, (count, _PREFIX_BLOCK))
-    ones = torch.ones(_PREFIX_BLOCK, _PREFIX_BLOCK, dtype=x.dtype, device=x.device)
-    inside = torch.matmul(ones.tril(), blocks)  # (B, blocks, 64, K)
-    before = inside[:, :, -1]
-    before = prefix_sum(before, -(-max_length // _PREFIX_BLOCK)) - before
-    return (inside + before[:, :, None]).flatten(1, 2)[:, :length]
+        return _lower_product(x)
+    blocks = to_blocks(x, 1, _PREFIX_BLOCK)  # (B, blocks, 32, K)
+    inside = _lower_product(blocks)
+    totals = inside[:, :, -1]
+    before = prefix_sum(totals, -(-max_length // _PREFIX_BLOCK)) - totals
+    return from_blocks(inside + before[:, :, None], 1, x.shape[1])
+
+
+def _lower_product(x: Tensor) -> Tensor:
+    """Inclusive sums over the last but one dimension of x (..., T, K), as x^T times an upper triangle of ones."""
+    rows = compact(x.mT)  # (..., K, T)
+    ones = torch.ones(x.shape[-2], x.shape[-2], dtype=x.dtype, device=x.device)
+    return torch.mm(rows.flatten(0, -2), ones.triu()).unflatten(0, rows.shape[:-1]).mT
 
 
 class TimestepNorm(nn.Module):

@@ -1,0 +1,49 @@
+"""Cutting a length into blocks and back, in forms that torch.export accepts for every length from 1 on.
+
+With a symbolic length, a slice [:L] of a padded tensor and a broadcasting batched matmul each add a guard that some
+length or batch size breaks ("L != 1"); the forms here do not. Where a length is known to be a multiple of the block,
+nothing is padded or cut: `MegalodonModel.prefill` makes it so once, and the symbolic shapes of a whole graph stay short.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+
+def padding_to(length: int, size: int) -> int:
+    """How much is missing to the next multiple of `size`."""
+    return -length % size
+
+
+def to_blocks(x: Tensor, dim: int, size: int) -> Tensor:
+    """Split dimension `dim` of length L into (ceil(L / size), size), zero-padded at the end."""
+    missing = padding_to(x.shape[dim], size)
+    if not guard_or_false(missing == 0):
+        x = F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing])
+    return x.unflatten(dim, (x.shape[dim] // size, size))
+
+
+def from_blocks(x: Tensor, dim: int, length: int) -> Tensor:
+    """Undo `to_blocks`: join dimensions `dim` and `dim + 1`, keep the first `length`."""
+    return first(x.flatten(dim, dim + 1), dim, length)
+
+
+def first(x: Tensor, dim: int, length: int) -> Tensor:
+    """The first `length` entries of a dimension."""
+    if guard_or_false(x.shape[dim] == length):
+        return x
+    return x.index_select(dim, torch.arange(length, device=x.device))
+
+
+def compact(x: Tensor) -> Tensor:
+    """A contiguous copy of a transposed view, without asking whether it is contiguous already (a guard)."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def batched_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a (..., m, k) @ b (..., k, n) with equal batch dimensions."""
+    batch = a.shape[:-2]
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, batch)
