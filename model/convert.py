@@ -215,7 +215,7 @@ def _convert(
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     _write(src, dst, model)
-    return model.config
+    return config
 
 
 def _check_tensors(
