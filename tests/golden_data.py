@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from megalodon_export.model import MegalodonConfig
+from megalodon_export.model.convert import convert_megalodon_hf, convert_upstream
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -59,6 +63,30 @@ def write_checkpoint(name: str, folder: Path) -> Path:
     return write(folder, info["config"], under(tensors, "state_dict."))
 
 
+def convert(name: str) -> Callable[..., MegalodonConfig]:
+    """The conversion for a golden file's kind of checkpoint."""
+    return convert_megalodon_hf if name.startswith("hf_") else convert_upstream
+
+
 def halves(dim: int) -> Tensor:
     """Order that turns interleaved rotary pairs of one head into halves."""
     return torch.cat([torch.arange(0, dim, 2), torch.arange(1, dim, 2)])
+
+
+def full(x: Tensor) -> Tensor:
+    """The lengths of x (B, L, ...) without padding."""
+    return torch.full((x.shape[0],), x.shape[1])
+
+
+def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that take gradients."""
+    return {name: t.clone().requires_grad_() for name, t in tensors.items()}
+
+
+def assert_gradients(inputs: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """The gradients of `inputs`, each within `tolerance` of its maximum (or of 1)."""
+    assert set(inputs) == set(expected)
+    for name, tensor in inputs.items():
+        actual = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        error = (actual - expected[name].view_as(actual)).abs().max()
+        assert error <= tolerance * max(expected[name].abs().max().item(), 1.0), name
