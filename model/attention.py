@@ -14,6 +14,9 @@ from .config import MegalodonConfig
 from .constants import DerivedConstants
 from .ema import ComplexEMA
 from .norm import NormState, RMSNorm, TimestepNorm, accumulation_dtype
+from .plan import PrefillPlan
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines (..., dz/2)
 
 MIN_SCORE = -1e30  # for masked scores: finite, so that a row without any valid key stays finite
 
@@ -57,70 +60,38 @@ def softmax_product(scores: Tensor, allowed: Tensor, v: Tensor, dropout: float =
     return batched_matmul(weights, v)
 
 
-def attend_fresh(q: Tensor, k: Tensor, v: Tensor, chunk: int, max_length: int, dropout: float) -> Tensor:
-    """Causal attention inside chunks from position 0: q, k (B, H, L, dz), v (B, H, L, dv) -> (B, H, L, dv)."""
-    length = q.shape[2]
-    q, k, v = (_split(t, chunk, max_length) for t in (q, k, v))  # (B, H, chunks, size, d)
-    steps = torch.arange(q.shape[3], device=q.device)
-    out = softmax_product(batched_matmul(q, k.mT), steps[None, :] <= steps[:, None], v, dropout)
-    return _join(out, length, chunk, max_length)
-
-
 def attend_prefill(
-    q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, position: Tensor, max_length: int, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, cache: LayerCache | None, chunk: int, dropout: float = 0.0
 ) -> Tensor:
-    """Attention of L new tokens from any position, over the ring and themselves; shapes as in `attend_fresh`.
+    """Attention of new tokens inside their chunks: q, k (B, H, L, dz), v (B, H, L, dv) -> (B, H, L, dv).
 
-    Queries go in blocks of at most C, each over the C keys before it (for the first block: the ring) and its own:
-    a chunk never reaches further back. Rows may stand at different positions.
+    With a cache, over the ring as well, which it does not change; without one every row starts at position 0.
     """
-    length, chunk = q.shape[2], cache.key.shape[2]
-    q, k, v = (_split(t, chunk, max_length) for t in (q, k, v))  # (B, H, blocks, size, d)
-    k, v = (_behind(ring, t, max_length) for ring, t in ((cache.key, k), (cache.value, v)))  # (B, H, blocks, C + size, d)
-
-    count, size = q.shape[2:4]
-    offset = (position % chunk)[:, None, None, None]  # valid slots of the ring
-    block = torch.arange(count, device=q.device)[:, None, None]
-    key = torch.arange(chunk + size, device=q.device)
-    query = block * size + torch.arange(size, device=q.device)[:, None]  # (blocks, size, 1): index among the new tokens
-    new_key = (block - 1) * chunk + key  # index among the new tokens, unless the key is a slot of the ring
-    in_ring = (block == 0) & (key < chunk)
-    chunk_start = (offset + query) // chunk * chunk - offset  # (B, blocks, size, 1); negative: inside the ring
-    allowed = torch.where(in_ring, (key < offset) & (chunk_start <= 0), (new_key <= query) & (new_key >= chunk_start))
-    out = softmax_product(batched_matmul(q, k.mT), allowed[:, None], v, dropout)
-    return _join(out, length, chunk, max_length)
+    length = q.shape[2]
+    q, k, v = (t[:, :, None] if plan.single else to_blocks(t, 2, chunk) for t in (q, k, v))  # (B, H, blocks, size, d)
+    if cache is not None:
+        k, v = _behind(cache.key, k, plan), _behind(cache.value, v, plan)  # (B, H, blocks, C + size, d)
+    out = softmax_product(batched_matmul(q, k.mT), plan.allowed, v, dropout)
+    return out[:, :, 0] if plan.single else from_blocks(out, 2, length)
 
 
-def _split(x: Tensor, chunk: int, max_length: int) -> Tensor:
-    """(B, H, L, d) -> (B, H, blocks, size, d): one block of L if no call is longer than a chunk, else blocks of C."""
-    return x[:, :, None] if max_length <= chunk else to_blocks(x, 2, chunk)
-
-
-def _join(x: Tensor, length: int, chunk: int, max_length: int) -> Tensor:
-    return x[:, :, 0] if max_length <= chunk else from_blocks(x, 2, length)
-
-
-def _behind(ring: Tensor, blocks: Tensor, max_length: int) -> Tensor:
+def _behind(ring: Tensor, blocks: Tensor, plan: PrefillPlan) -> Tensor:
     """Put before each block the C keys (or values) that precede it: the ring, or the block before."""
     previous = ring[:, :, None]
-    if max_length > ring.shape[2]:
+    if not plan.single:
         previous = torch.cat([previous, blocks[:, :, :-1]], dim=2)
     return torch.cat([previous, blocks], dim=3)
 
 
-def write_ring(ring: Tensor, new: Tensor, position: Tensor, lengths: Tensor, max_length: int) -> None:
-    """Write the last (up to C) of each row's `lengths` valid new tokens (B, H, L, d) into the ring, in place."""
-    chunk = ring.shape[2]
-    size = new.shape[2] if max_length <= chunk else chunk
-    if max_length > chunk:
-        new = F.pad(new, (0, 0, 0, chunk))  # so that a gather of C tokens is in range for any L
+def write_ring(ring: Tensor, new: Tensor, plan: PrefillPlan) -> None:
+    """Write the last (up to C) of each row's valid new tokens (B, H, L, d) into the ring (B, H, C, d), in place."""
+    if not plan.single:
+        new = F.pad(new, (0, 0, 0, ring.shape[2]))  # so that a gather of C tokens is in range for any L
     rows = torch.arange(ring.shape[0], device=ring.device)[:, None]
-    index = (lengths[:, None] - size).clamp(min=0) + torch.arange(size, device=ring.device)  # (B, size)
-    slots = (position[:, None] + index) % chunk  # distinct: size <= C
-    valid = (index < lengths[:, None])[:, :, None, None]
-    kept = torch.ops.aten.index(ring, [rows, None, slots])  # (B, size, H, d); the indexing syntax would add guards
-    taken = torch.ops.aten.index(new, [rows, None, index])
-    torch.ops.aten.index_put_(ring, [rows, None, slots], torch.where(valid, taken, kept))
+    # aten's index: the indexing syntax would add guards on the batch to an exported graph
+    kept = torch.ops.aten.index(ring, [rows, None, plan.ring_slots])  # (B, size, H, d)
+    taken = torch.ops.aten.index(new, [rows, None, plan.ring_index])
+    torch.ops.aten.index_put_(ring, [rows, None, plan.ring_slots], torch.where(plan.ring_valid, taken, kept))
 
 
 def attend_step(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, position: Tensor) -> Tensor:
@@ -157,32 +128,20 @@ class GatedAttention(nn.Module):
         self.beta = nn.Parameter(torch.zeros(2, z))
 
     def forward(
-        self,
-        x: Tensor,
-        lengths: Tensor,
-        position: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        cache: LayerCache | None,
-        max_length: int,
+        self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None
     ) -> tuple[Tensor, NormState, Tensor]:
         """x (B, L, D) -> x + h, new norm state, new EMA state. Key and value of the cache are updated in place."""
-        norm = self._norm_state(cache, x)
-        x_norm, norm = self.timenorm(x, lengths, position, norm, max_length)
-        y, ema = self.cema(x_norm, lengths, None if cache is None else cache.ema_state, max_length)
+        x_norm, norm = self.timenorm(x, plan, self._norm_state(cache, x))
+        y, ema = self.cema(x_norm, plan, None if cache is None else cache.ema_state)
         m, q, k, v = self._project(x_norm, y, rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, d)
-        dropout = self.attention_dropout if self.training else 0.0
-        if cache is None:
-            o = attend_fresh(q, k, v, self.chunk, max_length, dropout)
-        else:
-            o = attend_prefill(q, k, v, cache, position, max_length, dropout)
-            write_ring(cache.key, k.detach(), position, lengths, max_length)
-            write_ring(cache.value, v.detach(), position, lengths, max_length)
+        o = attend_prefill(q, k, v, plan, cache, self.chunk, self.attention_dropout if self.training else 0.0)
+        if cache is not None:
+            write_ring(cache.key, k.detach(), plan)
+            write_ring(cache.value, v.detach(), plan)
         return self._gate(x, m, o.transpose(1, 2)), norm, ema
 
-    def step(
-        self, x: Tensor, position: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache
-    ) -> tuple[Tensor, NormState, Tensor]:
+    def step(self, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> tuple[Tensor, NormState, Tensor]:
         """One token, x (B, D); otherwise as `forward`."""
         x_norm, norm = self.timenorm.step(x, position, NormState(cache.norm_mean, cache.norm_var))
         y, ema = self.cema.step(x_norm, cache.ema_state)
@@ -194,24 +153,16 @@ class GatedAttention(nn.Module):
             return self.timenorm.initial_state(x.shape[0], x.device)
         return NormState(cache.norm_mean, cache.norm_var)
 
-    def _project(
-        self, x_norm: Tensor, y: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(self, x_norm: Tensor, y: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """m (..., D) and per head q, k (..., H, dz), v (..., H, dv), from the norm's and the EMA's output."""
         m = self._drop(self.rmsnorm(y).to(x_norm.dtype), self.hidden_dropout)
         z = self.znorm(self.wz(m).unflatten(-1, (self.heads, -1)))  # (..., H, dz), accumulation dtype
         scale = (self.gamma.to(z.dtype) + 1) / math.sqrt(z.shape[-1])
-        cos, sin = (t[..., None, :] for t in rotary)
-        q, k = (
-            rotate(
-                z * scale[i].unflatten(0, (self.heads, -1)) + self.beta[i].to(z.dtype).unflatten(0, (self.heads, -1)),
-                cos,
-                sin,
-            )
-            for i in range(2)
-        )
+        scale, offset = (t.unflatten(-1, (self.heads, -1)) for t in (scale, self.beta.to(z.dtype)))  # (2, H, dz)
+        cos, sin = (t[..., None, None, :] for t in rotary)
+        q, k = rotate(z[..., None, :, :] * scale + offset, cos, sin).to(x_norm.dtype).unbind(-3)
         v = F.silu(self.wv(x_norm)).unflatten(-1, (self.heads, -1))
-        return m, q.to(x_norm.dtype), k.to(x_norm.dtype), v
+        return m, q, k, v
 
     def _gate(self, x: Tensor, m: Tensor, o: Tensor) -> Tensor:
         gated = self._drop(compact(o).flatten(-2) * F.silu(self.wr(m)), self.hidden_dropout)

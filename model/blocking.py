@@ -2,7 +2,7 @@
 
 With a symbolic length, a slice [:L] of a padded tensor and a broadcasting batched matmul each add a guard that some
 length or batch size breaks ("L != 1"); the forms here do not. Where a length is known to be a multiple of the block,
-nothing is padded or cut: `MegalodonModel.prefill` makes it so once, and the symbolic shapes of a whole graph stay short.
+nothing is padded or cut: `MegalodonModel.prefill` makes it so once, and the symbolic shapes of a graph stay short.
 """
 
 from __future__ import annotations

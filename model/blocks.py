@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import GatedAttention
+from .attention import GatedAttention, Rotary
 from .cache import LayerCache
 from .config import MegalodonConfig
 from .norm import LayerNorm, NormState
+from .plan import PrefillPlan
 
 
 class FeedForward(nn.Module):
@@ -46,21 +47,13 @@ class MegalodonBlock(nn.Module):
         self.ffn = FeedForward(config, layer)
 
     def forward(
-        self,
-        x: Tensor,
-        lengths: Tensor,
-        position: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        cache: LayerCache | None,
-        max_length: int,
+        self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None
     ) -> tuple[Tensor, NormState, Tensor]:
         """x (B, L, D) -> (B, L, D), and the layer's new norm and EMA state; key and value change in place."""
-        h, norm, ema = self.attn(x, lengths, position, rotary, cache, max_length)
+        h, norm, ema = self.attn(x, plan, rotary, cache)
         return self.ffn(h, x), norm, ema
 
-    def step(
-        self, x: Tensor, position: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache
-    ) -> tuple[Tensor, NormState, Tensor]:
+    def step(self, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> tuple[Tensor, NormState, Tensor]:
         """One token, x (B, D) -> (B, D); otherwise as `forward`."""
         h, norm, ema = self.attn.step(x, position, rotary, cache)
         return self.ffn(h, x), norm, ema

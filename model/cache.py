@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import MegalodonConfig
 
 
-def _tensor(dims: str, dtype: str, meaning: str, fill: float = 0.0) -> Any:
+def tensor_field(dims: str, dtype: str, meaning: str, fill: float = 0.0) -> Any:
     return field(metadata={"dims": tuple(dims.split()), "dtype": dtype, "meaning": meaning, "fill": fill})
 
 
@@ -24,20 +24,20 @@ def _tensor(dims: str, dtype: str, meaning: str, fill: float = 0.0) -> Any:
 class LayerCache:
     """State of one layer. `key` and `value` are rings: the token at position t sits in slot t mod C."""
 
-    key: Tensor = _tensor("B H C dz", "model", "rotated keys of the current chunk, slot t mod C")
-    value: Tensor = _tensor("B H C dv", "model", "values of the current chunk, slot t mod C")
-    ema_state: Tensor = _tensor("B D N 2", "float32", "complex EMA state (real, imaginary)")
-    norm_mean: Tensor = _tensor("B G", "float32", "running mean of the layer's TimestepNorm")
-    norm_var: Tensor = _tensor("B G", "float32", "running variance of the layer's TimestepNorm", fill=1.0)
+    key: Tensor = tensor_field("B H C dz", "model", "rotated keys of the current chunk, slot t mod C")
+    value: Tensor = tensor_field("B H C dv", "model", "values of the current chunk, slot t mod C")
+    ema_state: Tensor = tensor_field("B D N 2", "float32", "complex EMA state (real, imaginary)")
+    norm_mean: Tensor = tensor_field("B G", "float32", "running mean of the layer's TimestepNorm")
+    norm_var: Tensor = tensor_field("B G", "float32", "running variance of the layer's TimestepNorm", fill=1.0)
 
 
 @dataclass
 class FinalCache:
     """State that exists once: the final TimestepNorm, and the tokens seen, which is the count of every norm."""
 
-    norm_mean: Tensor = _tensor("B G", "float32", "running mean of the final TimestepNorm")
-    norm_var: Tensor = _tensor("B G", "float32", "running variance of the final TimestepNorm", fill=1.0)
-    position: Tensor = _tensor("B", "int64", "tokens seen, per row")
+    norm_mean: Tensor = tensor_field("B G", "float32", "running mean of the final TimestepNorm")
+    norm_var: Tensor = tensor_field("B G", "float32", "running variance of the final TimestepNorm", fill=1.0)
+    position: Tensor = tensor_field("B", "int64", "tokens seen, per row")
 
 
 @dataclass(frozen=True)

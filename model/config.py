@@ -66,8 +66,8 @@ class MegalodonConfig(PreTrainedConfig):
         foreign = [key for key in _MEGALODON_HF_KEYS if key in kwargs]
         if foreign:
             raise ValueError(
-                f"this config is megalodon-hf's (it has {', '.join(foreign)}), which computes other statistics under other "
-                "names; convert the checkpoint first: python -m megalodon_export convert megalodon-hf SRC DST"
+                f"this config is megalodon-hf's (it has {', '.join(foreign)}), which computes other statistics under "
+                "other names; convert the checkpoint first: python -m megalodon_export convert megalodon-hf SRC DST"
             )
         self.vocab_size = vocab_size
         self.model_dim = model_dim

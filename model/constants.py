@@ -1,4 +1,4 @@
-"""Tensors that depend on the weights alone: computed on the fly while training, held as buffers in an inference graph."""
+"""Tensors that depend on the weights alone: computed on the fly in training, held as buffers in an inference graph."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class DerivedConstants(nn.Module):
     """A module with constants derived from its parameters or its sizes.
 
-    `derive()` computes them, differentiably. `freeze_constants(model)` stores them as buffers of the submodule `frozen`,
-    from where `constants()` serves them; so an exported program holds them by name and never computes them.
+    `derive()` computes them, differentiably. `freeze_constants(model)` stores them as buffers of the submodule
+    `frozen`, from where `constants()` serves them; so an exported program holds them by name and never computes them.
     """
 
     def __init__(self) -> None:

@@ -25,8 +25,7 @@ from .blocking import first, from_blocks, to_blocks
 from .config import EMAForm
 from .constants import DerivedConstants
 from .norm import accumulation_dtype
-
-BLOCK = 32  # tokens per block; measured best of 16..128 on CPU and GPU
+from .plan import BLOCK, PrefillPlan
 
 
 def complex_mul(a: Tensor, b: Tensor) -> Tensor:
@@ -86,10 +85,10 @@ class ComplexEMA(DerivedConstants):
         y = (g_re * new_re - g_im * new_im).sum(-1) + c["omega"] * x
         return y, torch.stack([new_re, new_im], dim=-1)
 
-    def forward(self, x: Tensor, lengths: Tensor, state: Tensor | None, max_length: int) -> tuple[Tensor, Tensor]:
-        """Prefill: x (B, L, D), 0 from `lengths` (B) on; state (B, D, N, 2) or None (zero); L <= max_length.
+    def forward(self, x: Tensor, plan: PrefillPlan, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Prefill: x (B, L, D), 0 where not valid; state (B, D, N, 2) or None (zero).
 
-        Returns y (B, L, D) in the accumulation dtype and each row's state after its `lengths` tokens.
+        Returns y (B, L, D) in the accumulation dtype and the state after each row's last valid step.
         """
         c = self.constants()
         x = x.to(c["p"].dtype)
@@ -100,32 +99,32 @@ class ComplexEMA(DerivedConstants):
         count = padded.shape[1]
         blocks = padded.permute(3, 0, 1, 2).flatten(1, 2)  # (D, B*blocks, T)
 
-        exponents = torch.arange(BLOCK + 1, device=x.device)[:, None]
-        powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], exponents)  # (D, T+1, N, 2)
+        shifts = carry_shifts(plan.max_length)
+        exponents = torch.cat([torch.arange(BLOCK + 1), BLOCK * torch.tensor(shifts, dtype=torch.int64)]).to(x.device)
+        powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], exponents[:, None])
+        decays = powers[:, BLOCK + 1 :]  # of q over 1, 2, 4 ... blocks
         to_state = powers[:, :BLOCK].flip(1).flatten(2)  # (D, T, 2N)
         added = torch.bmm(blocks, to_state).unflatten(-1, (self.ndim, 2)) * c["p"][:, None, :, None]
-        carried = self._carry(added.unflatten(1, (batch, count)), state, c, max_length)  # (D, B, blocks, N, 2)
+        # State at the start of every block: prefix sums of what blocks add, decayed by q^T a block, by doubling.
+        carried = torch.cat([state.transpose(0, 1)[:, :, None], added.unflatten(1, (batch, count))[:, :, :-1]], dim=2)
+        for i, shift in enumerate(shifts):
+            earlier = first(F.pad(carried, (0, 0, 0, 0, shift, 0)), 2, count)
+            carried = carried + complex_mul(earlier, decays[:, None, None, i])
 
-        from_state = complex_mul(powers[:, 1:], c["gamma"][:, None])  # Re(g q^(t+1) h) = re * h_re - im * h_im
-        from_state = torch.stack([from_state[..., 0], -from_state[..., 1]], dim=-1).flatten(2).mT  # (D, 2N, T)
+        from_state = real_part_weights(complex_mul(powers[:, 1 : BLOCK + 1], c["gamma"][:, None]))  # (D, 2N, T)
         if self.form == "blocked":
             y = torch.baddbmm(torch.bmm(blocks, toeplitz(c["kernel"])), carried.flatten(1, 2).flatten(2), from_state)
             y = from_blocks(y.unflatten(1, (batch, count)).permute(1, 2, 3, 0), 1, length)
         else:
             y = self._convolve(x, state, powers, from_state, c)
-        return y, self._final_state(padded.flatten(1, 2), lengths, carried, powers, to_state, c)
 
-    def _carry(self, added: Tensor, state: Tensor, c: dict[str, Tensor], max_length: int) -> Tensor:
-        """State at the start of every block: prefix sums of what blocks add, decayed by q^T a block, by doubling."""
-        count = added.shape[2]
-        carried = torch.cat([state.transpose(0, 1)[:, :, None], added[:, :, :-1]], dim=2)
-        shift = 1
-        while shift * BLOCK < max_length:
-            decay = powers_of_q(c["log_magnitude"], c["turns"], c["turns"].new_tensor(shift * BLOCK))
-            earlier = first(F.pad(carried, (0, 0, 0, 0, shift, 0)), 2, count)
-            carried = carried + complex_mul(earlier, decay[:, None, None])
-            shift *= 2
-        return carried
+        # Each row's own last state: from the start of its last block, over that block's valid tokens.
+        rows = torch.arange(batch, device=x.device)
+        tail = torch.where(plan.tail_valid, padded.flatten(1, 2)[rows[:, None], plan.tail_index], 0.0)  # (B, T, D)
+        added = torch.bmm(tail.permute(2, 0, 1), to_state).unflatten(-1, (self.ndim, 2)) * c["p"][:, None, :, None]
+        start = carried[:, rows, plan.last_block]  # (D, B, N, 2)
+        last = complex_mul(powers.index_select(1, plan.last_steps), start) + added
+        return y, last.transpose(0, 1)
 
     def _convolve(self, x: Tensor, state: Tensor, powers: Tensor, from_state: Tensor, c: dict[str, Tensor]) -> Tensor:
         """y by FFT of size 2L: the kernel over the whole length, and what the incoming state adds, in two levels."""
@@ -133,8 +132,7 @@ class ComplexEMA(DerivedConstants):
         count = (length + BLOCK - 1) // BLOCK
         starts = torch.arange(count, device=x.device)[:, None] * BLOCK
         starts = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], starts)  # q^(T b): (D, blocks, N, 2)
-        gamma_powers = complex_mul(powers[:, :BLOCK], c["gamma"][:, None])
-        gamma_powers = torch.stack([gamma_powers[..., 0], -gamma_powers[..., 1]], dim=-1).flatten(2).mT
+        gamma_powers = real_part_weights(complex_mul(powers[:, :BLOCK], c["gamma"][:, None]))
         kernel = torch.bmm((starts * c["p"][:, None, :, None]).flatten(2), gamma_powers)
         kernel = from_blocks(kernel, 1, length)
         size = 2 * length
@@ -144,20 +142,18 @@ class ComplexEMA(DerivedConstants):
         incoming = torch.bmm(decayed.flatten(1, 2).flatten(2), from_state).unflatten(1, (batch, count))
         return y + from_blocks(incoming.permute(1, 2, 3, 0), 1, length) + c["omega"] * x
 
-    def _final_state(
-        self, padded: Tensor, lengths: Tensor, carried: Tensor, powers: Tensor, to_state: Tensor, c: dict[str, Tensor]
-    ) -> Tensor:
-        """Each row's state after its own length: the state its last block starts from, and that block's valid tokens."""
-        last = (lengths - 1).clamp(min=0) // BLOCK  # (B)
-        rest = lengths - last * BLOCK  # tokens of the last block, 0..T
-        rows = torch.arange(lengths.shape[0], device=lengths.device)
-        offsets = torch.arange(BLOCK, device=lengths.device) - BLOCK  # the T tokens that end at `lengths`
-        index = (lengths[:, None] + offsets).clamp(min=0)
-        inside = (rest[:, None] + offsets >= 0)[:, :, None]
-        tail = torch.where(inside, padded[rows[:, None], index], 0.0)  # (B, T, D)
-        added = torch.bmm(tail.permute(2, 0, 1), to_state).unflatten(-1, (self.ndim, 2)) * c["p"][:, None, :, None]
-        start = carried[:, rows, last]  # (D, B, N, 2)
-        return (complex_mul(powers.index_select(1, rest), start) + added).transpose(0, 1)
+
+def carry_shifts(max_length: int) -> list[int]:
+    """1, 2, 4 ... below the number of blocks of a length: the steps of the prefix sum over blocks."""
+    shifts = [1]
+    while shifts[-1] * 2 * BLOCK < max_length:
+        shifts.append(shifts[-1] * 2)
+    return shifts if max_length > BLOCK else []
+
+
+def real_part_weights(coefficients: Tensor) -> Tensor:
+    """Coefficients g (D, T, N, 2) -> (D, 2N, T), which times a state (2N) gives Re(sum_n g h)."""
+    return torch.stack([coefficients[..., 0], -coefficients[..., 1]], dim=-1).flatten(2).mT
 
 
 def toeplitz(kernel: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention import GatedAttention, RotaryTable
-from .blocks import FeedForward, MegalodonBlock
 from .blocking import first, padding_to
+from .blocks import FeedForward, MegalodonBlock
 from .cache import MegalodonCache, copy_in_place
 from .config import MegalodonConfig
 from .constants import unfreeze_constants
-from .ema import BLOCK, ComplexEMA
+from .ema import ComplexEMA
 from .norm import NormState, TimestepNorm
+from .plan import BLOCK, PrefillPlan
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -28,8 +29,8 @@ def check_dtype(dtype: torch.dtype) -> None:
     """TypeError unless the model can run in `dtype`."""
     if dtype not in SUPPORTED_DTYPES:
         raise TypeError(
-            f"Megalodon does not run in {str(dtype).removeprefix('torch.')}: its running statistics and products overflow "
-            "or lose precision there; load it with dtype=torch.bfloat16 or torch.float32 (float64 for tests)"
+            f"Megalodon does not run in {str(dtype).removeprefix('torch.')}: its running statistics and products "
+            "overflow or lose precision there; load it with dtype=torch.bfloat16 or torch.float32 (float64 for tests)"
         )
 
 
@@ -106,20 +107,20 @@ class MegalodonModel(MegalodonPreTrainedModel):
         max_length = (max_length or length) + padding_to(max_length or length, BLOCK)
         token_ids = F.pad(token_ids, (0, padding_to(length, BLOCK)))  # once, so that no layer has to
         position = torch.zeros_like(lengths) if cache is None else cache.position
-        steps = torch.arange(token_ids.shape[1], device=token_ids.device)
-        rotary = self.rotary(position[:, None] + steps)
+        rotary = self.rotary(position[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device))
+        plan = PrefillPlan.of(
+            lengths, position, token_ids.shape[1], self.config.chunk_size, max_length, cached=cache is not None
+        )
         x = self._embed(token_ids)  # (B, L, D)
         states = []
         for i, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[i]
-            x, norm, ema = layer(x, lengths, position, rotary, layer_cache, max_length)
+            x, norm, ema = layer(x, plan, rotary, None if cache is None else cache.layers[i])
             states.append((ema, *norm))
-        final = (
-            self.norm.initial_state(x.shape[0], x.device)
-            if cache is None
-            else NormState(cache.final.norm_mean, cache.final.norm_var)
-        )
-        x, final = self.norm(x, lengths, position, final, max_length)
+        if cache is None:
+            final = self.norm.initial_state(x.shape[0], x.device)
+        else:
+            final = NormState(cache.final.norm_mean, cache.final.norm_var)
+        x, final = self.norm(x, plan, final)
         if cache is not None:
             _store(cache, states, final, position + lengths)
         return first(x, 1, length)

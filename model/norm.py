@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .blocking import compact, from_blocks, to_blocks
 from .config import NormStatistics
+from .plan import BLOCK, PrefillPlan
 
-_PREFIX_BLOCK = 32
 _HF_VARIANCE_FLOOR = 1e-6
 
 
@@ -33,12 +33,12 @@ def prefix_sum(x: Tensor, max_length: int) -> Tensor:
     Not torch.cumsum: on a GPU, Inductor cannot compile a scan over a middle dimension (SplitScan), and ONNX Runtime's
     takes O(L^2).
     """
-    if max_length <= _PREFIX_BLOCK:
+    if max_length <= BLOCK:
         return _lower_product(x)
-    blocks = to_blocks(x, 1, _PREFIX_BLOCK)  # (B, blocks, 32, K)
+    blocks = to_blocks(x, 1, BLOCK)  # (B, blocks, 32, K)
     inside = _lower_product(blocks)
     totals = inside[:, :, -1]
-    before = prefix_sum(totals, -(-max_length // _PREFIX_BLOCK)) - totals
+    before = prefix_sum(totals, -(-max_length // BLOCK)) - totals
     return from_blocks(inside + before[:, :, None], 1, x.shape[1])
 
 
@@ -52,8 +52,8 @@ def _lower_product(x: Tensor) -> Tensor:
 class TimestepNorm(nn.Module):
     """Normalises each of G groups of features by the mean and variance of all that the group has seen so far.
 
-    `statistics` "megalodon": within-group and between-step variance, no prior. "megalodon-hf": the variance of the group
-    means alone with a prior m2 of 1 and a floor of 1e-6. Always affine, the scale is weight + 1.
+    `statistics` "megalodon": within-group and between-step variance, no prior. "megalodon-hf": the variance of the
+    group means alone with a prior m2 of 1 and a floor of 1e-6. Always affine, the scale is weight + 1.
     """
 
     def __init__(self, dim: int, groups: int, eps: float, statistics: NormStatistics) -> None:
@@ -68,42 +68,38 @@ class TimestepNorm(nn.Module):
         dtype = accumulation_dtype(self.weight.dtype)
         return NormState(torch.zeros(shape, dtype=dtype, device=device), torch.ones(shape, dtype=dtype, device=device))
 
-    def forward(
-        self, x: Tensor, lengths: Tensor, position: Tensor, state: NormState, max_length: int
-    ) -> tuple[Tensor, NormState]:
-        """Normalise x (B, L, D) from `position` (B) tokens on; the first `lengths` (B) steps of each row are valid.
+    def forward(self, x: Tensor, plan: PrefillPlan, state: NormState) -> tuple[Tensor, NormState]:
+        """Normalise x (B, L, D) by the plan's positions and lengths.
 
         Returns (B, L, D), exactly 0 where not valid, and the statistics after each row's last valid step.
         Sums run in float64: the statistics of step t are sums over all steps before it.
         """
+        hf = self.statistics == "megalodon-hf"
         grouped = x.unflatten(-1, (self.groups, -1)).to(accumulation_dtype(x.dtype))  # (B, L, G, D/G)
-        mu, var = self._moments(grouped)  # (B, L, G)
-        mu, var = mu.double(), var.double()
-        taken = torch.arange(1, x.shape[1] + 1, device=x.device)  # steps summed at each step, itself included
-        mask = (taken <= lengths[:, None])[:, :, None]
-        steps = torch.cat([mu, mu * mu if self.statistics == "megalodon-hf" else var + mu * mu], dim=-1) * mask
-        first, second = prefix_sum(steps, max_length).chunk(2, dim=-1)
+        var, mu = (t.double() for t in torch.var_mean(grouped, dim=-1, correction=0))  # (B, L, G)
+        moments = torch.cat([mu, mu * mu if hf else var + mu * mu], dim=-1)
+        first, second = prefix_sum(moments * plan.valid, plan.max_length).chunk(2, dim=-1)
 
-        count = position.double()[:, None, None]
+        count = plan.position.double()[:, None, None]
+        seen = plan.seen.clamp(min=1)
         mean_in, var_in = (s.double()[:, None] for s in state)
-        seen = (count + torch.minimum(taken, lengths[:, None])[:, :, None]).clamp(min=1)
         mean = (count * mean_in + first) / seen
-        prior = count.clamp(min=1) if self.statistics == "megalodon-hf" else count
+        prior = count.clamp(min=1) if hf else count
         variance = (prior * var_in + count * mean_in * mean_in + second) / seen - mean * mean
-        variance = variance.clamp(min=_HF_VARIANCE_FLOOR if self.statistics == "megalodon-hf" else 0.0)
+        variance = variance.clamp(min=_HF_VARIANCE_FLOOR if hf else 0.0)
 
-        started = lengths[:, None] > 0  # a row without a valid step keeps its statistics
+        started = plan.lengths[:, None] > 0  # a row without a valid step keeps its statistics
         state = NormState(
             torch.where(started, mean[:, -1].to(state.mean.dtype), state.mean),
             torch.where(started, variance[:, -1].to(state.var.dtype), state.var),
         )
         y = self._affine(grouped, mean.to(grouped.dtype), variance.to(grouped.dtype), x.dtype)
-        return torch.where(mask, y, 0.0), state
+        return torch.where(plan.valid, y, 0.0), state
 
     def step(self, x: Tensor, position: Tensor, state: NormState) -> tuple[Tensor, NormState]:
         """Normalise one step x (B, D); the same numbers as `forward` with L = 1, by Welford's update."""
         grouped = x.unflatten(-1, (self.groups, -1)).to(accumulation_dtype(x.dtype))  # (B, G, D/G)
-        mu, var = self._moments(grouped)
+        var, mu = torch.var_mean(grouped, dim=-1, correction=0)
         count = position.to(grouped.dtype)[:, None]
         share = 1 / (count + 1)
         delta = mu - state.mean
@@ -115,17 +111,13 @@ class TimestepNorm(nn.Module):
             variance = (count * state.var + var + between) * share
         return self._affine(grouped, mean, variance, x.dtype), NormState(mean, variance)
 
-    def _moments(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
-        mu = grouped.mean(-1)
-        return mu, (grouped - mu[..., None]).square().mean(-1)
-
     def _affine(self, grouped: Tensor, mean: Tensor, variance: Tensor, dtype: torch.dtype) -> Tensor:
         y = (grouped - mean[..., None]) * torch.rsqrt(variance[..., None] + self.eps)
         return (y.flatten(-2) * (self.weight.to(y.dtype) + 1) + self.bias.to(y.dtype)).to(dtype)
 
 
 class RMSNorm(nn.Module):
-    """x over its root mean square, times weight + 1; without affine when `dim` is None. Computed in float32 or better."""
+    """x over its root mean square, times weight + 1 (no affine if `dim` is None), computed in float32 or better."""
 
     def __init__(self, dim: int | None, eps: float) -> None:
         super().__init__()

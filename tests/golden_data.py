@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megalodon_export.model import MegalodonConfig
 from megalodon_export.model.convert import convert_megalodon_hf, convert_upstream
+from megalodon_export.model.plan import PrefillPlan
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -90,3 +91,17 @@ def assert_gradients(inputs: dict[str, Tensor], expected: dict[str, Tensor], tol
         actual = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         error = (actual - expected[name].view_as(actual)).abs().max()
         assert error <= tolerance * max(expected[name].abs().max().item(), 1.0), name
+
+
+def plan_of(
+    x: Tensor,
+    lengths: Tensor | None = None,
+    position: Tensor | None = None,
+    bound: int = 0,
+    chunk: int = 8,
+    cached: bool = False,
+) -> PrefillPlan:
+    """The plan of a prefill of x (B, L, ...): all valid from position 0 unless told otherwise."""
+    lengths = full(x) if lengths is None else lengths
+    position = torch.zeros_like(lengths) if position is None else position
+    return PrefillPlan.of(lengths, position, x.shape[1], chunk, max(bound, x.shape[1]), cached)

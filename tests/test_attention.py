@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from golden_data import assert_gradients, full, halves, leaves, load, under
+from golden_data import assert_gradients, halves, leaves, load, plan_of, under
 from torch import Tensor
 
 from megalodon_export.model import MegalodonCache, MegalodonConfig
 from megalodon_export.model.attention import (
     GatedAttention,
     RotaryTable,
-    attend_fresh,
     attend_prefill,
     attend_step,
     write_ring,
@@ -47,7 +46,8 @@ def random_heads(length: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_fresh_attention(chunk: int, bound: int) -> None:
     for length in (1, chunk, chunk + 1, 4 * chunk - 1, 4 * chunk):
         q, k, v = random_heads(length)
-        out = attend_fresh(q, k, v, chunk, max(length, bound), 0.0)
+        plan = plan_of(q.transpose(1, 2), bound=bound, chunk=chunk)
+        out = attend_prefill(q, k, v, plan, None, chunk)
         for row in range(3):
             for head in range(2):
                 expected = attend_slowly(q[row, head], k[row, head], v[row, head], chunk)
@@ -74,10 +74,10 @@ def test_attention_in_pieces_of_any_length(chunk: int, bound: int) -> None:
         length = max(int(lengths.max()), 1)
         index = (position[:, None] + torch.arange(length)).clamp(max=total - 1)[:, None, :, None].expand(-1, 2, -1, -1)
         piece = [t.gather(2, index.expand(-1, -1, -1, t.shape[3])) for t in (q, k, v)]
-        limit = max(length, bound)
-        out = attend_prefill(*piece, cache, position, limit, 0.0)
-        write_ring(cache.key, piece[1], position, lengths, limit)
-        write_ring(cache.value, piece[2], position, lengths, limit)
+        plan = plan_of(piece[0].transpose(1, 2), lengths, position, bound, chunk, cached=True)
+        out = attend_prefill(*piece, plan, cache, chunk)
+        write_ring(cache.key, piece[1], plan)
+        write_ring(cache.value, piece[2], plan)
         for row, valid in enumerate(lengths.tolist()):
             start = int(position[row])
             assert torch.allclose(out[row, :, :valid], expected[row, :, start : start + valid], atol=1e-12)
@@ -124,7 +124,8 @@ def run_attention(
         out, norm, ema = module.step(x[:, 0], position, tuple(t[:, 0] for t in rotary), cache)
         out = out[:, None]
     else:
-        out, norm, ema = module(x, full(x), position, rotary, cache, x.shape[1])
+        plan = plan_of(x, None, position, chunk=config.chunk_size, cached=cache is not None)
+        out, norm, ema = module(x, plan, rotary, cache)
     if cache is not None:
         copy_in_place((cache.norm_mean, cache.norm_var, cache.ema_state), (*norm, ema))
     return out

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_data import assert_gradients, full, halves, leaves, load, relative_error, under
+from golden_data import assert_gradients, full, halves, leaves, load, plan_of, relative_error, under
 from torch import Tensor
 from torch.func import functional_call
 
@@ -44,7 +44,7 @@ def run_given(module: ComplexEMA, given: dict[str, Tensor], x: Tensor, state: Te
     if state is not None:
         state = (state / share[..., None]).flatten(1, 2)[:, :, None]
     x = x.repeat_interleave(ndim, dim=2)
-    y, last = functional_call(module, parameters, (x, full(x), state, x.shape[1]))
+    y, last = functional_call(module, parameters, (x, plan_of(x), state))
     return y.unflatten(-1, (dim, ndim)).sum(-1), last.view(-1, dim, ndim, 2) * share[..., None]
 
 
@@ -95,7 +95,7 @@ def test_ema_module_and_gradients(name: str, start: str, form: str) -> None:
     module = make_cema(tensors, form)
     inputs = leaves({"x": tensors["in.x"], **({"hx": tensors["in.hx"]} if start == "hx" else {})})
     x = inputs["x"].mT
-    y, last = module(x, full(x), inputs.get("hx"), x.shape[1])
+    y, last = module(x, plan_of(x), inputs.get("hx"))
     golden = under(tensors, f"{start}.")
     assert relative_error(y.mT, golden["out.y"]) < 1e-5
     assert relative_error(last, golden["out.h"]) < 1e-5
@@ -118,7 +118,7 @@ def test_ema_stream(name: str, form: str) -> None:
             y, state = module.step(x[:, start], state)
             y = y[:, None]
         else:
-            y, state = module(x[:, start:end], full(x[:, start:end]), state, end - start)
+            y, state = module(x[:, start:end], plan_of(x[:, start:end]), state)
         outputs.append(y.detach())
     assert relative_error(torch.cat(outputs, dim=1).mT, tensors["stream.out.y"]) < 1e-5
     assert relative_error(state, tensors["stream.out.h"]) < 1e-5
@@ -135,7 +135,7 @@ def test_ema_prefill_is_its_recurrence(length: int, bound: int, form: str) -> No
     lengths = torch.tensor([length, length // 2, 0])
     x = torch.where((torch.arange(length) < lengths[:, None])[:, :, None], x, 0.0)
     with torch.no_grad():
-        y, last = module(x, lengths, state, bound)
+        y, last = module(x, plan_of(x, lengths, bound=bound), state)
         for row, valid in enumerate(lengths.tolist()):
             h = state[row : row + 1]
             for t in range(valid):
@@ -172,7 +172,7 @@ def test_timestep_norm(case: dict[str, Any]) -> None:
     x = inputs["x"]
     lengths = (~golden["in.padding_mask"]).sum(1) if "in.padding_mask" in golden else full(x)
     state = NormState(inputs["prev_mean"], inputs["prev_var"])
-    y, new = norm(x, lengths, golden["in.prev_count"], state, x.shape[1])
+    y, new = norm(x, plan_of(x, lengths, golden["in.prev_count"]), state)
     assert (y - golden["out.y"]).abs().max() < tolerance * golden["out.y"].abs().max()
     assert (y[golden["out.y"] == 0] == 0).all()
     assert relative_error(new.mean, golden["out.mean"]) < tolerance
@@ -193,7 +193,7 @@ def test_timestep_norm_step_is_its_prefill(statistics: str) -> None:
     torch.nn.init.normal_(norm.weight)
     x = 3 + torch.randn(2, 150, 12).double()
     state = norm.initial_state(2, x.device)
-    whole, last = norm(x, full(x), torch.zeros(2, dtype=torch.int64), state, 150)
+    whole, last = norm(x, plan_of(x), state)
     for t in range(150):
         y, state = norm.step(x[:, t], torch.full((2,), t), state)
         assert (y - whole[:, t]).abs().max() < 1e-10
@@ -205,9 +205,9 @@ def test_timestep_norm_keeps_its_accuracy_far_from_zero() -> None:
     torch.manual_seed(0)
     x = 100 + torch.randn(1, 4096, 8)
     single, double = (TimestepNorm(8, 2, 1e-5, "megalodon").to(d) for d in (torch.float32, torch.float64))
-    arguments = full(x), torch.zeros(1, dtype=torch.int64)
-    y = single(x, *arguments, single.initial_state(1, x.device), 4096)[0]
-    expected = double(x.double(), *arguments, double.initial_state(1, x.device), 4096)[0]
+    plan = plan_of(x)
+    y = single(x, plan, single.initial_state(1, x.device))[0]
+    expected = double(x.double(), plan, double.initial_state(1, x.device))[0]
     assert (y - expected).abs().max() < 1e-4
 
 

@@ -1,0 +1,158 @@
+"""AOTInductor: both programs compiled to shared libraries without weights, and packed into one .pt2.
+
+Each program is compiled in a process of its own (`python -m megalodon_export.exporters.aoti REQUEST`): the two run
+side by side, and a compiler crash is an error message. Neither holds weights: a runtime binds every constant by name,
+once for both.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..model import MegalodonForCausalLM, freeze_constants
+from .programs import DECODE, PREFILL, Limits, export_program
+
+PACKAGE = "model.pt2"
+
+
+class CompileError(Exception):
+    """A program could not be exported or compiled; the message ends with the compiler's own words."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One compilation: which program of which checkpoint, for which machine, to where."""
+
+    checkpoint: str
+    program: str
+    device: str
+    dtype: str
+    limits: Limits
+    all_logits: bool
+    portable: bool
+    directory: str
+
+
+def inductor_options(request: Request) -> dict[str, Any]:
+    """What AOTInductor is told, and why."""
+    options: dict[str, Any] = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,  # weights stay in model.safetensors, one copy for both programs
+        "aot_inductor.check_lowerbound": False,  # with the check, a program refuses batch 1
+        "aot_inductor.model_name_for_generated_files": request.program,
+        "cpp.dynamic_threads": True,  # else the number of threads of this machine is compiled in
+    }
+    if request.portable:
+        options |= {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
+    return options
+
+
+def compile_program(request: Request) -> list[str]:
+    """Export and compile one program in this process; the files AOTInductor made, without sources."""
+    model = MegalodonForCausalLM.from_pretrained(request.checkpoint, dtype=getattr(torch, request.dtype))
+    model = model.eval().requires_grad_(False).to(request.device)
+    freeze_constants(model)
+    exported = export_program(model, request.program, request.limits, request.all_logits)
+    with torch.no_grad():
+        files = torch._inductor.aot_compile(
+            exported.module(), *exported.example_inputs, options=inductor_options(request)
+        )
+    # Sources name paths of the build machine, and a loader that misses the library would try to compile them.
+    return [str(file) for file in files if not str(file).endswith((".cpp", ".h", ".hpp"))]
+
+
+def build(
+    checkpoint: Path,
+    directory: Path,
+    device: str,
+    dtype: str,
+    limits: Limits,
+    report: Callable[[str], None],
+    all_logits: bool = False,
+    portable: bool = False,
+) -> dict[str, Any]:
+    """Compile both programs of a checkpoint into `directory` (model.pt2, prefill.so, decode.so).
+
+    Returns the manifest's entry about them: target machine, limits, files. CompileError if a compilation fails.
+    """
+    from torch.export.pt2_archive._package import package_pt2
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="megalodon-export-") as scratch:
+        requests = [
+            Request(str(checkpoint), name, device, dtype, limits, all_logits, portable, f"{scratch}/{name}")
+            for name in (PREFILL, DECODE)
+        ]
+        files = _compile_side_by_side(requests, report)
+        package_pt2(str(directory / PACKAGE), aoti_files={name: list(paths) for name, paths in files.items()})
+        for name, paths in files.items():
+            for path in paths:
+                if path.endswith((".so", ".cubin")):
+                    suffix = Path(path).suffix
+                    shutil.copyfile(path, directory / (f"{name}.so" if suffix == ".so" else Path(path).name))
+    return {
+        "target": target(device, portable),
+        "limits": asdict(limits),
+        "package": PACKAGE,
+        "libraries": {name: f"{name}.so" for name in files},
+        "all_logits": all_logits,
+    }
+
+
+def target(device: str, portable: bool) -> dict[str, str]:
+    """What a machine needs to run programs compiled here: device kind, and instruction set or GPU architecture."""
+    if torch.device(device).type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return {"device": "cuda", "architecture": f"sm_{major}{minor}"}
+    isa = "AVX2" if portable else torch.backends.cpu.get_cpu_capability()
+    return {"device": "cpu", "architecture": platform.machine(), "instruction_set": isa}
+
+
+def _compile_side_by_side(requests: list[Request], report: Callable[[str], None]) -> dict[str, list[str]]:
+    workers = []
+    for request in requests:
+        report(f"exporting and compiling {request.program} for {request.device}")
+        Path(request.directory).mkdir()
+        command = [sys.executable, "-m", __name__, json.dumps(asdict(request))]
+        log = open(f"{request.directory}/log", "w+")  # noqa: SIM115 - closed below, after the worker
+        workers.append((request, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log))
+    files = {}
+    try:
+        for request, worker, log in workers:
+            if worker.wait():
+                log.seek(0)
+                raise CompileError(
+                    f"{request.program} could not be compiled for {request.device} (exit status {worker.returncode}); "
+                    f"`megalodon-export doctor` checks the compiler. The end of its log:\n{log.read()[-3000:]}"
+                )
+            files[request.program] = json.loads(Path(request.directory, "files.json").read_text())
+            report(f"compiled {request.program}")
+    finally:
+        for _, worker, log in workers:
+            worker.kill()
+            worker.wait()
+            log.close()
+    return files
+
+
+def main() -> None:
+    """The worker: compile what the request says, list the files in files.json."""
+    request = json.loads(sys.argv[1])
+    request["limits"] = Limits(**request["limits"])
+    parsed = Request(**request)
+    Path(parsed.directory, "files.json").write_text(json.dumps(compile_program(parsed)))
+
+
+if __name__ == "__main__":
+    main()
