@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from ..model import MegalodonForCausalLM, freeze_constants
 from .programs import DECODE, PREFILL, Limits, export_program
 
 PACKAGE = "model.pt2"
+PORTABLE_FEATURES = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "popcnt", "sse4_1", "sse4_2", "ssse3")
+_FEATURE_PREFIXES = (*("avx", "amx", "bmi", "f16c", "fma", "movbe", "popcnt", "sse", "ssse3"), "asimd", "sve", "bf16")
 
 
 class CompileError(Exception):
@@ -110,13 +112,32 @@ def build(
     }
 
 
-def target(device: str, portable: bool) -> dict[str, str]:
-    """What a machine needs to run programs compiled here: device kind, and instruction set or GPU architecture."""
+def constant_names(package: Path, programs: Iterable[str]) -> dict[str, list[str]]:
+    """The names of the constants that each program of a package wants bound."""
+    from torch._C._aoti import AOTIModelPackageLoader
+
+    return {
+        name: AOTIModelPackageLoader(str(package), name, True, 1, -1).get_constant_fqns() for name in programs
+    }
+
+
+def target(device: str, portable: bool) -> dict[str, Any]:
+    """What a machine needs to run programs compiled here: device kind, and CPU features or GPU architecture."""
     if torch.device(device).type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return {"device": "cuda", "architecture": f"sm_{major}{minor}"}
-    isa = "AVX2" if portable else torch.backends.cpu.get_cpu_capability()
-    return {"device": "cpu", "architecture": platform.machine(), "instruction_set": isa}
+    features = sorted(set(cpu_features()) & set(PORTABLE_FEATURES)) if portable else cpu_features()
+    return {"device": "cpu", "architecture": platform.machine(), "cpu_features": features}
+
+
+def cpu_features() -> list[str]:
+    """Instruction-set extensions of this CPU that a compiler may use (`-march=native`); empty where unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return sorted(flag for flag in flags if flag.startswith(_FEATURE_PREFIXES))
 
 
 def _compile_side_by_side(requests: list[Request], report: Callable[[str], None]) -> dict[str, list[str]]:

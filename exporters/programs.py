@@ -110,6 +110,7 @@ class PrefillProgram(nn.Module):
 
     def forward(self, token_ids: Tensor, lengths: Tensor, cache: list[Tensor]) -> Tensor:
         """One call of the program."""
+        torch._check(token_ids.shape[1] % BLOCK == 0)  # known to the tracer, it keeps padding out of every shape
         state = MegalodonCache.from_tensors(self.model.config, cache)
         return self.model.prefill(token_ids, lengths, state, self.max_length, self.all_logits)
 

@@ -158,9 +158,9 @@ class GatedAttention(nn.Module):
         m = self._drop(self.rmsnorm(y).to(x_norm.dtype), self.hidden_dropout)
         z = self.znorm(self.wz(m).unflatten(-1, (self.heads, -1)))  # (..., H, dz), accumulation dtype
         scale = (self.gamma.to(z.dtype) + 1) / math.sqrt(z.shape[-1])
-        scale, offset = (t.unflatten(-1, (self.heads, -1)) for t in (scale, self.beta.to(z.dtype)))  # (2, H, dz)
-        cos, sin = (t[..., None, None, :] for t in rotary)
-        q, k = rotate(z[..., None, :, :] * scale + offset, cos, sin).to(x_norm.dtype).unbind(-3)
+        rows = (2, *[1] * (z.dim() - 2), self.heads, z.shape[-1])  # query and key first, so that each is contiguous
+        cos, sin = (t[..., None, :] for t in rotary)
+        q, k = rotate(z * scale.view(rows) + self.beta.to(z.dtype).view(rows), cos, sin).to(x_norm.dtype)
         v = F.silu(self.wv(x_norm)).unflatten(-1, (self.heads, -1))
         return m, q, k, v
 

@@ -15,13 +15,13 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 def padding_to(length: int, size: int) -> int:
     """How much is missing to the next multiple of `size`."""
-    return -length % size
+    return 0 if guard_or_false(length % size == 0) else (size - length % size) % size
 
 
 def to_blocks(x: Tensor, dim: int, size: int) -> Tensor:
     """Split dimension `dim` of length L into (ceil(L / size), size), zero-padded at the end."""
     missing = padding_to(x.shape[dim], size)
-    if not guard_or_false(missing == 0):
+    if not isinstance(missing, int) or missing:  # a symbolic amount is not known to be 0
         x = F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing])
     return x.unflatten(dim, (x.shape[dim] // size, size))
 

@@ -67,6 +67,11 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)
 
+    @property
+    def dtype_of_weights(self) -> torch.dtype:
+        """The dtype of everything but the complex EMA's parameters, which stay in float32."""
+        return self.get_input_embeddings().weight.dtype
+
     def train(self, mode: bool = True) -> MegalodonPreTrainedModel:
         """As nn.Module.train; leaving inference drops frozen constants, which would go stale."""
         if mode:
@@ -102,7 +107,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         and after a row's length are 0. A length of 0 leaves the row's cache as it is. `max_length` bounds L where L is
         symbolic (torch.compile, torch.export): it decides what is static in the graph.
         """
-        check_dtype(self.embed.weight.dtype)
+        check_dtype(self.dtype_of_weights)
         length = token_ids.shape[1]
         max_length = (max_length or length) + padding_to(max_length or length, BLOCK)
         token_ids = F.pad(token_ids, (0, padding_to(length, BLOCK)))  # once, so that no layer has to
@@ -127,7 +132,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
 
     def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """Run one token of each row, token_ids (B) -> hidden states (B, D); the cache is updated in place."""
-        check_dtype(self.embed.weight.dtype)
+        check_dtype(self.dtype_of_weights)
         position = cache.position
         rotary = self.rotary(position)
         x = self._embed(token_ids)  # (B, D)
@@ -153,7 +158,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         cache = past_key_values
         if cache is None and use_cache:
-            cache = MegalodonCache.allocate(self.config, input_ids.shape[0], self.embed.weight.dtype, self.device)
+            cache = MegalodonCache.allocate(self.config, input_ids.shape[0], self.dtype_of_weights, self.device)
         if cache is not None and past_key_values is not None and input_ids.shape[1] == 1 and lengths is None:
             hidden = self.decode(input_ids[:, 0], cache)[:, None]
         else:
@@ -198,7 +203,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
 
     def new_cache(self, batch: int) -> MegalodonCache:
         """A fresh cache for `batch` streams, in the model's dtype and on its device."""
-        return MegalodonCache.allocate(self.config, batch, self.model.embed.weight.dtype, self.device)
+        return MegalodonCache.allocate(self.config, batch, self.dtype_of_weights, self.device)
 
     def prefill(
         self,

@@ -1,0 +1,187 @@
+"""The command line: results on stdout (`--json` for machines), progress on stderr, exit 0 / 1 (failed) / 2 (usage)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_EPILOG = "Start with `megalodon-export aoti`: it exports the model that ships with the package to artifacts/."
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, dispatch, and turn failures into one sentence on stderr."""
+    args = _parser().parse_args(arguments)
+    try:
+        return int(args.command(args) or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away; python would complain at exit
+        return 1
+    except Exception as error:
+        if args.traceback:
+            raise
+        print(f"megalodon-export: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megalodon-export", description="Export and run Megalodon language models.", epilog=_EPILOG
+    )
+    parser.add_argument("--traceback", action="store_true", help="on failure, show where in the code")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_aoti(commands)
+    _add_convert(commands)
+    _add_generate(commands)
+    for name, function, about in (
+        ("verify", _verify, "check a bundle's hashes, then its programs' numbers against the eager model"),
+        ("inspect", _inspect, "show what is in a bundle"),
+    ):
+        command = _command(commands, name, function, about)
+        command.add_argument("bundle", type=Path, help="a bundle's folder")
+        command.add_argument("--json", action="store_true", help="print JSON")
+    _add_bench(commands)
+    doctor = _command(commands, "doctor", _doctor, "try the compiler, torch, CUDA and ONNX Runtime; say what to change")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _command(commands: Any, name: str, function: Any, about: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+    command.set_defaults(command=function)
+    return command
+
+
+def _add_aoti(commands: Any) -> None:
+    about = "export a checkpoint with AOTInductor to a bundle: a folder with weights, compiled programs and proof"
+    command = _command(commands, "aoti", _aoti, about)
+    command.add_argument("--checkpoint", type=Path, help="a folder that from_pretrained loads (default: the one included)")
+    command.add_argument("--out", type=Path, help="the bundle's folder (default: artifacts/NAME-aoti-DEVICE)")
+    command.add_argument("--device", help="cpu or cuda (default: this machine's best)")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
+    command.add_argument("--max-batch", type=int, default=64, help="largest batch the programs take (default 64)")
+    command.add_argument("--max-length", type=int, help="most tokens in one prefill call (default: one chunk)")
+    command.add_argument("--all-logits", action="store_true", help="prefill returns the logits of every token, to score text")
+    command.add_argument("--portable", action="store_true", help="cpu: for any x86-64 with AVX2, not just this one")
+    command.add_argument("--json", action="store_true", help="print the manifest's main facts as JSON")
+
+
+def _add_convert(commands: Any) -> None:
+    command = _command(commands, "convert", _convert, "convert another implementation's checkpoint to transformers' layout")
+    command.add_argument("kind", choices=("upstream", "megalodon-hf"), help="where the checkpoint comes from")
+    command.add_argument("source", type=Path, metavar="SRC", help="its folder")
+    command.add_argument("destination", type=Path, metavar="DST", help="the folder to make")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
+
+
+def _add_generate(commands: Any) -> None:
+    command = _command(commands, "generate", _generate, "continue a prompt, streaming the text as it comes")
+    command.add_argument("bundle", type=Path, help="a bundle's folder")
+    command.add_argument("--prompt", required=True, help="the text to continue; - reads it from stdin")
+    command.add_argument("--runtime", default="aoti", help="aoti (default) or eager")
+    command.add_argument("--device", help="default: where the programs were compiled for")
+    command.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most probable token")
+    command.add_argument("--top-k", type=int, default=0, help="sample among the K most probable (0: off)")
+    command.add_argument("--top-p", type=float, default=1.0, help="sample among the most probable that make up P")
+    command.add_argument("--min-p", type=float, default=0.0, help="drop tokens below P times the most probable")
+    command.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts")
+    command.add_argument("--stop", action="append", default=[], help="end before this string; may be given more than once")
+    command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
+
+
+def _add_bench(commands: Any) -> None:
+    command = _command(commands, "bench", _bench, "time a bundle: load, prefill, first token, decode, each apart")
+    command.add_argument("bundle", type=Path, help="a bundle's folder")
+    command.add_argument("--runtime", action="append", help="aoti, eager; may be given more than once (default: both)")
+    command.add_argument("--batch", type=int, action="append", help="batch size; may be given more than once (default 1, 8)")
+    command.add_argument("--tokens", type=int, default=64, help="decode steps to time (default 64)")
+    command.add_argument("--prompt-tokens", type=int, default=512, help="prefill length (default 512)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _aoti(args: argparse.Namespace) -> None:
+    from .checkpoints import default_checkpoint
+    from .export import default_device, export_aoti, progress
+
+    checkpoint = args.checkpoint or default_checkpoint()
+    device = args.device or default_device()
+    name = "default" if args.checkpoint is None else checkpoint.resolve().name
+    destination = args.out or Path("artifacts") / f"{name}-aoti-{device.replace(':', '')}"
+    manifest = export_aoti(
+        *(checkpoint, destination, device, args.dtype, args.max_batch, args.max_length, args.all_logits, args.portable),
+        report=progress(time.monotonic()),
+    )
+    total = sum(entry["size"] for entry in manifest["files"].values())
+    if args.json:
+        facts = {"bundle": str(destination), "bytes": total, "dtype": manifest["dtype"]}
+        print(json.dumps({**facts, **{name: e["target"] for name, e in manifest["programs"].items()}}))
+        return
+    print(f"{destination}: {total:,} bytes, {manifest['dtype']}, {device}; programs equal to the eager model")
+    print(f'next: megalodon-export generate {destination} --prompt "In the beginning"')
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .checkpoints import DTYPES
+    from .model.convert import convert_megalodon_hf, convert_upstream
+
+    convert = convert_upstream if args.kind == "upstream" else convert_megalodon_hf
+    config = convert(args.source, args.destination, DTYPES[args.dtype] if args.dtype else None)
+    print(f"{args.destination}: {config.num_layers} layers, width {config.model_dim}, chunks of {config.chunk_size} tokens")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from .session import load
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    session = load(args.bundle, runtime=args.runtime, device=args.device)
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+    pieces = session.generate(prompt, args.max_new_tokens, args.stop, **sampling)
+    if args.json:
+        print(json.dumps({"prompt": prompt, "text": "".join(pieces), "runtime": args.runtime, **sampling}))
+        return
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from .export import progress
+    from .verify import verify
+
+    parity = verify(args.bundle, report=progress(time.monotonic()))
+    if args.json:
+        print(json.dumps(parity))
+        return
+    print(f"{'runtime':<8} {'case':<28} {'logits':>8} {'cache':>8} {'bound':>8}")
+    for row in parity["results"]:
+        print(f"{row['runtime']:<8} {row['case']:<28} {row['logits']:8.1e} {row['cache']:8.1e} {row['bound']:8.0e}")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from .inspection import inspect, table
+
+    facts = inspect(args.bundle)
+    print(json.dumps(facts) if args.json else table(facts))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from .bench import bench, table
+
+    runtimes = args.runtime or ["eager", "aoti"]
+    report = bench(args.bundle, runtimes, args.batch or [1, 8], args.prompt_tokens, args.tokens)
+    print(json.dumps(report) if args.json else table(report))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import main
+
+    return main(args.json)

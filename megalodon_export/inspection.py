@@ -1,0 +1,73 @@
+"""What is in a bundle, as data and as a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import bundle
+from .checkpoints import DTYPES
+from .model import MegalodonConfig
+from .snapshot import state_size
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Facts about a bundle, from its manifest and parity.json; hashes are checked. Sizes in bytes."""
+    manifest = bundle.read(folder)
+    config = MegalodonConfig(**manifest["config"])
+    parity = folder / bundle.PARITY
+    aoti = manifest["programs"].get("aoti", {})
+    sources = {
+        (source["file"], source["tensor"])
+        for program in aoti.get("constants", {}).values()
+        for source in program.values()
+    }
+    return {
+        "folder": str(folder),
+        "created": manifest["created"],
+        "layers": config.num_layers,
+        "model_dim": config.model_dim,
+        "chunk_size": config.chunk_size,
+        "dtype": manifest["dtype"],
+        "state_bytes_per_stream": state_size(config, DTYPES[manifest["dtype"]]),
+        "programs": {
+            name: {key: entry[key] for key in ("target", "limits")} for name, entry in manifest["programs"].items()
+        },
+        "weights": manifest["weights"],
+        "tensors_bound_by_each_program": {name: len(names) for name, names in aoti.get("constants", {}).items()},
+        "distinct_tensors_bound": len(sources),
+        "weights_inside_programs": False,
+        "files": {name: entry["size"] for name, entry in manifest["files"].items()},
+        "versions": manifest["versions"],
+        "parity": json.loads(parity.read_text()) if parity.is_file() else None,
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The facts for a reader."""
+    target = {name: entry["target"] for name, entry in facts["programs"].items()}
+    bound = facts["tensors_bound_by_each_program"]
+    rows = [
+        ("bundle", facts["folder"]),
+        ("created", facts["created"]),
+        ("model", f"{facts['layers']} layers, width {facts['model_dim']}, chunks of {facts['chunk_size']} tokens"),
+        ("dtype", facts["dtype"]),
+        ("state", f"{facts['state_bytes_per_stream']:,} bytes a stream, however long"),
+    ]
+    for name, entry in facts["programs"].items():
+        limits = entry["limits"]
+        where = ", ".join(str(target[name][key]) for key in ("device", "architecture"))
+        rows.append((name, f"{where}; batch 1..{limits['max_batch']}, up to {limits['max_length']} tokens a call"))
+    if bound:
+        uses = ", ".join(f"{count} by {name}" for name, count in bound.items())
+        rows.append(("weights", f"once, in {facts['weights']}: {facts['distinct_tensors_bound']} tensors bound ({uses})"))
+    rows += [("file", f"{size:>13,}  {name}") for name, size in facts["files"].items()]
+    rows.append(("total", f"{sum(facts['files'].values()):>13,}"))
+    if facts["parity"]:
+        for result in facts["parity"]["results"]:
+            rows.append(
+                ("parity", f"{result['runtime']}, {result['case']}: logits {result['logits']:.1e}, cache {result['cache']:.1e}")
+            )
+    rows.append(("made with", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())))
+    return "\n".join(f"{label:<10} {value}" for label, value in rows)

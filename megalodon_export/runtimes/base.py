@@ -1,0 +1,98 @@
+"""What every runtime does the same: checking inputs, and splitting prompts of any length into calls of the program."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..exporters.programs import Limits
+from ..model import MegalodonCache, MegalodonConfig
+
+
+class RuntimeUnavailable(Exception):
+    """A bundle's programs cannot run on this machine, or the bundle has none for the runtime."""
+
+
+class Runtime(ABC):
+    """Weights and programs of one model on one device.
+
+    `all_logits`: prefill returns the logits of every token. `limits` are those of the programs; `prefill` here takes any
+    length. Rows of a batch are independent and may stand at different positions.
+    """
+
+    def __init__(
+        self, config: MegalodonConfig, dtype: torch.dtype, device: torch.device, limits: Limits, all_logits: bool
+    ) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.limits, self.all_logits = limits, all_logits
+
+    @abstractmethod
+    def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
+        """One call of the prefill program, inside the limits."""
+
+    @abstractmethod
+    def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
+        """One call of the decode program."""
+
+    def new_cache(self, batch: int = 1) -> MegalodonCache:
+        """A fresh cache for `batch` streams; ValueError beyond what the programs take."""
+        if not 1 <= batch <= self.limits.max_batch:
+            raise ValueError(
+                f"a batch of {batch} is outside 1..{self.limits.max_batch}, which this bundle was exported for; "
+                "export with a larger --max-batch, or run smaller batches"
+            )
+        return MegalodonCache.allocate(self.config, batch, self.dtype, self.device)
+
+    def prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
+        """Feed `lengths` (B) tokens of each row of token_ids (B, L), L of any size, and update the cache in place.
+
+        Returns float32 logits (B, V) after each row's last token, zeros for a row of length 0; with `all_logits`
+        (B, L, V). ValueError for ids or lengths out of range.
+        """
+        token_ids, lengths = self._checked(token_ids, cache, dims=2), lengths.to(self.device, torch.int64)
+        length = token_ids.shape[1]
+        if lengths.shape != (cache.batch,) or bool(((lengths < 0) | (lengths > length)).any()):
+            raise ValueError(f"lengths must be (B,) = ({cache.batch},) numbers in 0..{length}, got {lengths.tolist()}")
+        pieces, last = [], torch.zeros(cache.batch, self.config.logits_size, device=self.device)
+        for start in range(0, length, self.limits.max_length):
+            piece = token_ids[:, start : start + self.limits.max_length]
+            missing = -piece.shape[1] % self.limits.granule
+            valid = (lengths - start).clamp(0, piece.shape[1])
+            logits = self.run_prefill(F.pad(piece, (0, missing)).contiguous(), valid, cache)
+            if self.all_logits:
+                pieces.append(logits[:, : piece.shape[1]])
+            else:
+                last = torch.where((valid > 0)[:, None], logits, last)
+        return torch.cat(pieces, dim=1) if self.all_logits else last
+
+    def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
+        """Feed one token to each row, token_ids (B), updating the cache in place; float32 logits (B, V)."""
+        return self.run_decode(self._checked(token_ids, cache, dims=1), cache)
+
+    def decoder(self, cache: MegalodonCache) -> Callable[[Tensor], Tensor]:
+        """`decode` bound to one cache. On CUDA it is captured once and replayed; its result is valid until the next."""
+        if self.device.type != "cuda":
+            return lambda token_ids: self.decode(token_ids, cache)
+        from .cuda_graph import CapturedDecode
+
+        captured = CapturedDecode(self.run_decode, cache)
+        return lambda token_ids: captured(self._checked(token_ids, cache, dims=1))
+
+    def _checked(self, token_ids: Tensor, cache: MegalodonCache, dims: int) -> Tensor:
+        shape = "(B,)" if dims == 1 else "(B, L)"
+        if token_ids.dim() != dims or token_ids.shape[0] != cache.batch or not token_ids.numel():
+            raise ValueError(f"token_ids must be {shape} with B = {cache.batch}, got {tuple(token_ids.shape)}")
+        if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
+            raise ValueError(f"token_ids must be integers, got {token_ids.dtype}")
+        if not token_ids.is_cuda:  # on a GPU the check would wait for it at every token
+            low, high = token_ids.aminmax()
+            if int(low) < 0 or int(high) >= self.config.vocab_size:
+                raise ValueError(
+                    f"token ids must be in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}; "
+                    "is this the model's tokenizer?"
+                )
+        return token_ids.to(self.device, torch.int64)

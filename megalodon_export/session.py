@@ -1,0 +1,221 @@
+"""Sessions: text in, text out, over any runtime. A session owns the state of its stream; the runtime owns the weights.
+
+    session = megalodon_export.load(BUNDLE, runtime="aoti")
+    for piece in session.generate("In the beginning", max_new_tokens=64):
+        print(piece, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from . import bundle
+from .checkpoints import TOKENIZER
+from .runtimes import Runtime, open_runtime
+from .sampling import SamplingParams, sample, uniform
+from .snapshot import Snapshot
+from .text import TextStream
+from .verify import last_logits
+
+
+class SessionError(RuntimeError):
+    """The session cannot be used: an earlier call failed half-way, so its state is unknown until `reset`."""
+
+
+def load(folder: str | Path, runtime: str = "aoti", device: str | None = None, check: bool = True) -> Session:
+    """Open a bundle and start a session on it.
+
+    `runtime` "aoti" or "eager"; `check=False` skips the hashes (sizes are always checked) for a folder verified before.
+    BundleError for a damaged bundle, RuntimeUnavailable where its programs cannot run here.
+    """
+    folder = Path(folder)
+    manifest = bundle.read(folder, check="full" if check else "sizes")
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER)) if (folder / TOKENIZER).is_file() else None
+    return Session(open_runtime(runtime, folder, manifest, device), tokenizer)
+
+
+class Session:
+    """One stream of tokens, which may run forever at constant memory.
+
+    `generate` goes on from wherever the stream is: text generated before is context. `reset` starts anew. After an error
+    inside a call the session refuses further calls until `reset` or `restore`.
+    """
+
+    def __init__(self, runtime: Runtime, tokenizer: Tokenizer | None = None) -> None:
+        self.runtime, self.tokenizer = runtime, tokenizer
+        self.cache = runtime.new_cache(1)
+        self._decode = runtime.decoder(self.cache)
+        self._pending: int | None = None  # sampled and given out, not yet fed
+        self._broken = False
+
+    def fork(self) -> Session:
+        """A new session on the same weights, at the same point of the stream."""
+        other = Session(self.runtime, self.tokenizer)
+        other.restore(self.snapshot())
+        return other
+
+    def reset(self) -> None:
+        """Forget the stream."""
+        self.cache.copy_(self.runtime.new_cache(1))
+        self._pending, self._broken = None, False
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the stream's state, constant in size; `save` and `Snapshot.load` keep it on disk."""
+        self._usable()
+        return Snapshot.of(self.runtime.config, self.cache, self._pending)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this model; ValueError if it is another model's."""
+        snapshot.copy_to(self.runtime.config, self.cache)
+        self._pending, self._broken = snapshot.pending, False
+
+    def prefill(self, token_ids: Sequence[int]) -> Tensor:
+        """Feed tokens; float32 logits (V) after the last. For those who drive the model themselves."""
+        fed = [*([] if self._pending is None else [self._pending]), *token_ids]
+        if not fed:
+            raise ValueError("there are no tokens to feed; give at least one")
+        with self._guarded():
+            ids = torch.tensor([fed], device=self.runtime.device)
+            logits = last_logits(self.runtime, ids, torch.tensor([len(fed)]), self.cache)[0]
+        self._pending = None
+        return logits
+
+    def decode(self, token_id: int) -> Tensor:
+        """Feed one token; float32 logits (V)."""
+        if self._pending is not None:
+            return self.prefill([token_id])
+        with self._guarded():
+            return self._decode(torch.tensor([token_id], device=self.runtime.device))[0].clone()
+
+    def _decode_pending(self) -> Tensor:
+        """Feed the token that generation gave out last; float32 logits (V)."""
+        with self._guarded():
+            logits = self._decode(torch.tensor([self._pending], device=self.runtime.device))[0]
+        self._pending = None
+        return logits
+
+    def generate(
+        self,
+        prompt: str = "",
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Feed a prompt and stream the continuation as pieces of text, each as soon as it is certain.
+
+        `sampling` are the fields of SamplingParams (temperature 0, the default, is greedy). Ends at `max_new_tokens`, at
+        the model's end-of-sequence token, or before the first of the `stop` strings.
+        """
+        tokenizer = self._tokenizer()
+        text = TextStream(tokenizer, stop)
+        for token_id in self.generate_ids(tokenizer.encode(prompt).ids, max_new_tokens, **sampling):
+            piece = text.push(token_id)
+            if piece:
+                yield piece
+            if text.stopped:
+                return
+        if piece := text.flush():
+            yield piece
+
+    def generate_ids(
+        self, prompt: Sequence[int] = (), max_new_tokens: int = 256, eos_token_id: int | None = None, **sampling: Any
+    ) -> Iterator[int]:
+        """As `generate`, with token ids; `eos_token_id` replaces the model's own, -1 switches it off."""
+        params = SamplingParams(**sampling)
+        _check_count(max_new_tokens)
+        eos = self.runtime.config.eos_token_id if eos_token_id is None else eos_token_id
+        logits = self.prefill(self._opening(prompt))
+        for index in range(max_new_tokens):
+            token_id = _pick(logits[None], [params], index)[0]
+            self._pending = token_id
+            if token_id == eos:
+                return
+            yield token_id
+            if index + 1 < max_new_tokens:
+                if self._pending != token_id:
+                    raise SessionError("the stream was moved while it was being generated; use a fork for that")
+                logits = self._decode_pending()
+
+    def generate_batch(
+        self, prompts: Sequence[str], max_new_tokens: int = 256, stop: Sequence[str] = (), **sampling: Any
+    ) -> list[str]:
+        """Continue several prompts, of any lengths, side by side, each as a fresh stream; this session's is not touched.
+
+        Row i samples with seed + i, so a row's text does not depend on which rows share the batch.
+        """
+        tokenizer, runtime = self._tokenizer(), self.runtime
+        base = SamplingParams(**sampling)
+        _check_count(max_new_tokens)
+        rows = [replace(base, seed=base.seed + i) for i in range(len(prompts))]
+        ids = [self._with_start(tokenizer.encode(prompt).ids) for prompt in prompts]
+        cache = runtime.new_cache(len(prompts))
+        lengths = torch.tensor([len(row) for row in ids])
+        padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
+        for row, tokens in zip(padded, ids, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        logits = last_logits(runtime, padded.to(runtime.device), lengths, cache)
+        step = runtime.decoder(cache)
+        streams = [TextStream(tokenizer, stop) for _ in prompts]
+        texts, done = [""] * len(prompts), [False] * len(prompts)
+        for index in range(max_new_tokens):
+            picked = _pick(logits, rows, index)
+            for i, token_id in enumerate(picked):
+                if not done[i] and token_id != runtime.config.eos_token_id:
+                    texts[i] += streams[i].push(token_id)
+                done[i] = done[i] or token_id == runtime.config.eos_token_id or streams[i].stopped
+            if all(done) or index + 1 == max_new_tokens:
+                break
+            logits = step(torch.tensor(picked, device=runtime.device))
+        return [text + ("" if s.stopped else s.flush()) for text, s in zip(texts, streams, strict=True)]
+
+    def _opening(self, prompt: Sequence[int]) -> Sequence[int]:
+        fresh = self._pending is None and int(self.cache.position[0]) == 0
+        return self._with_start(prompt) if fresh else prompt
+
+    def _with_start(self, prompt: Sequence[int]) -> Sequence[int]:
+        """A stream must begin with something: the beginning-of-sequence token stands in for an empty prompt."""
+        start = self.runtime.config.bos_token_id
+        if not prompt and start is None:
+            raise ValueError("the prompt is empty and the model has no bos_token_id to begin with; give some text")
+        return prompt or [start]
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"the bundle has no {TOKENIZER}; use generate_ids with token ids")
+        return self.tokenizer
+
+    def _usable(self) -> None:
+        if self._broken:
+            raise SessionError("an earlier call failed half-way, so the stream's state is unknown; call reset or restore")
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        self._usable()
+        try:
+            yield
+        except ValueError:  # refused before anything ran
+            raise
+        except BaseException:
+            self._broken = True
+            raise
+
+
+def _pick(logits: Tensor, rows: Sequence[SamplingParams], index: int) -> list[int]:
+    """The next token of every row."""
+    if rows[0].greedy:
+        return [int(token_id) for token_id in sample(logits, rows[0])]
+    draws = torch.tensor([uniform(row.seed, index) for row in rows], dtype=torch.float64, device=logits.device)
+    return [int(token_id) for token_id in sample(logits, rows[0], draws)]
+
+
+def _check_count(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
