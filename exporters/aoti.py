@@ -8,6 +8,7 @@ once for both.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -116,9 +117,7 @@ def constant_names(package: Path, programs: Iterable[str]) -> dict[str, list[str
     """The names of the constants that each program of a package wants bound."""
     from torch._C._aoti import AOTIModelPackageLoader
 
-    return {
-        name: AOTIModelPackageLoader(str(package), name, True, 1, -1).get_constant_fqns() for name in programs
-    }
+    return {name: AOTIModelPackageLoader(str(package), name, True, 1, -1).get_constant_fqns() for name in programs}
 
 
 def target(device: str, portable: bool) -> dict[str, Any]:
@@ -147,7 +146,10 @@ def _compile_side_by_side(requests: list[Request], report: Callable[[str], None]
         Path(request.directory).mkdir()
         command = [sys.executable, "-m", __name__, json.dumps(asdict(request))]
         log = open(f"{request.directory}/log", "w+")  # noqa: SIM115 - closed below, after the worker
-        workers.append((request, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log))
+        # passive: threads that wait must not take the cores from the other worker
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+        worker = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        workers.append((request, worker, log))
     files = {}
     try:
         for request, worker, log in workers:

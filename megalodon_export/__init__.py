@@ -5,17 +5,16 @@ Importing registers the model with transformers' Auto classes. `load` opens a bu
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .session import Session, load
     from .snapshot import Snapshot
 
-try:
+# A broken torch must not keep `doctor` from saying so; whatever needs the model raises its error again.
+with suppress(ImportError, OSError):
     from . import model  # noqa: F401 - registers the classes
-except (ImportError, OSError):
-    # A broken torch must not keep `doctor` from saying so; whatever needs the model raises this error again.
-    pass
 
 __version__ = "0.1.0"
 __all__ = ["Session", "Snapshot", "load"]

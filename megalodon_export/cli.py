@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+_SMALL_WEIGHTS = 32 << 20
 _EPILOG = "Start with `megalodon-export aoti`: it exports the model that ships with the package to artifacts/."
 
 
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="megalodon-export", description="Export and run Megalodon language models.", epilog=_EPILOG
     )
     parser.add_argument("--traceback", action="store_true", help="on failure, show where in the code")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: 1 for weights under 32 MB, else all cores)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_aoti(commands)
     _add_convert(commands)
@@ -53,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, function: Any, about: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=about, description=about[0].upper() + about[1:] + "."
+    )
     command.set_defaults(command=function)
     return command
 
@@ -61,19 +65,25 @@ def _command(commands: Any, name: str, function: Any, about: str) -> argparse.Ar
 def _add_aoti(commands: Any) -> None:
     about = "export a checkpoint with AOTInductor to a bundle: a folder with weights, compiled programs and proof"
     command = _command(commands, "aoti", _aoti, about)
-    command.add_argument("--checkpoint", type=Path, help="a folder that from_pretrained loads (default: the one included)")
+    command.add_argument(
+        "--checkpoint", type=Path, help="a folder that from_pretrained loads (default: the one included)"
+    )
     command.add_argument("--out", type=Path, help="the bundle's folder (default: artifacts/NAME-aoti-DEVICE)")
     command.add_argument("--device", help="cpu or cuda (default: this machine's best)")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
     command.add_argument("--max-batch", type=int, default=64, help="largest batch the programs take (default 64)")
     command.add_argument("--max-length", type=int, help="most tokens in one prefill call (default: one chunk)")
-    command.add_argument("--all-logits", action="store_true", help="prefill returns the logits of every token, to score text")
+    command.add_argument(
+        "--all-logits", action="store_true", help="prefill returns the logits of every token, to score text"
+    )
     command.add_argument("--portable", action="store_true", help="cpu: for any x86-64 with AVX2, not just this one")
     command.add_argument("--json", action="store_true", help="print the manifest's main facts as JSON")
 
 
 def _add_convert(commands: Any) -> None:
-    command = _command(commands, "convert", _convert, "convert another implementation's checkpoint to transformers' layout")
+    command = _command(
+        commands, "convert", _convert, "convert another implementation's checkpoint to transformers' layout"
+    )
     command.add_argument("kind", choices=("upstream", "megalodon-hf"), help="where the checkpoint comes from")
     command.add_argument("source", type=Path, metavar="SRC", help="its folder")
     command.add_argument("destination", type=Path, metavar="DST", help="the folder to make")
@@ -92,7 +102,9 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--top-p", type=float, default=1.0, help="sample among the most probable that make up P")
     command.add_argument("--min-p", type=float, default=0.0, help="drop tokens below P times the most probable")
     command.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts")
-    command.add_argument("--stop", action="append", default=[], help="end before this string; may be given more than once")
+    command.add_argument(
+        "--stop", action="append", default=[], help="end before this string; may be given more than once"
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
 
 
@@ -100,10 +112,23 @@ def _add_bench(commands: Any) -> None:
     command = _command(commands, "bench", _bench, "time a bundle: load, prefill, first token, decode, each apart")
     command.add_argument("bundle", type=Path, help="a bundle's folder")
     command.add_argument("--runtime", action="append", help="aoti, eager; may be given more than once (default: both)")
-    command.add_argument("--batch", type=int, action="append", help="batch size; may be given more than once (default 1, 8)")
+    command.add_argument(
+        "--batch", type=int, action="append", help="batch size; may be given more than once (default 1, 8)"
+    )
     command.add_argument("--tokens", type=int, default=64, help="decode steps to time (default 64)")
     command.add_argument("--prompt-tokens", type=int, default=512, help="prefill length (default 512)")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _set_threads(args: argparse.Namespace, folder: Path) -> None:
+    """A small model is slower on many threads: they wait for each other longer than they work."""
+    import torch
+
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    elif weights < _SMALL_WEIGHTS:
+        torch.set_num_threads(1)
 
 
 def _aoti(args: argparse.Namespace) -> None:
@@ -112,6 +137,7 @@ def _aoti(args: argparse.Namespace) -> None:
 
     checkpoint = args.checkpoint or default_checkpoint()
     device = args.device or default_device()
+    _set_threads(args, checkpoint)
     name = "default" if args.checkpoint is None else checkpoint.resolve().name
     destination = args.out or Path("artifacts") / f"{name}-aoti-{device.replace(':', '')}"
     manifest = export_aoti(
@@ -133,12 +159,15 @@ def _convert(args: argparse.Namespace) -> None:
 
     convert = convert_upstream if args.kind == "upstream" else convert_megalodon_hf
     config = convert(args.source, args.destination, DTYPES[args.dtype] if args.dtype else None)
-    print(f"{args.destination}: {config.num_layers} layers, width {config.model_dim}, chunks of {config.chunk_size} tokens")
+    print(
+        f"{args.destination}: {config.num_layers} layers, width {config.model_dim}, chunks of {config.chunk_size} tokens"
+    )
 
 
 def _generate(args: argparse.Namespace) -> None:
     from .session import load
 
+    _set_threads(args, args.bundle)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     session = load(args.bundle, runtime=args.runtime, device=args.device)
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
@@ -157,6 +186,7 @@ def _verify(args: argparse.Namespace) -> None:
     from .export import progress
     from .verify import verify
 
+    _set_threads(args, args.bundle)
     parity = verify(args.bundle, report=progress(time.monotonic()))
     if args.json:
         print(json.dumps(parity))
@@ -176,6 +206,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from .bench import bench, table
 
+    _set_threads(args, args.bundle)
     runtimes = args.runtime or ["eager", "aoti"]
     report = bench(args.bundle, runtimes, args.batch or [1, 8], args.prompt_tokens, args.tokens)
     print(json.dumps(report) if args.json else table(report))

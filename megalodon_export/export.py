@@ -144,7 +144,9 @@ def versions() -> dict[str, str]:
 def model_card(manifest: dict[str, Any], checkpoint: Path, parity: dict[str, Any]) -> str:
     """The bundle's README: the checkpoint's own card, then what this bundle is and how exact it is."""
     card = checkpoint / "README.md"
-    own = card.read_text().rstrip() if card.is_file() else f"# {checkpoint.name}\n\nNo model card came with the weights."
+    own = (
+        card.read_text().rstrip() if card.is_file() else f"# {checkpoint.name}\n\nNo model card came with the weights."
+    )
     target = manifest["programs"]["aoti"]["target"]
     rows = "\n".join(
         f"| {row['runtime']} | {row['case']} | {row['logits']:.1e} | {row['cache']:.1e} | {row['bound']:.0e} |"

@@ -1,8 +1,8 @@
 """Sessions: text in, text out, over any runtime. A session owns the state of its stream; the runtime owns the weights.
 
-    session = megalodon_export.load(BUNDLE, runtime="aoti")
-    for piece in session.generate("In the beginning", max_new_tokens=64):
-        print(piece, end="")
+session = megalodon_export.load(BUNDLE, runtime="aoti")
+for piece in session.generate("In the beginning", max_new_tokens=64):
+    print(piece, end="")
 """
 
 from __future__ import annotations
@@ -194,7 +194,9 @@ class Session:
 
     def _usable(self) -> None:
         if self._broken:
-            raise SessionError("an earlier call failed half-way, so the stream's state is unknown; call reset or restore")
+            raise SessionError(
+                "an earlier call failed half-way, so the stream's state is unknown; call reset or restore"
+            )
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

@@ -35,7 +35,9 @@ class Snapshot:
     def copy_to(self, config: MegalodonConfig, cache: MegalodonCache) -> None:
         """Put the state into a cache; ValueError if the snapshot is of a model with another cache."""
         if self.model != layout_id(config):
-            raise ValueError("the snapshot is of a model with another cache layout; restore it in a session of that model")
+            raise ValueError(
+                "the snapshot is of a model with another cache layout; restore it in a session of that model"
+            )
         source = MegalodonCache.from_tensors(config, [self.tensors[t.name] for t in cache_layout(config)])
         cache.copy_(source)
 
@@ -50,7 +52,9 @@ class Snapshot:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} is no snapshot: its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
+                raise ValueError(
+                    f"{path} is no snapshot: its format is {metadata.get('format')!r}, expected {_FORMAT!r}"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return cls(tensors, json.loads(metadata["pending"]), metadata["model"])
 
@@ -65,6 +69,4 @@ def layout_id(config: MegalodonConfig) -> str:
 def state_size(config: MegalodonConfig, dtype: torch.dtype) -> int:
     """Bytes of one stream's cache."""
     sizes = dimension_sizes(config)
-    return sum(
-        t.torch_dtype(dtype).itemsize * torch.Size(t.shape(sizes, 1)).numel() for t in cache_layout(config)
-    )
+    return sum(t.torch_dtype(dtype).itemsize * torch.Size(t.shape(sizes, 1)).numel() for t in cache_layout(config))

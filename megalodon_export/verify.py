@@ -49,7 +49,9 @@ def cases(chunk: int, max_batch: int) -> Iterator[Case]:
         yield Case("five rows, one empty", 5, (ragged, (2, 0, 1, chunk, 1), *steps))
 
 
-def verify(folder: Path, runtimes: list[str] | None = None, report: Callable[[str], None] | None = None) -> dict[str, Any]:
+def verify(
+    folder: Path, runtimes: list[str] | None = None, report: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Check hashes, then every runtime the bundle has programs for; writes parity.json and returns it.
 
     BundleError for a damaged bundle; VerificationError, after parity.json is written, for numbers out of bounds.
@@ -101,7 +103,9 @@ def require(parity: dict[str, Any]) -> dict[str, Any]:
     """Raise VerificationError, naming the cases, unless every result is in its bound."""
     bad = [r for r in parity["results"] if not max(r["logits"], r["cache"]) <= r["bound"]]
     if bad:
-        listed = "; ".join(f"{r['runtime']}, {r['case']}: logits {r['logits']:.1e}, cache {r['cache']:.1e}" for r in bad)
+        listed = "; ".join(
+            f"{r['runtime']}, {r['case']}: logits {r['logits']:.1e}, cache {r['cache']:.1e}" for r in bad
+        )
         raise VerificationError(f"out of the bound of {bad[0]['bound']:.0e} from the eager model: {listed}")
     return parity
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import DTYPES
-from ..exporters.programs import DECODE, PREFILL, Limits
 from ..exporters.aoti import cpu_features
+from ..exporters.programs import DECODE, PREFILL, Limits
 from ..model import MegalodonCache, MegalodonConfig
 from ..weights import WeightStore
 from .base import Runtime, RuntimeUnavailable
@@ -28,9 +28,7 @@ class AotiRuntime(Runtime):
             raise RuntimeUnavailable(f"{folder} has no AOTInductor programs; make them: megalodon-export aoti")
         chosen = _check_target(entry["target"], manifest["versions"], device)
         config = MegalodonConfig(**manifest["config"])
-        super().__init__(
-            config, DTYPES[manifest["dtype"]], chosen, Limits(**entry["limits"]), entry["all_logits"]
-        )
+        super().__init__(config, DTYPES[manifest["dtype"]], chosen, Limits(**entry["limits"]), entry["all_logits"])
         store = WeightStore(folder, chosen)
         self._programs = {}
         for name in (PREFILL, DECODE):
@@ -62,7 +60,9 @@ def _check_target(target: dict[str, Any], versions: dict[str, str], device: str 
         raise RuntimeUnavailable(f"the AOTInductor programs are for {target['device']}, not {wanted.type}; {again}")
     compiled, here = versions["torch"].split("+")[0], torch.__version__.split("+")[0]
     if compiled.split(".")[:2] != here.split(".")[:2]:
-        raise RuntimeUnavailable(f"the AOTInductor programs were compiled with torch {compiled}, this is {here}; {again}")
+        raise RuntimeUnavailable(
+            f"the AOTInductor programs were compiled with torch {compiled}, this is {here}; {again}"
+        )
     if wanted.type == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeUnavailable(f"the AOTInductor programs are for CUDA and this machine has none; {again}")
