@@ -159,9 +159,8 @@ def _convert(args: argparse.Namespace) -> None:
 
     convert = convert_upstream if args.kind == "upstream" else convert_megalodon_hf
     config = convert(args.source, args.destination, DTYPES[args.dtype] if args.dtype else None)
-    print(
-        f"{args.destination}: {config.num_layers} layers, width {config.model_dim}, chunks of {config.chunk_size} tokens"
-    )
+    sizes = f"{config.num_layers} layers, width {config.model_dim}, chunks of {config.chunk_size} tokens"
+    print(f"{args.destination}: {sizes}")
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -48,8 +48,8 @@ def export_aoti(
 ) -> dict[str, Any]:
     """Export a checkpoint with AOTInductor to a bundle folder, and verify it; returns its manifest.
 
-    `dtype` "float32" or "bfloat16" (default: bfloat16 weights stay so on CUDA, and become float32 on a CPU). An existing
-    bundle at `destination` is replaced at the end, or stays as it is if anything fails: CheckpointError, CompileError,
+    `dtype` "float32" or "bfloat16" (default: bfloat16 on CUDA, float32 on a CPU). An existing bundle
+    at `destination` is replaced at the end, or stays as it is if anything fails: CheckpointError, CompileError,
     BundleError, VerificationError, ValueError for limits or dtypes that do not exist.
     """
     from .verify import verify_folder
@@ -157,7 +157,8 @@ def model_card(manifest: dict[str, Any], checkpoint: Path, parity: dict[str, Any
 ## This bundle
 
 Exported with megalodon-export {manifest["versions"]["megalodon-export"]} and torch {manifest["versions"]["torch"]} for
-{target["device"]} ({target["architecture"]}), {manifest["dtype"]}. Run it with `megalodon-export generate BUNDLE --prompt TEXT`.
+{target["device"]} ({target["architecture"]}), {manifest["dtype"]}.
+Run it with `megalodon-export generate BUNDLE --prompt TEXT`.
 It holds native code: load bundles only from those you trust. Largest differences from the eager model at export:
 
 | runtime | case | logits | cache (relative) | bound |

@@ -61,18 +61,13 @@ def table(facts: dict[str, Any]) -> str:
         rows.append((name, f"{where}; batch 1..{limits['max_batch']}, up to {limits['max_length']} tokens a call"))
     if bound:
         uses = ", ".join(f"{count} by {name}" for name, count in bound.items())
-        rows.append(
-            ("weights", f"once, in {facts['weights']}: {facts['distinct_tensors_bound']} tensors bound ({uses})")
-        )
+        rows.append(("weights", f"once, in {facts['weights']}; none inside the programs"))
+        rows.append(("bound", f"{facts['distinct_tensors_bound']} tensors, constants included ({uses})"))
     rows += [("file", f"{size:>13,}  {name}") for name, size in facts["files"].items()]
     rows.append(("total", f"{sum(facts['files'].values()):>13,}"))
     if facts["parity"]:
         for result in facts["parity"]["results"]:
-            rows.append(
-                (
-                    "parity",
-                    f"{result['runtime']}, {result['case']}: logits {result['logits']:.1e}, cache {result['cache']:.1e}",
-                )
-            )
+            difference = f"logits {result['logits']:.1e}, cache {result['cache']:.1e}"
+            rows.append(("parity", f"{result['runtime']}, {result['case']}: {difference}"))
     rows.append(("made with", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())))
     return "\n".join(f"{label:<10} {value}" for label, value in rows)

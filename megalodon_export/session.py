@@ -45,8 +45,8 @@ def load(folder: str | Path, runtime: str = "aoti", device: str | None = None, c
 class Session:
     """One stream of tokens, which may run forever at constant memory.
 
-    `generate` goes on from wherever the stream is: text generated before is context. `reset` starts anew. After an error
-    inside a call the session refuses further calls until `reset` or `restore`.
+    `generate` goes on from wherever the stream is: text generated before is context. `reset` starts anew. After an
+    error inside a call the session refuses further calls until `reset` or `restore`.
     """
 
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer | None = None) -> None:
@@ -111,8 +111,8 @@ class Session:
     ) -> Iterator[str]:
         """Feed a prompt and stream the continuation as pieces of text, each as soon as it is certain.
 
-        `sampling` are the fields of SamplingParams (temperature 0, the default, is greedy). Ends at `max_new_tokens`, at
-        the model's end-of-sequence token, or before the first of the `stop` strings.
+        `sampling` are the fields of SamplingParams (temperature 0, the default, is greedy). Ends at `max_new_tokens`,
+        at the model's end-of-sequence token, or before the first of the `stop` strings.
         """
         tokenizer = self._tokenizer()
         text = TextStream(tokenizer, stop)
@@ -147,7 +147,7 @@ class Session:
     def generate_batch(
         self, prompts: Sequence[str], max_new_tokens: int = 256, stop: Sequence[str] = (), **sampling: Any
     ) -> list[str]:
-        """Continue several prompts, of any lengths, side by side, each as a fresh stream; this session's is not touched.
+        """Continue several prompts of any lengths side by side, each as a fresh stream; this one is not touched.
 
         Row i samples with seed + i, so a row's text does not depend on which rows share the batch.
         """

@@ -1,4 +1,4 @@
-"""Parity: every runtime of a bundle against the eager model, logits and caches, over splits that cross every boundary."""
+"""Parity: every runtime of a bundle against the eager model, logits and caches, over splits at every boundary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .model import MegalodonCache
 from .runtimes import RUNTIMES, Runtime, open_runtime
 
 # Largest allowed |difference|, logits absolute and cache relative to each tensor's largest value. float32 programs
-# differ from eager in the order of sums alone; bfloat16 has 8 bits, and a rounding at one layer is seen by all after it.
+# differ from eager in the order of sums alone; bfloat16 has 8 bits, and a rounding in one layer is seen by all after.
 BOUNDS = {"float32": 1e-4, "float64": 1e-9, "bfloat16": 0.25}
 
 

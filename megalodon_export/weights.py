@@ -76,6 +76,5 @@ class WeightStore:
 
 def _headers(path: Path) -> dict[str, tuple[str, list[int]]]:
     with safe_open(path, framework="pt") as file:
-        return {
-            name: (dtype_name(file.get_tensor(name).dtype), file.get_slice(name).get_shape()) for name in file.keys()
-        }
+        names = list(file.keys())
+        return {name: (dtype_name(file.get_tensor(name).dtype), file.get_slice(name).get_shape()) for name in names}

@@ -20,8 +20,8 @@ class RuntimeUnavailable(Exception):
 class Runtime(ABC):
     """Weights and programs of one model on one device.
 
-    `all_logits`: prefill returns the logits of every token. `limits` are those of the programs; `prefill` here takes any
-    length. Rows of a batch are independent and may stand at different positions.
+    `all_logits`: prefill returns the logits of every token. `limits` are those of the programs; `prefill` here takes
+    any length. Rows of a batch are independent and may stand at different positions.
     """
 
     def __init__(
