@@ -7,13 +7,10 @@ once for both.
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import shutil
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,14 +20,11 @@ import torch
 
 from ..model import MegalodonForCausalLM, freeze_constants
 from .programs import DECODE, PREFILL, Limits, export_program
+from .workers import Worker, run_side_by_side, serve
 
 PACKAGE = "model.pt2"
 PORTABLE_FEATURES = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "popcnt", "sse4_1", "sse4_2", "ssse3")
 _FEATURE_PREFIXES = (*("avx", "amx", "bmi", "f16c", "fma", "movbe", "popcnt", "sse", "ssse3"), "asimd", "sve", "bf16")
-
-
-class CompileError(Exception):
-    """A program could not be exported or compiled; the message ends with the compiler's own words."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +55,20 @@ def inductor_options(request: Request) -> dict[str, Any]:
     return options
 
 
-def compile_program(request: Request) -> list[str]:
+def compile_program(request: Request, note: Callable[[str], None]) -> list[str]:
     """Export and compile one program in this process; the files AOTInductor made, without sources."""
+    started = time.monotonic()
     model = MegalodonForCausalLM.from_pretrained(request.checkpoint, dtype=getattr(torch, request.dtype))
     model = model.eval().requires_grad_(False).to(request.device)
     freeze_constants(model)
     exported = export_program(model, request.program, request.limits, request.all_logits)
+    note(f"exported in {time.monotonic() - started:.1f} s, {len(exported.graph.nodes)} nodes; compiling")
+    started = time.monotonic()
     with torch.no_grad():
         files = torch._inductor.aot_compile(
             exported.module(), *exported.example_inputs, options=inductor_options(request)
         )
+    note(f"compiled in {time.monotonic() - started:.1f} s")
     # Sources name paths of the build machine, and a loader that misses the library would try to compile them.
     return [str(file) for file in files if not str(file).endswith((".cpp", ".h", ".hpp"))]
 
@@ -93,11 +91,13 @@ def build(
 
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="megalodon-export-") as scratch:
-        requests = [
-            Request(str(checkpoint), name, device, dtype, limits, all_logits, portable, f"{scratch}/{name}")
-            for name in (PREFILL, DECODE)
-        ]
-        files = _compile_side_by_side(requests, report)
+        workers = []
+        for name in (PREFILL, DECODE):
+            folder = Path(scratch, name)
+            request = Request(str(checkpoint), name, device, dtype, limits, all_logits, portable, str(folder))
+            workers.append(Worker(name, __name__, asdict(request), folder))
+        report(f"exporting and compiling {PREFILL} and {DECODE} for {device}, side by side")
+        files: dict[str, list[str]] = run_side_by_side(workers, report)
         package_pt2(str(directory / PACKAGE), aoti_files={name: list(paths) for name, paths in files.items()})
         for name, paths in files.items():
             for path in paths:
@@ -139,43 +139,9 @@ def cpu_features() -> list[str]:
     return sorted(flag for flag in flags if flag.startswith(_FEATURE_PREFIXES))
 
 
-def _compile_side_by_side(requests: list[Request], report: Callable[[str], None]) -> dict[str, list[str]]:
-    workers = []
-    for request in requests:
-        report(f"exporting and compiling {request.program} for {request.device}")
-        Path(request.directory).mkdir()
-        command = [sys.executable, "-m", __name__, json.dumps(asdict(request))]
-        log = open(f"{request.directory}/log", "w+")  # noqa: SIM115 - closed below, after the worker
-        # passive: threads that wait must not take the cores from the other worker
-        environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
-        worker = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        workers.append((request, worker, log))
-    files = {}
-    try:
-        for request, worker, log in workers:
-            if worker.wait():
-                log.seek(0)
-                raise CompileError(
-                    f"{request.program} could not be compiled for {request.device} (exit status {worker.returncode}); "
-                    f"`megalodon-export doctor` checks the compiler. The end of its log:\n{log.read()[-3000:]}"
-                )
-            files[request.program] = json.loads(Path(request.directory, "files.json").read_text())
-            report(f"compiled {request.program}")
-    finally:
-        for _, worker, log in workers:
-            worker.kill()
-            worker.wait()
-            log.close()
-    return files
-
-
-def main() -> None:
-    """The worker: compile what the request says, list the files in files.json."""
-    request = json.loads(sys.argv[1])
-    request["limits"] = Limits(**request["limits"])
-    parsed = Request(**request)
-    Path(parsed.directory, "files.json").write_text(json.dumps(compile_program(parsed)))
+def _serve(request: dict[str, Any], folder: Path, note: Callable[[str], None]) -> list[str]:
+    return compile_program(Request(**{**request, "limits": Limits(**request["limits"])}), note)
 
 
 if __name__ == "__main__":
-    main()
+    serve(_serve)
