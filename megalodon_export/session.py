@@ -55,6 +55,7 @@ class Session:
         self._decode = runtime.decoder(self.cache)
         self._pending: int | None = None  # sampled and given out, not yet fed
         self._broken = False
+        self._moves = 0  # calls that moved the stream, so that a generator notices those of others
 
     def fork(self) -> Session:
         """A new session on the same weights, at the same point of the stream."""
@@ -66,6 +67,7 @@ class Session:
         """Forget the stream."""
         self.cache.copy_(self.runtime.new_cache(1))
         self._pending, self._broken = None, False
+        self._moves += 1
 
     def snapshot(self) -> Snapshot:
         """A copy of the stream's state, constant in size; `save` and `Snapshot.load` keep it on disk."""
@@ -76,6 +78,7 @@ class Session:
         """Go back to a snapshot of this model; ValueError if it is another model's."""
         snapshot.copy_to(self.runtime.config, self.cache)
         self._pending, self._broken = snapshot.pending, False
+        self._moves += 1
 
     def prefill(self, token_ids: Sequence[int]) -> Tensor:
         """Feed tokens; float32 logits (V) after the last. For those who drive the model themselves."""
@@ -133,6 +136,7 @@ class Session:
         _check_count(max_new_tokens)
         eos = self.runtime.config.eos_token_id if eos_token_id is None else eos_token_id
         logits = self.prefill(self._opening(prompt))
+        moves = self._moves
         for index in range(max_new_tokens):
             token_id = _pick(logits[None], [params], index)[0]
             self._pending = token_id
@@ -140,9 +144,10 @@ class Session:
                 return
             yield token_id
             if index + 1 < max_new_tokens:
-                if self._pending != token_id:
+                if self._moves != moves:
                     raise SessionError("the stream was moved while it was being generated; use a fork for that")
                 logits = self._decode_pending()
+                moves = self._moves
 
     def generate_batch(
         self, prompts: Sequence[str], max_new_tokens: int = 256, stop: Sequence[str] = (), **sampling: Any
@@ -201,6 +206,7 @@ class Session:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         self._usable()
+        self._moves += 1
         try:
             yield
         except ValueError:  # refused before anything ran

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -49,13 +49,14 @@ class Snapshot:
     @classmethod
     def load(cls, path: str | Path) -> Snapshot:
         """Read a file that `save` wrote; ValueError if it is something else."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(
-                    f"{path} is no snapshot: its format is {metadata.get('format')!r}, expected {_FORMAT!r}"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no snapshot, or not a whole one: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path} is no snapshot: its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
         return cls(tensors, json.loads(metadata["pending"]), metadata["model"])
 
 

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from golden_data import convert, write_checkpoint
+from small_models import make_model
+
+from megalodon_export.text import byte_tokenizer
+
+BYTES: dict[str, Any] = {
+    **{"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "model_dim": 32, "num_heads": 2, "z_dim": 16},
+    **{"value_dim": 24, "ffn_hidden_dim": 48, "cema_ndim": 4, "norm_num_groups": 4},
+}
+# The two forms of prefill: calls of up to one chunk, and calls of many short chunks.
+CHECKPOINTS = {"tiny": {"num_layers": 2, "chunk_size": 64}, "short-chunk": {"num_layers": 1, "chunk_size": 8}}
 
 
 @pytest.fixture
@@ -30,3 +44,53 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return root / name
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of small random models over bytes, by the names of CHECKPOINTS."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name, sizes in CHECKPOINTS.items():
+        make_model(torch.float32, **BYTES, **sizes).save_pretrained(root / name)
+        byte_tokenizer().save(str(root / name / "tokenizer.json"))
+    return {name: root / name for name in CHECKPOINTS}
+
+
+def start_command(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """`python -m megalodon_export ARGUMENTS`, on one thread, in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **options.pop("env", {})}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    command = [sys.executable, "-m", "megalodon_export", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, **{**pipes, **options})
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., subprocess.Popen[str]]:
+    """Starts the command line through its real entry point."""
+    return start_command
+
+
+@pytest.fixture(scope="session")
+def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every checkpoint of CHECKPOINTS exported, side by side, by the command a user would give."""
+    root = tmp_path_factory.mktemp("bundles")
+    exports = {
+        name: start_command("aoti", "--checkpoint", path, "--out", root / name, "--device", "cpu", "--max-batch", 8)
+        for name, path in checkpoints.items()
+    }
+    for name, process in exports.items():
+        _, errors = process.communicate()
+        assert process.returncode == 0, f"{name}: {errors}"
+    return {name: root / name for name in exports}
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(bundles: dict[str, Path]) -> Path:
+    """Two layers, chunks of 64 tokens."""
+    return bundles["tiny"]
+
+
+@pytest.fixture(scope="session")
+def short_chunk_bundle(bundles: dict[str, Path]) -> Path:
+    """One layer, chunks of 8 tokens: shorter than a block."""
+    return bundles["short-chunk"]

@@ -53,10 +53,12 @@ class Runtime(ABC):
         Returns float32 logits (B, V) after each row's last token, zeros for a row of length 0; with `all_logits`
         (B, L, V). ValueError for ids or lengths out of range.
         """
-        token_ids, lengths = self._checked(token_ids, cache, dims=2), lengths.to(self.device, torch.int64)
+        token_ids = self._checked(token_ids, cache, dims=2)
         length = token_ids.shape[1]
-        if lengths.shape != (cache.batch,) or bool(((lengths < 0) | (lengths > length)).any()):
-            raise ValueError(f"lengths must be (B,) = ({cache.batch},) numbers in 0..{length}, got {lengths.tolist()}")
+        whole = not (lengths.is_floating_point() or lengths.dtype == torch.bool)
+        if not whole or lengths.shape != (cache.batch,) or bool(((lengths < 0) | (lengths > length)).any()):
+            raise ValueError(f"lengths must be (B,) = ({cache.batch},) integers in 0..{length}, got {lengths.tolist()}")
+        lengths = lengths.to(self.device, torch.int64)
         pieces, last = [], torch.zeros(cache.batch, self.config.logits_size, device=self.device)
         for start in range(0, length, self.limits.max_length):
             piece = token_ids[:, start : start + self.limits.max_length]
@@ -95,4 +97,4 @@ class Runtime(ABC):
                     f"token ids must be in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}; "
                     "is this the model's tokenizer?"
                 )
-        return token_ids.to(self.device, torch.int64)
+        return token_ids.to(self.device, torch.int64).contiguous()  # programs read memory, not strides

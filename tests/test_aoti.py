@@ -1,0 +1,269 @@
+"""Compiled programs against the eager model: the same numbers at every batch, length and split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megalodon_export import bundle
+from megalodon_export.model import MegalodonCache
+from megalodon_export.runtimes import Runtime, open_runtime
+from megalodon_export.verify import Case, compare
+from megalodon_export.weights import WeightStore
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = (None,) * 3
+Pair = tuple[Runtime, Runtime]
+
+
+@pytest.fixture(scope="module", params=["tiny", "short-chunk"])
+def folder(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Path:
+    return bundles[request.param]
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> Pair:
+    """aoti, eager."""
+    manifest = bundle.read(folder)
+    return open_runtime("aoti", folder, manifest), open_runtime("eager", folder, manifest)
+
+
+@pytest.fixture(scope="module")
+def aoti(tiny_bundle: Path) -> Runtime:
+    return open_runtime("aoti", tiny_bundle, bundle.read(tiny_bundle))
+
+
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def contents(cache: MegalodonCache) -> list[Tensor]:
+    return [t.clone() for t in cache.tensors()]
+
+
+def unchanged(cache: MegalodonCache, before: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(cache.tensors(), before, strict=True))
+
+
+# ---- the same numbers ------------------------------------------------------------------------------------------------
+
+
+def assert_close(pair: Pair, batch: int, *calls: tuple[int, ...] | None) -> None:
+    logits, cache, agreement = compare(*pair, Case("", batch, calls))
+    assert logits < 1e-4
+    assert cache < 1e-4
+    assert agreement == 1.0
+
+
+LENGTHS: dict[str, Callable[[int], int]] = {
+    "1": lambda chunk: 1,
+    "chunk - 1": lambda chunk: chunk - 1,
+    "chunk": lambda chunk: chunk,
+    "chunk + 1": lambda chunk: chunk + 1,
+    "2 chunk + 5": lambda chunk: 2 * chunk + 5,
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_prefill_then_decode(pair: Pair, batch: int, length: str) -> None:
+    count = LENGTHS[length](pair[0].config.chunk_size)
+    assert_close(pair, batch, (count,) * batch, *STEPS)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("start", [1, 0.5, -1])
+def test_prefill_from_inside_a_chunk(pair: Pair, length: str, start: float) -> None:
+    chunk = pair[0].config.chunk_size
+    first = {1: 1, 0.5: chunk // 2, -1: chunk - 1}[start]
+    assert_close(pair, 2, (first, first), (LENGTHS[length](chunk),) * 2, *STEPS)
+
+
+def test_ragged_rows_and_empty_ones(pair: Pair) -> None:
+    chunk = pair[0].config.chunk_size
+    ragged = (1, chunk, 0, chunk - 1, 2 * chunk + 5, 3, chunk + 1, 0)
+    assert_close(pair, 8, ragged, ragged[::-1], *STEPS)
+    assert_close(pair, 8, ragged, *STEPS, (0, 0, 0, 0, 0, 0, 0, chunk + 1), *STEPS)
+
+
+def test_decode_from_nothing_across_chunks(pair: Pair) -> None:
+    chunk = pair[0].config.chunk_size
+    assert_close(pair, 2, *(None,) * (2 * chunk + 3))
+    assert_close(pair, 3, (chunk - 2, chunk - 1, 1), *(None,) * (chunk + 2))
+
+
+def test_greedy_tokens_are_equal_for_512_steps(pair: Pair) -> None:
+    written = []
+    for runtime in pair:
+        cache = runtime.new_cache(2)
+        logits = runtime.prefill(random_ids(2, 100), torch.tensor([100, 37]), cache)
+        tokens = []
+        for _ in range(512):
+            tokens.append(logits.argmax(-1))
+            logits = runtime.decode(tokens[-1], cache)
+        written.append(torch.stack(tokens))
+    assert torch.equal(*written)
+    assert len(set(written[0].flatten().tolist())) > 10  # not one token over and over
+
+
+def test_prompts_beyond_one_call_are_those_of_the_whole_model(folder: Path, pair: Pair) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    longest = pair[0].limits.max_length
+    token_ids = random_ids(2, 3 * longest + 7)
+    lengths = torch.tensor([3 * longest + 7, longest + 1])
+    with torch.no_grad():
+        expected = model(token_ids, lengths=lengths).logits[torch.arange(2), lengths - 1]
+    for runtime in pair:
+        cache = runtime.new_cache(2)
+        assert (runtime.prefill(token_ids, lengths, cache) - expected).abs().max() < 1e-4
+        assert cache.position.tolist() == lengths.tolist()
+
+
+def test_rows_of_a_batch_are_rows_run_alone(pair: Pair) -> None:
+    aoti, chunk = pair[0], pair[0].config.chunk_size
+    lengths = [1, chunk + 1, 2 * chunk + 5]
+    token_ids, following = random_ids(3, max(lengths)), random_ids(4, 3, seed=1)
+    together = aoti.new_cache(3)
+    logits = [aoti.prefill(token_ids, torch.tensor(lengths), together)]
+    logits += [aoti.decode(step, together) for step in following]
+    for row, length in enumerate(lengths):
+        alone = aoti.new_cache(1)
+        own = [aoti.prefill(token_ids[row : row + 1, :length], torch.tensor([length]), alone)]
+        own += [aoti.decode(step[row : row + 1], alone) for step in following]
+        for a, b in zip(logits, own, strict=True):
+            assert (a[row] - b[0]).abs().max() < 2e-5
+
+
+def test_strided_arguments_are_those_of_their_copies(aoti: Runtime) -> None:
+    wide, lengths = random_ids(3, 40), torch.tensor([[20, 0], [7, 0], [1, 0]])[:, 0]
+    logits, caches = [], [aoti.new_cache(3), aoti.new_cache(3)]
+    for cache, same in zip(caches, (lambda t: t, lambda t: t.contiguous()), strict=True):
+        first = aoti.prefill(same(wide[:, ::2]), same(lengths), cache)
+        turned = aoti.prefill(same(wide.T[:3].T), same(lengths.clamp(max=3)), cache)
+        logits.append(torch.stack([first, turned, aoti.decode(same(wide[:, 5]), cache)]))
+    assert torch.equal(*logits)
+    assert unchanged(caches[0], contents(caches[1]))
+
+
+def test_all_token_dtypes_that_hold_ids(aoti: Runtime) -> None:
+    results = []
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        cache = aoti.new_cache(1)
+        first = aoti.prefill(random_ids(1, 9).to(dtype), torch.tensor([9], dtype=torch.int32), cache)
+        results.append(first + aoti.decode(torch.tensor([65], dtype=dtype), cache))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+# ---- the cache and the weights ---------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_updated_in_place(pair: Pair) -> None:
+    for runtime in pair:
+        cache = runtime.new_cache(2)
+        addresses, before = [t.data_ptr() for t in cache.tensors()], contents(cache)
+        runtime.prefill(random_ids(2, 11), torch.tensor([11, 3]), cache)
+        assert all(not torch.equal(a, b) for a, b in zip(cache.tensors(), before, strict=True))
+        runtime.decode(random_ids(2), cache)
+        assert [t.data_ptr() for t in cache.tensors()] == addresses
+        assert cache.position.tolist() == [12, 4]
+
+
+def test_a_decode_step_allocates_nothing_as_large_as_a_ring(aoti: Runtime) -> None:
+    cache = aoti.new_cache(8)
+    smallest = min(t.nbytes for layer in cache.layers for t in (layer.key, layer.value))
+    token_ids = random_ids(8)
+    aoti.decode(token_ids, cache)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        aoti.run_decode(token_ids, cache)
+    allocated = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    logits = 8 * aoti.config.logits_size * 4
+    assert logits in allocated  # what the program allocates is seen at all
+    assert max(size for size in allocated if size != logits) < smallest
+
+
+def test_programs_hold_no_weights(folder: Path) -> None:
+    manifest = bundle.read(folder)
+    entry = manifest["programs"]["aoti"]
+    store = WeightStore(folder, torch.device("cpu"))
+    parameters = {name for name, _ in AutoModelForCausalLM.from_pretrained(folder).named_parameters()}
+    programs = [path.read_bytes() for path in (folder / "aoti").iterdir()]
+    for sources in entry["constants"].values():
+        assert {s["file"] for s in sources.values()} <= {"model.safetensors", "constants.safetensors"}
+        assert {s["tensor"] for s in sources.values() if s["file"] == "model.safetensors"} <= parameters
+        for name, tensor in store.bind(sources).items():
+            start = tensor.flatten()[-16:].numpy().tobytes()
+            if tensor.numel() >= 16 and len(set(start)) > 16:
+                assert not any(start in program for program in programs), name
+
+
+def test_both_programs_use_the_same_tensors(tiny_bundle: Path) -> None:
+    constants = bundle.read(tiny_bundle)["programs"]["aoti"]["constants"]
+    store = WeightStore(tiny_bundle, torch.device("cpu"))
+    prefill, decode = (store.bind(constants[name]) for name in ("prefill", "decode"))
+    shared = prefill.keys() & decode.keys()
+    assert {n for n, s in constants["prefill"].items() if s["file"] == "model.safetensors"} & shared
+    assert {name: prefill[name].data_ptr() for name in shared} == {name: decode[name].data_ptr() for name in shared}
+
+
+def test_weights_of_another_shape_are_refused(tiny_bundle: Path) -> None:
+    constants = json.loads(json.dumps(bundle.read(tiny_bundle)["programs"]["aoti"]["constants"]["decode"]))
+    name = next(iter(constants))
+    constants[name]["shape"] = [1, 2, 3]
+    with pytest.raises(ValueError, match=r"manifest says .*\[1, 2, 3\]"):
+        WeightStore(tiny_bundle, torch.device("cpu")).bind(constants)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_batches_out_of_range_are_refused(aoti: Runtime) -> None:
+    for batch in (0, 9):
+        with pytest.raises(ValueError, match=rf"batch of {batch} is outside 1\.\.8.*--max-batch"):
+            aoti.new_cache(batch)
+
+
+WRONG_PREFILL: dict[str, tuple[Tensor, Tensor, str]] = {
+    "id too large": (torch.tensor([[1, 257]]), torch.tensor([2]), r"in 0\.\.256, got 1\.\.257"),
+    "negative id": (torch.tensor([[-1, 3]]), torch.tensor([2]), r"in 0\.\.256, got -1\.\.3"),
+    "float ids": (torch.ones(1, 2), torch.tensor([2]), r"must be integers, got torch.float32"),
+    "bool ids": (torch.ones(1, 2, dtype=torch.bool), torch.tensor([2]), r"must be integers, got torch.bool"),
+    "one dimension": (torch.tensor([1, 2]), torch.tensor([2]), r"must be \(B, L\) with B = 1, got \(2,\)"),
+    "too many rows": (torch.ones(2, 2, dtype=torch.int64), torch.tensor([2, 2]), r"B = 1, got \(2, 2\)"),
+    "no tokens": (torch.ones(1, 0, dtype=torch.int64), torch.tensor([0]), r"got \(1, 0\)"),
+    "length too large": (torch.tensor([[1, 2]]), torch.tensor([3]), r"integers in 0\.\.2, got \[3\]"),
+    "negative length": (torch.tensor([[1, 2]]), torch.tensor([-1]), r"integers in 0\.\.2, got \[-1\]"),
+    "too many lengths": (torch.tensor([[1, 2]]), torch.tensor([1, 1]), r"lengths must be \(B,\) = \(1,\)"),
+    "float lengths": (torch.tensor([[1, 2]]), torch.tensor([1.5]), r"lengths must be .*got \[1\.5\]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PREFILL)
+def test_wrong_arguments_leave_the_cache_untouched(pair: Pair, name: str) -> None:
+    token_ids, lengths, message = WRONG_PREFILL[name]
+    for runtime in pair:
+        cache = runtime.new_cache(1)
+        runtime.prefill(torch.tensor([[1, 2, 3]]), torch.tensor([3]), cache)
+        before = contents(cache)
+        with pytest.raises(ValueError, match=message):
+            runtime.prefill(token_ids, lengths, cache)
+        assert unchanged(cache, before)
+
+
+@pytest.mark.parametrize(
+    "token_ids", [torch.tensor([[1]]), torch.tensor([1, 2]), torch.tensor([257]), torch.tensor([0.0]), torch.tensor(1)]
+)
+def test_wrong_decode_arguments_leave_the_cache_untouched(pair: Pair, token_ids: Tensor) -> None:
+    for runtime in pair:
+        cache = runtime.new_cache(1)
+        before = contents(cache)
+        with pytest.raises(ValueError, match="token"):
+            runtime.decode(token_ids, cache)
+        assert unchanged(cache, before)
