@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -39,7 +40,15 @@ class Worker:
         # /proc/cpuinfo; Inductor would compile a test program for each, which takes up to a minute.
         environment = {"OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_VEC_ISA_OK": "1", **os.environ}
         with open(self.folder / "log", "wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+
+    def end(self) -> None:
+        """Kill the process, if it still runs, and the compilers that it runs."""
+        with self.process:  # closes its stdin, waits for it
+            if self.process.poll() is None:
+                _kill_group(self.process.pid)
 
     def report_progress(self, report: Callable[[str], None]) -> None:
         """Pass on what the worker has written since the last time."""
@@ -78,8 +87,7 @@ def run_side_by_side(workers: list[Worker], report: Callable[[str], None]) -> di
     finally:
         for worker in workers:
             if hasattr(worker, "process"):
-                worker.process.kill()
-                worker.process.wait()
+                worker.end()
     return results
 
 
@@ -99,11 +107,16 @@ def serve(compile_request: Callable[[dict[str, Any], Path, Callable[[str], None]
 
 def _end_with_parent() -> None:
     """A killed export must not leave compilers running."""
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
+        os.read(0, 1)  # nothing is ever written: it ends when the export does, even one killed before we got here
+        _kill_group(os.getpid())
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _kill_group(leader: int) -> None:
+    if os.name == "posix":
+        os.killpg(leader, signal.SIGKILL)
+    else:
+        os.kill(leader, signal.SIGTERM)

@@ -88,6 +88,8 @@ def write_checkpoint(model: MegalodonForCausalLM, checkpoint: Path, folder: Path
             shutil.copyfile(checkpoint / name, folder / name)
     freeze_constants(model)
     save_constants(model, folder)
+    for name in (WEIGHTS, CONSTANTS):  # safetensors lets only their owner read them
+        shutil.copymode(folder / "config.json", folder / name)
 
 
 def describe(

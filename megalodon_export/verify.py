@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -128,7 +130,7 @@ def compare(candidate: Runtime, reference: Runtime, case: Case) -> tuple[float, 
         equal += int((pair[0].argmax(-1) == pair[1].argmax(-1)).sum())
         compared += pair[0].shape[0]
     cache_difference = max(
-        _difference(a, b) / max(float(b.abs().max()), 1e-6)
+        _difference(a, b, max(float(b.abs().max()), 1e-6))
         for a, b in zip(_visible(caches[0]), _visible(caches[1]), strict=True)
     )
     return worst, cache_difference, equal / compared
@@ -154,5 +156,7 @@ def _visible(cache: MegalodonCache) -> Iterator[Tensor]:
     yield from (t.double() for t in itertools.filterfalse(lambda t: id(t) in rings, cache.tensors()))
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+def _difference(a: Tensor, b: Tensor, scale: float = 1.0) -> float:
+    """Largest |a - b| / scale; the largest float if there is NaN or infinity, which max() and JSON would lose."""
+    difference = float((a.double() - b.double()).abs().max()) / scale if a.numel() else 0.0
+    return difference if math.isfinite(difference) else sys.float_info.max

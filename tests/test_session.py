@@ -92,7 +92,7 @@ def test_an_empty_prompt_begins_with_the_bos_token(session: Session, monkeypatch
     assert write(session, 20) == greedy_ids(session, [256], 20, eos=-1)
     monkeypatch.setattr(session.runtime.config, "bos_token_id", None)
     session.reset()
-    with pytest.raises(ValueError, match="prompt is empty .* no bos_token_id"):
+    with pytest.raises(ValueError, match=r"prompt is empty .* no bos_token_id"):
         next(session.generate())
 
 
@@ -279,7 +279,7 @@ def test_a_failure_half_way_poisons_until_reset(
             next(session.generate(PROMPT * 20))
     uses = (lambda: session.prefill([1]), lambda: session.decode(1), lambda: next(session.generate("x")))
     for use in (*uses, session.snapshot, session.fork):
-        with pytest.raises(SessionError, match="failed half-way.*reset or restore"):
+        with pytest.raises(SessionError, match=r"failed half-way.*reset or restore"):
             use()
     session.restore(state)
     session.decode(1)
