@@ -90,7 +90,7 @@ def build(
     from torch.export.pt2_archive._package import package_pt2
 
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="megalodon-export-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=".", dir=directory) as scratch:
         workers = []
         for name in (PREFILL, DECODE):
             folder = Path(scratch, name)

@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if args.traceback:
             raise
-        print(f"megalodon-export: {error or type(error).__name__}", file=sys.stderr)
+        print(f"megalodon-export: {str(error) or type(error).__name__}", file=sys.stderr)
         return 1
 
 

@@ -142,7 +142,7 @@ def test_programs_for_another_machine_are_refused(
 
 def test_contents_are_trusted_on_request_but_sizes_are_not(copy: Path) -> None:
     flip(copy / "README.md")
-    with pytest.raises(BundleError, match="README.md: sha256"):
+    with pytest.raises(BundleError, match=r"README\.md: sha256"):
         megalodon_export.load(copy, runtime="eager")
     megalodon_export.load(copy, runtime="eager", check=False)
     truncate(copy / "README.md")
@@ -185,7 +185,7 @@ def test_a_sound_bundle_verifies(copy: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("factor", [1.01, float("nan"), float("inf")])
 def test_numbers_out_of_bounds_fail(copy: Path, capsys: pytest.CaptureFixture[str], factor: float) -> None:
     spoil(copy, factor)
-    with pytest.raises(VerificationError, match="out of the bound of 1e-04 .* aoti, a chunk and one"):
+    with pytest.raises(VerificationError, match=r"out of the bound of 1e-04 .* aoti, a chunk and one"):
         verify(copy)
     (copy / "parity.json").unlink()
     assert run(["verify", str(copy)]) == 1
