@@ -13,7 +13,7 @@ from .cache import LayerCache
 from .config import MegalodonConfig
 from .constants import DerivedConstants
 from .ema import ComplexEMA
-from .norm import NormState, RMSNorm, TimestepNorm, accumulation_dtype
+from .norm import NormState, RMSNorm, TimestepNorm, accumulation_dtype, cast
 from .plan import PrefillPlan
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines (..., dz/2)
@@ -23,6 +23,8 @@ MIN_SCORE = -1e30  # for masked scores: finite, so that a row without any valid 
 
 class RotaryTable(DerivedConstants):
     """Cosines and sines (C, dz/2) of the positions inside a chunk, computed in float64."""
+
+    anchor: Tensor
 
     def __init__(self, head_dim: int, chunk_size: int, base: float | None) -> None:
         super().__init__()
@@ -53,8 +55,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def softmax_product(scores: Tensor, allowed: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax of the allowed scores (float32 or better), times v."""
-    weights = torch.softmax(scores.to(accumulation_dtype(scores.dtype)).masked_fill(~allowed, MIN_SCORE), dim=-1)
-    weights = weights.to(v.dtype)
+    scores = torch.where(allowed, cast(scores, accumulation_dtype(scores.dtype)), MIN_SCORE)
+    weights = cast(torch.softmax(scores, dim=-1), v.dtype)
     if dropout > 0:  # not training=dropout > 0: torch.compile(dynamic=True) makes a symbol of the rate
         weights = F.dropout(weights, dropout)
     return batched_matmul(weights, v)
@@ -87,7 +89,7 @@ def write_ring(ring: Tensor, new: Tensor, plan: PrefillPlan) -> None:
     """Write the last (up to C) of each row's valid new tokens (B, H, L, d) into the ring (B, H, C, d), in place."""
     if not plan.single:
         new = F.pad(new, (0, 0, 0, ring.shape[2]))  # so that a gather of C tokens is in range for any L
-    rows = torch.arange(ring.shape[0], device=ring.device)[:, None]
+    rows = plan.rows[:, None]
     # aten's index: the indexing syntax would add guards on the batch to an exported graph
     kept = torch.ops.aten.index(ring, [rows, None, plan.ring_slots])  # (B, size, H, d)
     taken = torch.ops.aten.index(new, [rows, None, plan.ring_index])
@@ -155,12 +157,12 @@ class GatedAttention(nn.Module):
 
     def _project(self, x_norm: Tensor, y: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """m (..., D) and per head q, k (..., H, dz), v (..., H, dv), from the norm's and the EMA's output."""
-        m = self._drop(self.rmsnorm(y).to(x_norm.dtype), self.hidden_dropout)
+        m = self._drop(cast(self.rmsnorm(y), x_norm.dtype), self.hidden_dropout)
         z = self.znorm(self.wz(m).unflatten(-1, (self.heads, -1)))  # (..., H, dz), accumulation dtype
-        scale = (self.gamma.to(z.dtype) + 1) / math.sqrt(z.shape[-1])
+        scale = (cast(self.gamma, z.dtype) + 1) / math.sqrt(z.shape[-1])
         rows = (2, *[1] * (z.dim() - 2), self.heads, z.shape[-1])  # query and key first, so that each is contiguous
         cos, sin = (t[..., None, :] for t in rotary)
-        q, k = rotate(z * scale.view(rows) + self.beta.to(z.dtype).view(rows), cos, sin).to(x_norm.dtype)
+        q, k = cast(rotate(z * scale.view(rows) + cast(self.beta, z.dtype).view(rows), cos, sin), x_norm.dtype)
         v = F.silu(self.wv(x_norm)).unflatten(-1, (self.heads, -1))
         return m, q, k, v
 
@@ -169,4 +171,4 @@ class GatedAttention(nn.Module):
         return x + self._drop(self.wh1(m) + self.wh2(gated), self.dropout)
 
     def _drop(self, x: Tensor, rate: float) -> Tensor:
-        return F.dropout(x, rate, self.training)
+        return F.dropout(x, rate) if self.training else x

@@ -33,8 +33,11 @@ class FeedForward(nn.Module):
         hidden = F.silu(self.fc1(h))
         if self.fc3 is not None:
             hidden = hidden * self.fc3(h)
-        out = self.fc2(F.dropout(hidden, self.hidden_dropout, self.training))
-        out = F.dropout(out, self.dropout, self.training)
+        if self.training:
+            hidden = F.dropout(hidden, self.hidden_dropout)
+        out = self.fc2(hidden)
+        if self.training:
+            out = F.dropout(out, self.dropout)
         return residual + (out if self.alpha is None else self.alpha * out)
 
 

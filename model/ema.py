@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from .blocking import first, from_blocks, to_blocks
 from .config import EMAForm
 from .constants import DerivedConstants
-from .norm import accumulation_dtype
-from .plan import BLOCK, PrefillPlan
+from .norm import accumulation_dtype, cast
+from .plan import BLOCK, PrefillPlan, carry_shifts
 
 
 def complex_mul(a: Tensor, b: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ def powers_of_q(log_magnitude: Tensor, turns: Tensor, exponents: Tensor) -> Tens
     """
     exponents = exponents.double()
     angle = exponents * turns
-    angle = ((angle - angle.floor()) * (2 * math.pi)).to(log_magnitude.dtype)
-    magnitude = torch.exp(exponents.to(log_magnitude.dtype) * log_magnitude)
+    angle = cast((angle - angle.floor()) * (2 * math.pi), log_magnitude.dtype)
+    magnitude = torch.exp(cast(exponents, log_magnitude.dtype) * log_magnitude)
     return torch.stack([magnitude * torch.cos(angle), magnitude * torch.sin(angle)], dim=-1)
 
 
@@ -78,7 +78,7 @@ class ComplexEMA(DerivedConstants):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: x (B, D), state (B, D, N, 2) -> y (B, D) in the accumulation dtype, new state."""
         c = self.constants()
-        x = x.to(c["p"].dtype)
+        x = cast(x, c["p"].dtype)
         (re, im), (q_re, q_im), (g_re, g_im) = state.unbind(-1), c["q"].unbind(-1), c["gamma"].unbind(-1)
         new_re = q_re * re - q_im * im + c["p"] * x[..., None]
         new_im = q_re * im + q_im * re
@@ -91,7 +91,7 @@ class ComplexEMA(DerivedConstants):
         Returns y (B, L, D) in the accumulation dtype and the state after each row's last valid step.
         """
         c = self.constants()
-        x = x.to(c["p"].dtype)
+        x = cast(x, c["p"].dtype)
         batch, length, dim = x.shape
         if state is None:
             state = x.new_zeros(batch, dim, self.ndim, 2)
@@ -99,30 +99,28 @@ class ComplexEMA(DerivedConstants):
         count = padded.shape[1]
         blocks = padded.permute(3, 0, 1, 2).flatten(1, 2)  # (D, B*blocks, T)
 
-        shifts = carry_shifts(plan.max_length)
-        exponents = torch.cat([torch.arange(BLOCK + 1), BLOCK * torch.tensor(shifts, dtype=torch.int64)]).to(x.device)
-        powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], exponents[:, None])
+        powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], plan.exponents)
         decays = powers[:, BLOCK + 1 :]  # of q over 1, 2, 4 ... blocks
-        to_state = powers[:, :BLOCK].flip(1).flatten(2)  # (D, T, 2N)
-        added = torch.bmm(blocks, to_state).unflatten(-1, (self.ndim, 2)) * c["p"][:, None, :, None]
+        to_state = (powers[:, :BLOCK].flip(1) * c["p"][:, None, :, None]).flatten(2)  # (D, T, 2N)
+        added = torch.bmm(blocks, to_state).unflatten(-1, (self.ndim, 2))
         # State at the start of every block: prefix sums of what blocks add, decayed by q^T a block, by doubling.
         carried = torch.cat([state.transpose(0, 1)[:, :, None], added.unflatten(1, (batch, count))[:, :, :-1]], dim=2)
-        for i, shift in enumerate(shifts):
+        for i, shift in enumerate(carry_shifts(plan.max_length)):
             earlier = first(F.pad(carried, (0, 0, 0, 0, shift, 0)), 2, count)
             carried = carried + complex_mul(earlier, decays[:, None, None, i])
 
         from_state = real_part_weights(complex_mul(powers[:, 1 : BLOCK + 1], c["gamma"][:, None]))  # (D, 2N, T)
         if self.form == "blocked":
-            y = torch.baddbmm(torch.bmm(blocks, toeplitz(c["kernel"])), carried.flatten(1, 2).flatten(2), from_state)
+            inside = torch.bmm(blocks, toeplitz(c["kernel"], plan))
+            y = torch.baddbmm(inside, carried.flatten(1, 2).flatten(2), from_state)
             y = from_blocks(y.unflatten(1, (batch, count)).permute(1, 2, 3, 0), 1, length)
         else:
             y = self._convolve(x, state, powers, from_state, c)
 
         # Each row's own last state: from the start of its last block, over that block's valid tokens.
-        rows = torch.arange(batch, device=x.device)
-        tail = torch.where(plan.tail_valid, padded.flatten(1, 2)[rows[:, None], plan.tail_index], 0.0)  # (B, T, D)
-        added = torch.bmm(tail.permute(2, 0, 1), to_state).unflatten(-1, (self.ndim, 2)) * c["p"][:, None, :, None]
-        start = carried[:, rows, plan.last_block]  # (D, B, N, 2)
+        tail = torch.where(plan.tail_valid, padded.flatten(1, 2)[plan.rows[:, None], plan.tail_index], 0.0)  # (B, T, D)
+        added = torch.bmm(tail.permute(2, 0, 1), to_state).unflatten(-1, (self.ndim, 2))
+        start = carried[:, plan.rows, plan.last_block]  # (D, B, N, 2)
         last = complex_mul(powers.index_select(1, plan.last_steps), start) + added
         return y, last.transpose(0, 1)
 
@@ -143,22 +141,11 @@ class ComplexEMA(DerivedConstants):
         return y + from_blocks(incoming.permute(1, 2, 3, 0), 1, length) + c["omega"] * x
 
 
-def carry_shifts(max_length: int) -> list[int]:
-    """1, 2, 4 ... below the number of blocks of a length: the steps of the prefix sum over blocks."""
-    shifts = [1]
-    while shifts[-1] * 2 * BLOCK < max_length:
-        shifts.append(shifts[-1] * 2)
-    return shifts if max_length > BLOCK else []
-
-
 def real_part_weights(coefficients: Tensor) -> Tensor:
     """Coefficients g (D, T, N, 2) -> (D, 2N, T), which times a state (2N) gives Re(sum_n g h)."""
     return torch.stack([coefficients[..., 0], -coefficients[..., 1]], dim=-1).flatten(2).mT
 
 
-def toeplitz(kernel: Tensor) -> Tensor:
+def toeplitz(kernel: Tensor, plan: PrefillPlan) -> Tensor:
     """K (D, T) -> (D, T, T) with K[j - i] at [i, j] for i <= j, else 0."""
-    size = kernel.shape[1]
-    steps = torch.arange(size, device=kernel.device)
-    lag = steps[None, :] - steps[:, None]
-    return torch.where(lag >= 0, kernel[:, lag.clamp(min=0)], 0.0)
+    return torch.where(plan.upper, kernel[:, plan.lag], 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,10 @@ def check_dtype(dtype: torch.dtype) -> None:
 class MegalodonPreTrainedModel(PreTrainedModel):
     """What the Megalodon classes share: config, initialisation, placement."""
 
+    config: MegalodonConfig
     config_class = MegalodonConfig
     base_model_prefix = "model"
+    _input_embed_layer = "embed"
     _no_split_modules = ["MegalodonBlock"]  # noqa: RUF012
     # bfloat16 keeps 8 bits of theta; over a hundred steps of phase that is another model.
     _keep_in_fp32_modules_strict = ["cema"]  # noqa: RUF012
@@ -70,7 +72,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     @property
     def dtype_of_weights(self) -> torch.dtype:
         """The dtype of everything but the complex EMA's parameters, which stay in float32."""
-        return self.get_input_embeddings().weight.dtype
+        return self.get_input_embeddings().get_parameter("weight").dtype
 
     def train(self, mode: bool = True) -> MegalodonPreTrainedModel:
         """As nn.Module.train; leaving inference drops frozen constants, which would go stale."""
@@ -89,14 +91,6 @@ class MegalodonModel(MegalodonPreTrainedModel):
         self.layers = nn.ModuleList(MegalodonBlock(config, i) for i in range(config.num_layers))
         self.norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps, config.norm_statistics)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding."""
-        return self.embed
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.embed = value
 
     def prefill(
         self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache | None = None, max_length: int | None = None
@@ -138,7 +132,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         x = self._embed(token_ids)  # (B, D)
         states = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, norm, ema = layer.step(x, position, rotary, layer_cache)
+            x, norm, ema = cast(MegalodonBlock, layer).step(x, position, rotary, layer_cache)
             states.append((ema, *norm))
         x, final = self.norm.step(x, position, NormState(cache.final.norm_mean, cache.final.norm_var))
         _store(cache, states, final, position + 1)
@@ -165,7 +159,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
             if lengths is None:
                 lengths = torch.full_like(input_ids[:, 0], input_ids.shape[1])
             hidden = self.prefill(input_ids, lengths, cache)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        # transformers types the field as its own Cache, which holds keys and values alone
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)  # type: ignore[arg-type]
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         x = self.embed(token_ids)
@@ -184,14 +179,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
         self.model = MegalodonModel(config)
         self.lm_head = nn.Linear(config.model_dim, config.logits_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding."""
-        return self.model.embed
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.model.embed = value
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head."""
@@ -250,7 +237,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _store(cache: MegalodonCache, states: list[tuple[Tensor, ...]], final: NormState, position: Tensor) -> None:
+def _store(
+    cache: MegalodonCache, states: list[tuple[Tensor, Tensor, Tensor]], final: NormState, position: Tensor
+) -> None:
     """Write the new small states into the cache, in place; not part of the autograd graph."""
     for layer, (ema, mean, var) in zip(cache.layers, states, strict=True):
         copy_in_place((layer.ema_state, layer.norm_mean, layer.norm_var), (ema.detach(), mean.detach(), var.detach()))

@@ -27,26 +27,33 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def prefix_sum(x: Tensor, max_length: int) -> Tensor:
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype; no operation at all where it has it, since an exported graph keeps even those that do nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def prefix_sum(x: Tensor, max_length: int, upper_ones: Tensor | None = None) -> Tensor:
     """Inclusive sums over dim 1 of x (B, L, K), L <= max_length, as triangular products of blocks of 32.
 
     Not torch.cumsum: on a GPU, Inductor cannot compile a scan over a middle dimension (SplitScan), and ONNX Runtime's
-    takes O(L^2).
+    takes O(L^2). `upper_ones` is the triangle of a block, where the caller has it.
     """
+    if upper_ones is None:
+        upper_ones = torch.ones(BLOCK, BLOCK, dtype=x.dtype, device=x.device).triu()
     if max_length <= BLOCK:
-        return _lower_product(x)
+        size = x.shape[1]
+        return _times(x, upper_ones.narrow(0, 0, size).narrow(1, 0, size))
     blocks = to_blocks(x, 1, BLOCK)  # (B, blocks, 32, K)
-    inside = _lower_product(blocks)
+    inside = _times(blocks, upper_ones)
     totals = inside[:, :, -1]
-    before = prefix_sum(totals, -(-max_length // BLOCK)) - totals
+    before = prefix_sum(totals, -(-max_length // BLOCK), upper_ones) - totals
     return from_blocks(inside + before[:, :, None], 1, x.shape[1])
 
 
-def _lower_product(x: Tensor) -> Tensor:
+def _times(x: Tensor, triangle: Tensor) -> Tensor:
     """Inclusive sums over the last but one dimension of x (..., T, K), as x^T times an upper triangle of ones."""
     rows = compact(x.mT)  # (..., K, T)
-    ones = torch.ones(x.shape[-2], x.shape[-2], dtype=x.dtype, device=x.device)
-    return torch.mm(rows.flatten(0, -2), ones.triu()).unflatten(0, rows.shape[:-1]).mT
+    return torch.mm(rows.flatten(0, -2), triangle).unflatten(0, rows.shape[:-1]).mT
 
 
 class TimestepNorm(nn.Module):
@@ -75,30 +82,28 @@ class TimestepNorm(nn.Module):
         Sums run in float64: the statistics of step t are sums over all steps before it.
         """
         hf = self.statistics == "megalodon-hf"
-        grouped = x.unflatten(-1, (self.groups, -1)).to(accumulation_dtype(x.dtype))  # (B, L, G, D/G)
-        var, mu = (t.double() for t in torch.var_mean(grouped, dim=-1, correction=0))  # (B, L, G)
+        grouped = cast(x.unflatten(-1, (self.groups, -1)), accumulation_dtype(x.dtype))  # (B, L, G, D/G)
+        var, mu = (cast(t, torch.float64) for t in torch.var_mean(grouped, dim=-1, correction=0))  # (B, L, G)
         moments = torch.cat([mu, mu * mu if hf else var + mu * mu], dim=-1)
-        first, second = prefix_sum(moments * plan.valid, plan.max_length).chunk(2, dim=-1)
+        first, second = prefix_sum(moments * plan.valid, plan.max_length, plan.upper_ones).chunk(2, dim=-1)
 
-        count = plan.position.double()[:, None, None]
-        seen = plan.seen.clamp(min=1)
-        mean_in, var_in = (s.double()[:, None] for s in state)
+        count, seen = plan.count, plan.seen
+        mean_in, var_in = (cast(s, torch.float64)[:, None] for s in state)
         mean = (count * mean_in + first) / seen
         prior = count.clamp(min=1) if hf else count
         variance = (prior * var_in + count * mean_in * mean_in + second) / seen - mean * mean
         variance = variance.clamp(min=_HF_VARIANCE_FLOOR if hf else 0.0)
 
-        started = plan.lengths[:, None] > 0  # a row without a valid step keeps its statistics
-        state = NormState(
-            torch.where(started, mean[:, -1].to(state.mean.dtype), state.mean),
-            torch.where(started, variance[:, -1].to(state.var.dtype), state.var),
+        mean, variance = cast(mean, grouped.dtype), cast(variance, grouped.dtype)
+        state = NormState(  # a row without a valid step keeps its statistics
+            torch.where(plan.started, mean[:, -1], state.mean), torch.where(plan.started, variance[:, -1], state.var)
         )
-        y = self._affine(grouped, mean.to(grouped.dtype), variance.to(grouped.dtype), x.dtype)
+        y = self._affine(grouped, mean, variance, x.dtype)
         return torch.where(plan.valid, y, 0.0), state
 
     def step(self, x: Tensor, position: Tensor, state: NormState) -> tuple[Tensor, NormState]:
         """Normalise one step x (B, D); the same numbers as `forward` with L = 1, by Welford's update."""
-        grouped = x.unflatten(-1, (self.groups, -1)).to(accumulation_dtype(x.dtype))  # (B, G, D/G)
+        grouped = cast(x.unflatten(-1, (self.groups, -1)), accumulation_dtype(x.dtype))  # (B, G, D/G)
         var, mu = torch.var_mean(grouped, dim=-1, correction=0)
         count = position.to(grouped.dtype)[:, None]
         share = 1 / (count + 1)
@@ -113,7 +118,7 @@ class TimestepNorm(nn.Module):
 
     def _affine(self, grouped: Tensor, mean: Tensor, variance: Tensor, dtype: torch.dtype) -> Tensor:
         y = (grouped - mean[..., None]) * torch.rsqrt(variance[..., None] + self.eps)
-        return (y.flatten(-2) * (self.weight.to(y.dtype) + 1) + self.bias.to(y.dtype)).to(dtype)
+        return cast(y.flatten(-2) * (cast(self.weight, y.dtype) + 1) + cast(self.bias, y.dtype), dtype)
 
 
 class RMSNorm(nn.Module):
@@ -126,9 +131,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; the result has the accumulation dtype, the caller casts."""
-        x = x.to(accumulation_dtype(x.dtype))
+        x = cast(x, accumulation_dtype(x.dtype))
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return y if self.weight is None else y * (self.weight.to(y.dtype) + 1)
+        return y if self.weight is None else y * (cast(self.weight, y.dtype) + 1)
 
 
 class LayerNorm(nn.Module):

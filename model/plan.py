@@ -25,7 +25,9 @@ class PrefillPlan:
     max_length: int
     single: bool
     valid: Tensor  # (B, L, 1): a real token, not padding
-    seen: Tensor  # (B, L, 1) float64: tokens of the stream up to and including each step
+    started: Tensor  # (B, 1): the row has a valid token
+    count: Tensor  # (B, 1, 1) float64: `position`
+    seen: Tensor  # (B, L, 1) float64: tokens of the stream up to and including each step, at least 1
     allowed: Tensor  # keys a query may attend to, over (B, H, blocks, size, keys)
     ring_index: Tensor  # (B, size): which new tokens the rings take,
     ring_slots: Tensor  # (B, size): where they go (distinct slots),
@@ -34,6 +36,11 @@ class PrefillPlan:
     last_steps: Tensor  # (B): its valid tokens, 0..T,
     tail_index: Tensor  # (B, T): and the T tokens that end at `lengths`,
     tail_valid: Tensor  # (B, T, 1): of which these are in that block
+    rows: Tensor  # (B): 0, 1, 2 ...
+    exponents: Tensor  # (T + 1 + shifts, 1): 0..T, and T times each of `carry_shifts`: the EMA's powers of q
+    upper: Tensor  # (T, T) bool: column >= row,
+    lag: Tensor  # (T, T): and column - row, at least 0
+    upper_ones: Tensor  # (T, T) float64: `upper` as a matrix to multiply by
 
     @classmethod
     def of(
@@ -47,14 +54,19 @@ class PrefillPlan:
         ring_index = (lengths[:, None] - size).clamp(min=0) + torch.arange(size, device=device)
         last = (lengths - 1).clamp(min=0) // BLOCK
         rest = lengths - last * BLOCK
-        offsets = torch.arange(BLOCK, device=device) - BLOCK
+        block = torch.arange(BLOCK, device=device)
+        offsets = block - BLOCK
+        upper = block >= block[:, None]
+        carries = [torch.full((1,), BLOCK * shift, device=device) for shift in carry_shifts(max_length)]
         return cls(
             lengths=lengths,
             position=position,
             max_length=max_length,
             single=single,
             valid=(steps <= lengths[:, None])[:, :, None],
-            seen=(position[:, None] + torch.minimum(steps, lengths[:, None]))[:, :, None].double(),
+            started=lengths[:, None] > 0,
+            count=position[:, None, None].double(),
+            seen=(position[:, None] + torch.minimum(steps, lengths[:, None]))[:, :, None].clamp(min=1).double(),
             allowed=_after_ring(position, length, chunk, single) if cached else _causal(size, device),
             ring_index=ring_index,
             ring_slots=(position[:, None] + ring_index) % chunk,
@@ -63,7 +75,20 @@ class PrefillPlan:
             last_steps=rest,
             tail_index=(lengths[:, None] + offsets).clamp(min=0),
             tail_valid=(rest[:, None] + offsets >= 0)[:, :, None],
+            rows=torch.arange(lengths.shape[0], device=device),
+            exponents=torch.cat([torch.arange(BLOCK + 1, device=device), *carries])[:, None],
+            upper=upper,
+            lag=(block - block[:, None]).clamp(min=0),
+            upper_ones=upper.double(),
         )
+
+
+def carry_shifts(max_length: int) -> list[int]:
+    """1, 2, 4 ... below the number of blocks of a length: the steps of the prefix sum over blocks."""
+    shifts = [1]
+    while shifts[-1] * 2 * BLOCK < max_length:
+        shifts.append(shifts[-1] * 2)
+    return shifts if max_length > BLOCK else []
 
 
 def _causal(size: int, device: torch.device) -> Tensor:
