@@ -70,7 +70,8 @@ def compile_program(request: Request, note: Callable[[str], None]) -> list[str]:
         )
     note(f"compiled in {time.monotonic() - started:.1f} s")
     # Sources name paths of the build machine, and a loader that misses the library would try to compile them.
-    return [str(file) for file in files if not str(file).endswith((".cpp", ".h", ".hpp"))]
+    paths = [str(file) for file in files]  # type: ignore[union-attr]
+    return [path for path in paths if not path.endswith((".cpp", ".h", ".hpp"))]
 
 
 def build(

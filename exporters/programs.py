@@ -153,5 +153,5 @@ def export_program(model: MegalodonForCausalLM, name: str, limits: Limits, all_l
 @contextmanager
 def _sizes_of_one_are_not_special() -> Iterator[None]:
     """Batch 1 and one block are in range: torch must not treat them as other programs (0/1 specialisation)."""
-    with fx_config.patch(backed_size_oblivious=True):
+    with fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         yield

@@ -257,6 +257,28 @@ def test_wrong_arguments_leave_the_cache_untouched(pair: Pair, name: str) -> Non
         assert unchanged(cache, before)
 
 
+def test_caches_that_do_not_fit_are_refused(pair: Pair, short_chunk_bundle: Path, tiny_bundle: Path) -> None:
+    for runtime in pair:
+        config = runtime.config
+        every_other_row = [t[::2] for t in runtime.new_cache(4).tensors()]
+        others = [open_runtime("eager", f, bundle.read(f)) for f in (short_chunk_bundle, tiny_bundle)]
+        foreign = next(other for other in others if other.config.chunk_size != config.chunk_size)
+        wrong = {
+            "bfloat16": MegalodonCache.allocate(config, 2, torch.bfloat16),
+            "strides": MegalodonCache.from_tensors(config, every_other_row),
+            r"\d+ tensors, expected \d+": foreign.new_cache(2),
+        }
+        for message, cache in wrong.items():
+            with pytest.raises(ValueError, match=f"{message}.*use new_cache"):
+                runtime.decode(random_ids(2), cache)
+            with pytest.raises(ValueError, match="use new_cache"):
+                runtime.prefill(random_ids(2, 3), torch.tensor([3, 3]), cache)
+            with pytest.raises(ValueError, match="use new_cache"):
+                runtime.decoder(cache)
+    with pytest.raises(ValueError, match=r"batch of 9 is outside 1\.\.8"):
+        pair[0].decode(random_ids(9), MegalodonCache.allocate(pair[0].config, 9, torch.float32))
+
+
 @pytest.mark.parametrize(
     "token_ids", [torch.tensor([[1]]), torch.tensor([1, 2]), torch.tensor([257]), torch.tensor([0.0]), torch.tensor(1)]
 )

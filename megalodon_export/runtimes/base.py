@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..exporters.programs import Limits
-from ..model import MegalodonCache, MegalodonConfig
+from ..exporters.programs import Limits, dtype_name
+from ..model import MegalodonCache, MegalodonConfig, cache_layout, dimension_sizes
 
 
 class RuntimeUnavailable(Exception):
@@ -29,6 +29,8 @@ class Runtime(ABC):
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.limits, self.all_logits = limits, all_logits
+        sizes = dimension_sizes(config)
+        self._layout = [(t.name, t.shape(sizes, 1)[1:], t.torch_dtype(dtype)) for t in cache_layout(config)]
 
     @abstractmethod
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
@@ -40,11 +42,7 @@ class Runtime(ABC):
 
     def new_cache(self, batch: int = 1) -> MegalodonCache:
         """A fresh cache for `batch` streams; ValueError beyond what the programs take."""
-        if not 1 <= batch <= self.limits.max_batch:
-            raise ValueError(
-                f"a batch of {batch} is outside 1..{self.limits.max_batch}, which this bundle was exported for; "
-                "export with a larger --max-batch, or run smaller batches"
-            )
+        self._check_batch(batch)
         return MegalodonCache.allocate(self.config, batch, self.dtype, self.device)
 
     def prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
@@ -53,6 +51,7 @@ class Runtime(ABC):
         Returns float32 logits (B, V) after each row's last token, zeros for a row of length 0; with `all_logits`
         (B, L, V). ValueError for ids or lengths out of range.
         """
+        self._check_cache(cache)
         token_ids = self._checked(token_ids, cache, dims=2)
         length = token_ids.shape[1]
         whole = not (lengths.is_floating_point() or lengths.dtype == torch.bool)
@@ -73,16 +72,40 @@ class Runtime(ABC):
 
     def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """Feed one token to each row, token_ids (B), updating the cache in place; float32 logits (B, V)."""
+        self._check_cache(cache)
         return self.run_decode(self._checked(token_ids, cache, dims=1), cache)
 
     def decoder(self, cache: MegalodonCache) -> Callable[[Tensor], Tensor]:
         """`decode` bound to one cache. On CUDA it is captured once and replayed; its result is valid until the next."""
+        self._check_cache(cache)
         if self.device.type != "cuda":
-            return lambda token_ids: self.decode(token_ids, cache)
+            return lambda token_ids: self.run_decode(self._checked(token_ids, cache, dims=1), cache)
         from .cuda_graph import CapturedDecode
 
         captured = CapturedDecode(self.run_decode, cache)
         return lambda token_ids: captured(self._checked(token_ids, cache, dims=1))
+
+    def _check_batch(self, batch: int) -> None:
+        if not 1 <= batch <= self.limits.max_batch:
+            raise ValueError(
+                f"a batch of {batch} is outside 1..{self.limits.max_batch}, which this bundle was exported for; "
+                "export with a larger --max-batch, or run smaller batches"
+            )
+
+    def _check_cache(self, cache: MegalodonCache) -> None:
+        """Compiled programs trust addresses: a cache unlike theirs would be read and written out of its bounds."""
+        batch, tensors = cache.batch, cache.tensors()
+        self._check_batch(batch)
+        if len(tensors) != len(self._layout):
+            raise ValueError(f"the cache has {len(tensors)} tensors, expected {len(self._layout)}; use new_cache")
+        for (name, shape, dtype), tensor in zip(self._layout, tensors, strict=True):
+            right = tensor.shape == (batch, *shape) and tensor.dtype == dtype and tensor.is_contiguous()
+            if not right or tensor.device.type != self.device.type:
+                raise ValueError(
+                    f"{name} of the cache is {dtype_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}, "
+                    f"strides {list(tensor.stride())}; expected {dtype_name(dtype)} {[batch, *shape]}, contiguous, "
+                    f"on {self.device.type}; use new_cache"
+                )
 
     def _checked(self, token_ids: Tensor, cache: MegalodonCache, dims: int) -> Tensor:
         shape = "(B,)" if dims == 1 else "(B, L)"
