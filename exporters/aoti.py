@@ -7,6 +7,7 @@ once for both.
 
 from __future__ import annotations
 
+import functools
 import platform
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from ..model import MegalodonForCausalLM, freeze_constants
-from .programs import DECODE, PREFILL, Limits, export_program
+from .programs import DECODE, PREFILL, Limits, export_program, sizes_of_one_are_not_special
 from .workers import Worker, run_side_by_side, serve
 
 PACKAGE = "model.pt2"
@@ -55,6 +56,16 @@ def inductor_options(request: Request) -> dict[str, Any]:
     return options
 
 
+def _widen_inductor_caches() -> None:
+    """Inductor remembers 128 simplified indices and strides; a prefill has thousands, and forgets them all in turn."""
+    import torch._inductor.sizevars as sizevars
+
+    for name in ("stride_at", "simplify_index_in_vec_range"):
+        cached = getattr(sizevars, name, None)
+        if hasattr(cached, "__wrapped__"):
+            setattr(sizevars, name, functools.lru_cache(maxsize=None)(cached.__wrapped__))
+
+
 def compile_program(request: Request, note: Callable[[str], None]) -> list[str]:
     """Export and compile one program in this process; the files AOTInductor made, without sources."""
     started = time.monotonic()
@@ -63,8 +74,9 @@ def compile_program(request: Request, note: Callable[[str], None]) -> list[str]:
     freeze_constants(model)
     exported = export_program(model, request.program, request.limits, request.all_logits)
     note(f"exported in {time.monotonic() - started:.1f} s, {len(exported.graph.nodes)} nodes; compiling")
+    _widen_inductor_caches()
     started = time.monotonic()
-    with torch.no_grad():
+    with torch.no_grad(), sizes_of_one_are_not_special():
         files = torch._inductor.aot_compile(
             exported.module(), *exported.example_inputs, options=inductor_options(request)
         )

@@ -142,16 +142,17 @@ def export_program(model: MegalodonForCausalLM, name: str, limits: Limits, all_l
         program = PrefillProgram(model, limits.max_length, all_logits)
         blocks = limits.max_length // limits.granule
         length = limits.granule * Dim("blocks", min=1, max=blocks) if blocks > 1 else None
-        example = limits.granule * min(blocks, 3)
+        # Not the largest length, which may equal another size, and no size inside the graph may be 1 in the example.
+        example = limits.granule * (blocks - 1 if blocks > 3 else blocks)
         token_ids = torch.randint(vocabulary, (batch_size, example), device=device)
         arguments = (token_ids, torch.full((batch_size,), example - 1, device=device), cache)
         dims = ({0: batch, 1: length}, {0: batch}, cache_dims)
-    with torch.no_grad(), _sizes_of_one_are_not_special():
+    with torch.no_grad(), sizes_of_one_are_not_special():
         return export(program, arguments, dynamic_shapes=dims, strict=False)
 
 
 @contextmanager
-def _sizes_of_one_are_not_special() -> Iterator[None]:
+def sizes_of_one_are_not_special() -> Iterator[None]:
     """Batch 1 and one block are in range: torch must not treat them as other programs (0/1 specialisation)."""
     with fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         yield

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .blocking import compact, from_blocks, to_blocks
 from .config import NormStatistics
-from .plan import BLOCK, PrefillPlan
+from .plan import BLOCK, PrefillPlan, upper_triangle
 
 _HF_VARIANCE_FLOOR = 1e-6
 
@@ -36,23 +36,23 @@ def prefix_sum(x: Tensor, max_length: int, upper_ones: Tensor | None = None) -> 
     """Inclusive sums over dim 1 of x (B, L, K), L <= max_length, as triangular products of blocks of 32.
 
     Not torch.cumsum: on a GPU, Inductor cannot compile a scan over a middle dimension (SplitScan), and ONNX Runtime's
-    takes O(L^2). `upper_ones` is the triangle of a block, where the caller has it.
+    takes O(L^2). `upper_ones` is the triangle (S, S), where the caller has it; up to S steps are one product.
     """
     if upper_ones is None:
-        upper_ones = torch.ones(BLOCK, BLOCK, dtype=x.dtype, device=x.device).triu()
-    if max_length <= BLOCK:
-        size = x.shape[1]
-        return _times(x, upper_ones.narrow(0, 0, size).narrow(1, 0, size))
+        upper_ones = upper_triangle(x.device).to(x.dtype)
+    if max_length <= upper_ones.shape[0]:
+        return _times(x, upper_ones, x.shape[1])
     blocks = to_blocks(x, 1, BLOCK)  # (B, blocks, 32, K)
-    inside = _times(blocks, upper_ones)
+    inside = _times(blocks, upper_ones, BLOCK)
     totals = inside[:, :, -1]
     before = prefix_sum(totals, -(-max_length // BLOCK), upper_ones) - totals
     return from_blocks(inside + before[:, :, None], 1, x.shape[1])
 
 
-def _times(x: Tensor, triangle: Tensor) -> Tensor:
+def _times(x: Tensor, triangle: Tensor, size: int) -> Tensor:
     """Inclusive sums over the last but one dimension of x (..., T, K), as x^T times an upper triangle of ones."""
     rows = compact(x.mT)  # (..., K, T)
+    triangle = triangle.narrow(0, 0, size).narrow(1, 0, size)
     return torch.mm(rows.flatten(0, -2), triangle).unflatten(0, rows.shape[:-1]).mT
 
 

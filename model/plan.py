@@ -40,7 +40,7 @@ class PrefillPlan:
     exponents: Tensor  # (T + 1 + shifts, 1): 0..T, and T times each of `carry_shifts`: the EMA's powers of q
     upper: Tensor  # (T, T) bool: column >= row,
     lag: Tensor  # (T, T): and column - row, at least 0
-    upper_ones: Tensor  # (T, T) float64: `upper` as a matrix to multiply by
+    upper_ones: Tensor  # (S, S) float64: see `upper_triangle`
 
     @classmethod
     def of(
@@ -79,8 +79,18 @@ class PrefillPlan:
             exponents=torch.cat([torch.arange(BLOCK + 1, device=device), *carries])[:, None],
             upper=upper,
             lag=(block - block[:, None]).clamp(min=0),
-            upper_ones=upper.double(),
+            upper_ones=upper_triangle(device),
         )
+
+
+def upper_triangle(device: torch.device) -> Tensor:
+    """Ones on and above the diagonal, (S, S) float64: x times it are prefix sums of up to S steps.
+
+    S is two blocks, so that a call of up to 2,048 tokens has two levels of sums, no third of a block or two: that would
+    be a size of one in a traced graph, which compilers take for a constant.
+    """
+    steps = torch.arange(2 * BLOCK, device=device)
+    return (steps >= steps[:, None]).double()
 
 
 def carry_shifts(max_length: int) -> list[int]:
