@@ -61,9 +61,9 @@ def _widen_inductor_caches() -> None:
     import torch._inductor.sizevars as sizevars
 
     for name in ("stride_at", "simplify_index_in_vec_range"):
-        cached = getattr(sizevars, name, None)
-        if hasattr(cached, "__wrapped__"):
-            setattr(sizevars, name, functools.lru_cache(maxsize=None)(cached.__wrapped__))
+        original = getattr(getattr(sizevars, name, None), "__wrapped__", None)
+        if original is not None:
+            setattr(sizevars, name, functools.cache(original))
 
 
 def compile_program(request: Request, note: Callable[[str], None]) -> list[str]:
