@@ -41,6 +41,7 @@ def cases(chunk: int, max_batch: int) -> Iterator[Case]:
     steps = (None,) * 3
     middle = max(chunk // 2, 1)
     yield Case("one token, then decode", 1, ((1,), *steps))
+    yield Case("forty tokens, then decode", 1, ((40,), *steps))
     yield Case("a chunk, then decode", 1, ((chunk,), *steps))
     yield Case("a chunk and one", 1, ((chunk + 1,), *steps))
     yield Case("from the middle of a chunk", 1, ((middle,), None, (chunk,), *steps))

@@ -36,17 +36,17 @@ def prefix_sum(x: Tensor, max_length: int, upper_ones: Tensor | None = None) -> 
     """Inclusive sums over dim 1 of x (B, L, K), L <= max_length, as triangular products of blocks of 32.
 
     Not torch.cumsum: on a GPU, Inductor cannot compile a scan over a middle dimension (SplitScan), and ONNX Runtime's
-    takes O(L^2). `upper_ones` is the triangle (S, S), where the caller has it; up to S steps are one product.
+    takes O(L^2). `upper_ones` is `upper_triangle`, where the caller has it.
     """
     if upper_ones is None:
         upper_ones = upper_triangle(x.device).to(x.dtype)
-    if max_length <= upper_ones.shape[0]:
+    if max_length <= BLOCK:
         return _times(x, upper_ones, x.shape[1])
     blocks = to_blocks(x, 1, BLOCK)  # (B, blocks, 32, K)
     inside = _times(blocks, upper_ones, BLOCK)
-    totals = inside[:, :, -1]
-    before = prefix_sum(totals, -(-max_length // BLOCK), upper_ones) - totals
-    return from_blocks(inside + before[:, :, None], 1, x.shape[1])
+    totals, count = inside[:, :, -1], -(-max_length // BLOCK)
+    up_to = _times(totals, upper_ones, totals.shape[1]) if count <= len(upper_ones) else prefix_sum(totals, count)
+    return from_blocks(inside + (up_to - totals)[:, :, None], 1, x.shape[1])
 
 
 def _times(x: Tensor, triangle: Tensor, size: int) -> Tensor:
