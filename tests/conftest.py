@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -61,7 +62,12 @@ def start_command(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **options.pop("env", {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     command = [sys.executable, "-m", "megalodon_export", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, **{**pipes, **options})
+    return subprocess.Popen(command, env=environment, preexec_fn=_heed_interrupts, **{**pipes, **options})
+
+
+def _heed_interrupts() -> None:
+    # A test run in the background of a shell script ignores SIGINT, and its children would inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
