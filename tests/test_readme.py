@@ -42,7 +42,7 @@ def test_command(workplace: Path, line: str) -> None:
     words = re.findall(r'"[^"]*"|\S+', line)
     printed = run([sys.executable, *(word.strip('"') for word in words[1:])], workplace)
     if "generate" in words:
-        assert len(re.findall(r"\b(the|and|of|shall|LORD|unto|that|his)\b", printed)) >= 5, printed
+        assert len(re.findall(r"\b(the|and|of|shall|LORD|unto|that|his)\b", printed)) >= 3, printed
     if "verify" in words:
         assert printed.count("aoti") >= 4
     if "inspect" in words:
