@@ -37,11 +37,19 @@ def inspect(folder: Path) -> dict[str, Any]:
         "weights": manifest["weights"],
         "tensors_bound_by_each_program": {name: len(names) for name, names in aoti.get("constants", {}).items()},
         "distinct_tensors_bound": len(sources),
-        "weights_inside_programs": False,
+        "weights_inside_programs": _weights_inside(folder, manifest["weights"], aoti),
         "files": {name: entry["size"] for name, entry in manifest["files"].items()},
         "versions": manifest["versions"],
         "parity": json.loads(parity.read_text()) if parity.is_file() else None,
     }
+
+
+def _weights_inside(folder: Path, weights: str, aoti: dict[str, Any]) -> bool:
+    """Whether a library holds a copy of bytes from the middle of the weights."""
+    with open(folder / weights, "rb") as file:
+        file.seek((folder / weights).stat().st_size // 2)
+        sample = file.read(256)
+    return any(sample in (folder / "aoti" / name).read_bytes() for name in aoti.get("libraries", {}).values())
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -61,7 +69,8 @@ def table(facts: dict[str, Any]) -> str:
         rows.append((name, f"{where}; batch 1..{limits['max_batch']}, up to {limits['max_length']} tokens a call"))
     if bound:
         uses = ", ".join(f"{count} by {name}" for name, count in bound.items())
-        rows.append(("weights", f"once, in {facts['weights']}; none inside the programs"))
+        inside = "and INSIDE the programs" if facts["weights_inside_programs"] else "none inside the programs"
+        rows.append(("weights", f"once, in {facts['weights']}; {inside}"))
         rows.append(("bound", f"{facts['distinct_tensors_bound']} tensors, constants included ({uses})"))
     rows += [("file", f"{size:>13,}  {name}") for name, size in facts["files"].items()]
     rows.append(("total", f"{sum(facts['files'].values()):>13,}"))

@@ -32,7 +32,8 @@ def save_constants(model: MegalodonForCausalLM, folder: Path) -> None:
 def constant_sources(names: Iterable[str], folder: Path) -> dict[str, dict[str, Any]]:
     """For each constant of a program, where its tensor is: file, name in it, dtype, shape. KeyError if nowhere."""
     stored = {file: _headers(folder / file) for file in (WEIGHTS, CONSTANTS)}
-    tied = {"lm_head.weight": "model.embed.weight", "model.embed.weight": "lm_head.weight"}
+    tied = dict(MegalodonForCausalLM._tied_weights_keys)
+    tied |= {source: name for name, source in tied.items()}  # a file holds one of the two names
     sources = {}
     for name in sorted(names):
         tensor = name.removeprefix(_PROGRAM_PREFIX)
