@@ -25,7 +25,7 @@ from .blocking import first, from_blocks, to_blocks
 from .config import EMAForm
 from .constants import DerivedConstants
 from .norm import accumulation_dtype, cast
-from .plan import BLOCK, PrefillPlan, carry_shifts
+from .plan import BLOCK, SEGMENT, PrefillPlan, carry_shifts
 
 
 def complex_mul(a: Tensor, b: Tensor) -> Tensor:
@@ -59,7 +59,10 @@ class ComplexEMA(DerivedConstants):
         self.omega = nn.Parameter(torch.zeros(dim, 1))
 
     def derive(self) -> dict[str, Tensor]:
-        """p (D, N), q and gamma (D, N, 2), omega (D), log|q| and turns (D, N), kernel K[0..T) (D, T), from float64."""
+        """p (D, N), q and gamma (D, N, 2), omega (D), log|q| and turns (D, N), kernel K[0..T) (D, T), from float64.
+
+        `planes` (7, N, D) are p, q, gamma and q^S once more, for the scan over segments of S tokens.
+        """
         dtype = accumulation_dtype(self.alpha.dtype)
         p = torch.sigmoid(self.alpha.double()[..., 0])
         log_magnitude = torch.log1p(-p * torch.sigmoid(self.delta.double()[..., 0]))
@@ -72,7 +75,10 @@ class ComplexEMA(DerivedConstants):
         powers = powers_of_q(log_magnitude[:, None], turns[:, None], steps)  # (D, T, N, 2)
         kernel = (complex_mul(powers, gamma[:, None])[..., 0] * p[:, None]).sum(-1)
         kernel = torch.cat([kernel[:, :1] + omega[:, None], kernel[:, 1:]], dim=1)
+        leap = powers_of_q(log_magnitude, turns, torch.full((), SEGMENT, device=p.device))
+        planes = torch.cat([p[..., None], q, gamma, leap], dim=-1).permute(2, 1, 0)  # (7, N, D)
         constants = {"p": p, "q": q, "gamma": gamma, "omega": omega, "log_magnitude": log_magnitude, "kernel": kernel}
+        constants["planes"] = planes
         return {**{name: tensor.to(dtype) for name, tensor in constants.items()}, "turns": turns}
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

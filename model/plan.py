@@ -10,6 +10,7 @@ from torch import Tensor
 from .blocking import padding_to
 
 BLOCK = 32  # tokens per block of the EMA and of prefix sums
+SEGMENT = 64  # tokens per segment of the EMA's scan on a GPU (`kernels/scan.py`)
 
 
 @dataclass

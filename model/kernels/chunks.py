@@ -1,0 +1,215 @@
+"""Kernels of a prefill's attention: new tokens over the keys of their chunk, those in the ring and those that are new.
+
+    rotate   q and k of every new token from z
+    scores   tiles of exp(q k - the tile's largest score of each query), with that maximum and their sum
+    weigh    the tiles, brought to one maximum and normalised, times v and r
+    store    the last tokens' keys and values into the ring
+
+The keys of a row are numbered by u: 0 .. offset - 1 are the ring's valid slots, offset + i is new token i. A query at u
+attends from the start of its chunk, u // C * C, to u. Head sizes of keys and values differ (dz, dv), and dv may be too
+large for one program, so scores are computed once and read by every part of dv.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decode import rotated
+from .launch import silu, start, wait
+
+
+@triton.jit
+def megalodon_rotate(
+    z_ptr,
+    gamma_ptr,
+    beta_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_ptr,
+    k_ptr,
+    L,
+    eps,
+    H: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """z (B, L, Z), cos and sin (B, L, dz/2) -> q, k (B, H, L, dz), one token and head a program."""
+    start(PDL)
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    half = tl.arange(0, HALF_P)
+    ok = half < HALF
+    at = head * (2 * HALF) + half
+    wait(PDL)
+    row = (b * L + token) * (2 * HALF * H)
+    lo = tl.load(z_ptr + row + at, mask=ok, other=0.0).to(tl.float32)
+    hi = tl.load(z_ptr + row + at + HALF, mask=ok, other=0.0).to(tl.float32)
+    factor = 1.0 / tl.sqrt((tl.sum(lo * lo, 0) + tl.sum(hi * hi, 0)) / (2 * HALF) + eps)
+    cos = tl.load(cos_ptr + (b * L + token) * HALF + half, mask=ok, other=0.0)
+    sin = tl.load(sin_ptr + (b * L + token) * HALF + half, mask=ok, other=0.0)
+    Z: tl.constexpr = 2 * HALF * H
+    q_lo, q_hi = rotated(lo * factor, hi * factor, gamma_ptr, beta_ptr, at, ok, cos, sin, HALF)
+    k_lo, k_hi = rotated(lo * factor, hi * factor, gamma_ptr + Z, beta_ptr + Z, at, ok, cos, sin, HALF)
+    out = ((b * H + head) * L + token) * (2 * HALF) + half
+    dtype = q_ptr.dtype.element_ty
+    tl.store(q_ptr + out, q_lo.to(dtype), mask=ok)
+    tl.store(q_ptr + out + HALF, q_hi.to(dtype), mask=ok)
+    tl.store(k_ptr + out, k_lo.to(dtype), mask=ok)
+    tl.store(k_ptr + out + HALF, k_hi.to(dtype), mask=ok)
+
+
+@triton.jit
+def key_rows(u, offset, L, ring_ptr, new_ptr, ring_stride: tl.constexpr, new_stride: tl.constexpr):
+    """Pointers to the rows of keys (or values) number u, in the ring or among the new ones, and which exist."""
+    in_ring = u < offset
+    rows = tl.where(in_ring, ring_ptr + u * ring_stride, new_ptr + (u - offset) * new_stride)
+    return rows, u - offset < L
+
+
+@triton.jit
+def megalodon_scores(
+    q_ptr,
+    k_ptr,
+    ring_ptr,
+    position_ptr,
+    weights_ptr,
+    peaks_ptr,
+    totals_ptr,
+    L,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    DZ: tl.constexpr,
+    DZ_P: tl.constexpr,
+    T: tl.constexpr,
+    TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A tile of T queries and T keys -> weights (B, H, L, TILES T); peaks and totals (B, H, TILES, L) float32."""
+    start(PDL)
+    tile = tl.program_id(0)
+    stream = tl.program_id(2).to(tl.int64)
+    wait(PDL)
+    offset = (tl.load(position_ptr + stream // H) % C).to(tl.int32)
+    query = tl.program_id(1) * T + tl.arange(0, T)
+    u = offset + query
+    chunk = (offset + tl.program_id(1) * T) // C * C  # of the tile's first query: keys are counted from there
+    if chunk + tile * T <= offset + tl.program_id(1) * T + T - 1:
+        key = chunk + tile * T + tl.arange(0, T)
+        d = tl.arange(0, DZ_P)
+        q_ok = (query < L)[:, None] & (d < DZ)[None, :]
+        q = tl.load(q_ptr + (stream * L + query[:, None]) * DZ + d[None, :], mask=q_ok, other=0.0)
+        rows, exists = key_rows(key, offset, L, ring_ptr + stream * (C * DZ), k_ptr + stream * L * DZ, DZ, DZ)
+        k = tl.load(rows[None, :] + d[:, None], mask=exists[None, :] & (d < DZ)[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision=PRECISION)
+        allowed = (key[None, :] <= u[:, None]) & (key[None, :] >= (u // C * C)[:, None])
+        scores = tl.where(allowed, scores, float("-inf"))
+        peak = tl.max(scores, 1)
+        weights = tl.exp(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+        row_ok = query < L
+        entry = (stream * TILES + tile) * L + query
+        tl.store(peaks_ptr + entry, peak, mask=row_ok)
+        tl.store(totals_ptr + entry, tl.sum(weights, 1), mask=row_ok)
+        at = (stream * L + query[:, None]) * (TILES * T) + tile * T + tl.arange(0, T)[None, :]
+        tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=row_ok[:, None])
+
+
+@triton.jit
+def megalodon_weigh(
+    weights_ptr,
+    peaks_ptr,
+    totals_ptr,
+    v_ptr,
+    ring_ptr,
+    position_ptr,
+    r_ptr,
+    gated_ptr,
+    L,
+    query_tiles,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    DV: tl.constexpr,
+    DV_BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """softmax(scores) v times silu(r): T queries of a head, DV_BLOCK features; v, r, gated (B, L, H dv)."""
+    start(PDL)
+    row_tile = query_tiles - 1 - tl.program_id(1)  # the longest first
+    stream = tl.program_id(2).to(tl.int64)
+    b, head = stream // H, stream % H
+    feature = tl.program_id(0) * DV_BLOCK + tl.arange(0, DV_BLOCK)
+    feature_ok = (feature < DV)[None, :]
+    query = row_tile * T + tl.arange(0, T)
+    row_ok = query < L
+    wait(PDL)
+    offset = (tl.load(position_ptr + b) % C).to(tl.int32)
+    chunk = (offset + row_tile * T) // C * C
+    tiles = (offset + row_tile * T + T - 1 - chunk) // T + 1
+    tiles = tl.minimum(tiles, tl.cdiv(offset + L - chunk, T))
+    entry = stream * TILES * L + query
+    peak = tl.full((T,), float("-inf"), tl.float32)
+    for tile in range(tiles):
+        peak = tl.maximum(peak, tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0))
+    total = tl.zeros((T,), tl.float32)
+    sums = tl.zeros((T, DV_BLOCK), tl.float32)
+    ring = ring_ptr + stream * (C * DV)
+    new = v_ptr + (b * L * H + head) * DV
+    weight_rows = weights_ptr + (stream * L + query[:, None]) * (TILES * T) + tl.arange(0, T)[None, :]
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        key = chunk + tile * T + tl.arange(0, T)
+        rows, exists = key_rows(key, offset, L, ring, new, DV, H * DV)
+        v = tl.load(rows[:, None] + feature[None, :], mask=exists[:, None] & feature_ok, other=0.0)
+        weights = tl.load(weight_rows + tile * T, mask=row_ok[:, None], other=0.0)
+        shrink = tl.exp(tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0) - peak)
+        total += shrink * tl.load(totals_ptr + entry + tile * L, mask=row_ok, other=0.0)
+        weights = (weights.to(tl.float32) * shrink[:, None]).to(v.dtype)
+        sums = tl.dot(weights, v, sums, input_precision=PRECISION)
+    at = (b * L + query[:, None]) * (H * DV) + head * DV + feature[None, :]
+    ok = row_ok[:, None] & feature_ok
+    dtype = gated_ptr.dtype.element_ty
+    o = (sums / tl.where(row_ok, total, 1.0)[:, None]).to(dtype).to(tl.float32)
+    r = silu(tl.load(r_ptr + at, mask=ok, other=0.0).to(tl.float32))
+    tl.store(gated_ptr + at, (o * r).to(dtype), mask=ok)
+
+
+@triton.jit
+def megalodon_store(
+    k_ptr,
+    v_ptr,
+    key_ptr,
+    value_ptr,
+    lengths_ptr,
+    position_ptr,
+    L,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    DZ: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The last (up to C) valid tokens of k (B, H, L, dz) and v (B, L, H dv) into the rings, one token and head each."""
+    start(PDL)
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    wait(PDL)
+    length = tl.load(lengths_ptr + b)
+    if (token < length) & (token >= length - C):
+        slot = (tl.load(position_ptr + b) + token) % C
+        ring = (b * H + head) * C + slot
+        for first in range(0, DZ, BLOCK):
+            d = first + tl.arange(0, BLOCK)
+            k = tl.load(k_ptr + ((b * H + head) * L + token) * DZ + d, mask=d < DZ, other=0.0)
+            tl.store(key_ptr + ring * DZ + d, k, mask=d < DZ)
+        for first in range(0, DV, BLOCK):
+            d = first + tl.arange(0, BLOCK)
+            v = tl.load(v_ptr + ((b * L + token) * H + head) * DV + d, mask=d < DV, other=0.0)
+            tl.store(value_ptr + ring * DV + d, v, mask=d < DV)

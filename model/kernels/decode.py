@@ -1,0 +1,469 @@
+"""Kernels of one decode step of a layer: each weight and each valid cache slot is read once.
+
+    ema_step   TimestepNorm, complex EMA, and what RMSNorm needs     x, states -> x_norm, scaled, squares
+    project    z, r, h1 from the RMSNorm's output, v from x_norm     v goes to its slot of the ring
+    attend     over the ring's valid slots, split; k to its slot     -> partial sums
+    combine    the splits, times r                                   -> gated
+    linear     h = h1 + wh2 gated + x; later x + alpha fc2 hidden; the head
+    feed_up    LayerNorm and fc1 (fc3), silu                         -> hidden
+
+RMSNorm's factor is one number a row: `project` multiplies its products by it, so no kernel waits for the sum of squares
+alone. Rows of a batch never meet, and every sum has one order: a row's result does not depend on its company.
+Letters as in the model's comments; a suffix _P is a size padded to a power of two, which tiles need.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .launch import silu, start, wait
+
+
+@triton.jit
+def megalodon_ema_step(
+    x_ptr,
+    position_ptr,
+    mean_ptr,
+    var_ptr,
+    state_ptr,
+    weight_ptr,
+    bias_ptr,
+    p_ptr,
+    q_ptr,
+    gamma_ptr,
+    omega_ptr,
+    scale_ptr,
+    x_norm_ptr,
+    scaled_ptr,
+    squares_ptr,
+    eps,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    GROUPS: tl.constexpr,
+    N: tl.constexpr,
+    N_P: tl.constexpr,
+    HF: tl.constexpr,
+    AFFINE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One row, GROUPS groups of GROUP channels: x (B, D) -> x_norm, EMA output times RMSNorm's scale, squares' sum."""
+    start(PDL)
+    D: tl.constexpr = G * GROUP
+    CHANNELS: tl.constexpr = GROUPS * GROUP_P
+    b = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    inside = tl.arange(0, GROUP_P)
+    group_ok = group < G
+    ok = group_ok[:, None] & (inside < GROUP)[None, :]
+    channel = group[:, None] * GROUP + inside[None, :]
+    flat = tl.reshape(channel, (CHANNELS,))
+    flat_ok = tl.reshape(ok, (CHANNELS,))
+
+    # Constants and the state, which no kernel of this step writes before this one.
+    weight = tl.load(weight_ptr + channel, mask=ok, other=0.0).to(tl.float32) + 1.0
+    bias = tl.load(bias_ptr + channel, mask=ok, other=0.0).to(tl.float32)
+    mode = tl.arange(0, N_P)
+    mode_ok = flat_ok[:, None] & (mode < N)[None, :]
+    p = tl.load(p_ptr + flat[:, None] * N + mode[None, :], mask=mode_ok, other=0.0)
+    pair = tl.arange(0, 2 * N_P)
+    pairs = flat[:, None] * (2 * N) + pair[None, :]
+    pairs_ok = flat_ok[:, None] & (pair < 2 * N)[None, :]
+    q = tl.load(q_ptr + pairs, mask=pairs_ok, other=0.0)
+    gamma = tl.load(gamma_ptr + pairs, mask=pairs_ok, other=0.0)
+    omega = tl.load(omega_ptr + flat, mask=flat_ok, other=0.0)
+    states = state_ptr + b * (D * 2 * N) + pairs
+    state = tl.load(states, mask=pairs_ok, other=0.0)
+    q_re, q_im = tl.split(tl.reshape(q, (CHANNELS, N_P, 2)))
+    g_re, g_im = tl.split(tl.reshape(gamma, (CHANNELS, N_P, 2)))
+    re, im = tl.split(tl.reshape(state, (CHANNELS, N_P, 2)))
+    scale = tl.full((CHANNELS,), 1.0, tl.float32)
+    if AFFINE:
+        scale += tl.load(scale_ptr + flat, mask=flat_ok, other=0.0).to(tl.float32)
+
+    wait(PDL)
+    x = tl.load(x_ptr + b * D + channel, mask=ok, other=0.0).to(tl.float32)
+    mean_in = tl.load(mean_ptr + b * G + group, mask=group_ok, other=0.0)
+    var_in = tl.load(var_ptr + b * G + group, mask=group_ok, other=1.0)
+    count = tl.load(position_ptr + b).to(tl.float32)
+    mu = tl.sum(x, 1) / GROUP
+    within = tl.where(ok, x - mu[:, None], 0.0)
+    share = 1.0 / (count + 1.0)
+    delta = mu - mean_in
+    mean = mean_in + delta * share
+    between = delta * delta * count * share
+    if HF:
+        variance = tl.maximum((tl.maximum(count, 1.0) * var_in + between) * share, 1e-6)
+    else:
+        variance = (count * var_in + tl.sum(within * within, 1) / GROUP + between) * share
+    tl.store(mean_ptr + b * G + group, mean, mask=group_ok)
+    tl.store(var_ptr + b * G + group, variance, mask=group_ok)
+    normed = (x - mean[:, None]) * (1.0 / tl.sqrt(variance + eps))[:, None] * weight + bias
+    x_norm = tl.reshape(normed, (CHANNELS,)).to(x_norm_ptr.dtype.element_ty)
+    tl.store(x_norm_ptr + b * D + flat, x_norm, mask=flat_ok)
+
+    u = x_norm.to(tl.float32)
+    new_re = q_re * re - q_im * im + p * u[:, None]
+    new_im = q_re * im + q_im * re
+    tl.store(states, tl.reshape(tl.join(new_re, new_im), (CHANNELS, 2 * N_P)), mask=pairs_ok)
+    y = tl.sum(g_re * new_re - g_im * new_im, 1) + omega * u
+    y = tl.where(flat_ok, y, 0.0)
+    tl.store(scaled_ptr + b * D + flat, (y * scale).to(scaled_ptr.dtype.element_ty), mask=flat_ok)
+    tl.store(squares_ptr + b * tl.num_programs(1) + tl.program_id(1), tl.sum(y * y, 0))
+
+
+@triton.jit
+def root_mean_square_factor(squares_ptr, b, eps, D: tl.constexpr, PARTS: tl.constexpr, PARTS_P: tl.constexpr):
+    """1 / sqrt(mean of squares + eps) of a row, from the partial sums of `ema_step`."""
+    part = tl.arange(0, PARTS_P)
+    total = tl.sum(tl.load(squares_ptr + b * PARTS + part, mask=part < PARTS, other=0.0), 0)
+    return 1.0 / tl.sqrt(total / D + eps)
+
+
+@triton.jit
+def weight_rows(weight_ptr, row, k, ROWS_OF: tl.constexpr, K: tl.constexpr):
+    """Rows of a weight (ROWS_OF, K), all columns: a tile that stays in registers."""
+    ok = (row < ROWS_OF)[:, None] & (k < K)[None, :]
+    return tl.load(weight_ptr + row.to(tl.int64)[:, None] * K + k[None, :], mask=ok, other=0.0)
+
+
+@triton.jit
+def products(weight, x_ptr, k, K: tl.constexpr):
+    """weight (rows, K) times one vector (K), summed in float32."""
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    return tl.sum(weight.to(tl.float32) * x[None, :], 1)
+
+
+@triton.jit
+def bias_rows(bias_ptr, row, ROWS_OF: tl.constexpr):
+    """A bias (ROWS_OF) at some rows, float32."""
+    return tl.load(bias_ptr + row, mask=row < ROWS_OF, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def megalodon_project(
+    x_norm_ptr,
+    scaled_ptr,
+    squares_ptr,
+    position_ptr,
+    wz_ptr,
+    bz_ptr,
+    wr_ptr,
+    br_ptr,
+    wh_ptr,
+    bh_ptr,
+    wv_ptr,
+    bv_ptr,
+    z_ptr,
+    r_ptr,
+    h_ptr,
+    value_ptr,
+    B,
+    eps,
+    D: tl.constexpr,
+    Z: tl.constexpr,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_P: tl.constexpr,
+    D_P: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """ROWS rows of one of wz, wr, wh1 (times the RMSNorm's output) or wv (times x_norm), for every row of the batch.
+
+    -> z (B, Z) and h (B, D) float32, r = silu (B, E), v = silu into the slot of the ring (B, H, C, dv).
+    """
+    start(PDL)
+    tile = tl.program_id(0)
+    k = tl.arange(0, D_P)
+    Z_TILES: tl.constexpr = (Z + ROWS - 1) // ROWS
+    E_TILES: tl.constexpr = (E + ROWS - 1) // ROWS
+    D_TILES: tl.constexpr = (D + ROWS - 1) // ROWS
+    if tile < E_TILES:
+        row = tile * ROWS + tl.arange(0, ROWS)
+        weight, bias = weight_rows(wv_ptr, row, k, E, D), bias_rows(bv_ptr, row, E)
+        wait(PDL)
+        for b in range(B):
+            slot = tl.load(position_ptr + b) % C
+            v = silu(products(weight, x_norm_ptr + b * D, k, D) + bias)
+            DV: tl.constexpr = E // H
+            at = ((b * H + row // DV).to(tl.int64) * C + slot) * DV + row % DV
+            tl.store(value_ptr + at, v.to(value_ptr.dtype.element_ty), mask=row < E)
+    elif tile < 2 * E_TILES:
+        row = (tile - E_TILES) * ROWS + tl.arange(0, ROWS)
+        weight, bias = weight_rows(wr_ptr, row, k, E, D), bias_rows(br_ptr, row, E)
+        wait(PDL)
+        for b in range(B):
+            factor = root_mean_square_factor(squares_ptr, b, eps, D, PARTS, PARTS_P)
+            r = silu(products(weight, scaled_ptr + b * D, k, D) * factor + bias)
+            tl.store(r_ptr + b * E + row, r.to(r_ptr.dtype.element_ty), mask=row < E)
+    elif tile < 2 * E_TILES + D_TILES:
+        row = (tile - 2 * E_TILES) * ROWS + tl.arange(0, ROWS)
+        weight, bias = weight_rows(wh_ptr, row, k, D, D), bias_rows(bh_ptr, row, D)
+        wait(PDL)
+        for b in range(B):
+            factor = root_mean_square_factor(squares_ptr, b, eps, D, PARTS, PARTS_P)
+            tl.store(h_ptr + b * D + row, products(weight, scaled_ptr + b * D, k, D) * factor + bias, mask=row < D)
+    else:
+        row = (tile - 2 * E_TILES - D_TILES) * ROWS + tl.arange(0, ROWS)
+        weight, bias = weight_rows(wz_ptr, row, k, Z, D), bias_rows(bz_ptr, row, Z)
+        wait(PDL)
+        for b in range(B):
+            factor = root_mean_square_factor(squares_ptr, b, eps, D, PARTS, PARTS_P)
+            tl.store(z_ptr + b * Z + row, products(weight, scaled_ptr + b * D, k, D) * factor + bias, mask=row < Z)
+
+
+@triton.jit
+def rotated(lo, hi, gamma_ptr, beta_ptr, at, ok, cos, sin, HALF: tl.constexpr):
+    """One head's query or key from its normalised z, in halves: times gamma + 1 over sqrt(dz), plus beta, turned."""
+    root: tl.constexpr = (2 * HALF) ** -0.5
+    gamma_lo = (tl.load(gamma_ptr + at, mask=ok, other=0.0).to(tl.float32) + 1.0) * root
+    gamma_hi = (tl.load(gamma_ptr + at + HALF, mask=ok, other=0.0).to(tl.float32) + 1.0) * root
+    a = lo * gamma_lo + tl.load(beta_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    c = hi * gamma_hi + tl.load(beta_ptr + at + HALF, mask=ok, other=0.0).to(tl.float32)
+    return a * cos - c * sin, c * cos + a * sin
+
+
+@triton.jit
+def ring_block(
+    lows, values, block, last, seen, half_ok, feature_ok, HALF: tl.constexpr, DV: tl.constexpr, SLOTS: tl.constexpr
+):
+    """A block of SLOTS keys, in halves, and of values; zeros beyond `seen`, nothing from block `last` on."""
+    slots = block * SLOTS + tl.arange(0, SLOTS)
+    ok = ((slots < seen) & (block < last))[:, None]
+    keys = lows + slots[:, None] * (2 * HALF)
+    lo = tl.load(keys, mask=ok & half_ok[None, :], other=0.0)
+    hi = tl.load(keys + HALF, mask=ok & half_ok[None, :], other=0.0)
+    v = tl.load(values[None, :] + slots[:, None] * DV, mask=ok & feature_ok[None, :], other=0.0)
+    return lo, hi, v
+
+
+@triton.jit
+def megalodon_attend(
+    z_ptr,
+    gamma_ptr,
+    beta_ptr,
+    position_ptr,
+    cos_ptr,
+    sin_ptr,
+    key_ptr,
+    value_ptr,
+    partial_ptr,
+    statistics_ptr,
+    splits,
+    eps,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    DV: tl.constexpr,
+    DV_BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One head of one row over its share of the ring's valid slots, for DV_BLOCK of the value's dv features.
+
+    -> partial (B, H, MAX_SPLITS, dv) float32, statistics (B, H, MAX_SPLITS, 2): the largest score, the weights' sum.
+    The token's own key is taken from z, and written to its slot by the first program of the head.
+    """
+    start(PDL)
+    DV_BLOCKS: tl.constexpr = (DV + DV_BLOCK - 1) // DV_BLOCK
+    part = tl.program_id(0) % DV_BLOCKS
+    split = tl.program_id(0) // DV_BLOCKS
+    head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    stream = b * H + head
+    half = tl.arange(0, HALF_P)
+    half_ok = half < HALF
+    wait(PDL)
+    seen = tl.load(position_ptr + b) % C  # valid slots before this token, and its own slot
+    z_lo = tl.load(z_ptr + stream * (2 * HALF) + half, mask=half_ok, other=0.0)
+    z_hi = tl.load(z_ptr + stream * (2 * HALF) + HALF + half, mask=half_ok, other=0.0)
+    factor = 1.0 / tl.sqrt((tl.sum(z_lo * z_lo, 0) + tl.sum(z_hi * z_hi, 0)) / (2 * HALF) + eps)
+    cos = tl.load(cos_ptr + b * HALF + half, mask=half_ok, other=0.0)
+    sin = tl.load(sin_ptr + b * HALF + half, mask=half_ok, other=0.0)
+    at = head * (2 * HALF) + half
+    Z: tl.constexpr = 2 * HALF * H
+    dtype = key_ptr.dtype.element_ty
+    q_lo, q_hi = rotated(z_lo * factor, z_hi * factor, gamma_ptr, beta_ptr, at, half_ok, cos, sin, HALF)
+    k_lo, k_hi = rotated(z_lo * factor, z_hi * factor, gamma_ptr + Z, beta_ptr + Z, at, half_ok, cos, sin, HALF)
+    q_lo, q_hi = q_lo.to(dtype).to(tl.float32), q_hi.to(dtype).to(tl.float32)
+    k_lo, k_hi = k_lo.to(dtype), k_hi.to(dtype)
+    keys = key_ptr + stream * (C * 2 * HALF)
+    if tl.program_id(0) == 0:
+        tl.store(keys + seen * (2 * HALF) + half, k_lo, mask=half_ok)
+        tl.store(keys + seen * (2 * HALF) + HALF + half, k_hi, mask=half_ok)
+
+    feature = part * DV_BLOCK + tl.arange(0, DV_BLOCK)
+    feature_ok = feature < DV
+    slot = tl.arange(0, SLOTS)
+    values = value_ptr + stream * (C * DV) + feature
+    # The first split begins with the token itself, the others with nothing.
+    own = tl.sum(q_lo * k_lo.to(tl.float32), 0) + tl.sum(q_hi * k_hi.to(tl.float32), 0)
+    mine = split == 0
+    peak = tl.where(mine, own, float("-inf"))
+    total = tl.where(mine, 1.0, 0.0)
+    v = tl.load(values + seen * DV, mask=feature_ok & mine, other=0.0).to(tl.float32)
+    sums = tl.where((slot == 0)[:, None], v[None, :], 0.0)
+    blocks = tl.cdiv(seen, SLOTS)
+    per_split = tl.cdiv(blocks, splits)
+    first = split * per_split
+    last = tl.minimum(first + per_split, blocks)
+    lows = keys + half[None, :]
+    # The next block is read while this one is summed: two are under way at any time.
+    lo, hi, v_tile = ring_block(lows, values, first, last, seen, half_ok, feature_ok, HALF, DV, SLOTS)
+    for block in range(first, last):
+        next_lo, next_hi, next_v = ring_block(
+            lows, values, block + 1, last, seen, half_ok, feature_ok, HALF, DV, SLOTS
+        )
+        scores = tl.sum(lo.to(tl.float32) * q_lo[None, :] + hi.to(tl.float32) * q_hi[None, :], 1)
+        scores = tl.where(block * SLOTS + slot < seen, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 0))
+        shrink = tl.exp(peak - new_peak)
+        weights = tl.exp(scores - new_peak)
+        total = total * shrink + tl.sum(weights, 0)
+        sums = sums * shrink + weights[:, None] * v_tile.to(tl.float32)
+        peak = new_peak
+        lo, hi, v_tile = next_lo, next_hi, next_v
+    entry = stream * MAX_SPLITS + split
+    tl.store(partial_ptr + entry * DV + feature, tl.sum(sums, 0), mask=feature_ok)
+    if part == 0:
+        tl.store(statistics_ptr + entry * 2, peak)
+        tl.store(statistics_ptr + entry * 2 + 1, total)
+
+
+@triton.jit
+def megalodon_combine(
+    partial_ptr,
+    statistics_ptr,
+    r_ptr,
+    gated_ptr,
+    splits,
+    H: tl.constexpr,
+    DV: tl.constexpr,
+    DV_BLOCK: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """softmax-weighted sum over the splits, times r: gated (B, E), in the order of the heads."""
+    start(PDL)
+    part = tl.program_id(0)
+    stream = tl.program_id(2).to(tl.int64) * H + tl.program_id(1)
+    split = tl.arange(0, MAX_SPLITS)
+    feature = part * DV_BLOCK + tl.arange(0, DV_BLOCK)
+    feature_ok = feature < DV
+    used = split < splits
+    wait(PDL)
+    entry = stream * MAX_SPLITS + split
+    peaks = tl.load(statistics_ptr + entry * 2, mask=used, other=float("-inf"))
+    totals = tl.load(statistics_ptr + entry * 2 + 1, mask=used, other=0.0)
+    weights = tl.exp(peaks - tl.max(peaks, 0))
+    partials = tl.load(
+        partial_ptr + entry[:, None] * DV + feature[None, :], mask=used[:, None] & feature_ok[None, :], other=0.0
+    )
+    dtype = gated_ptr.dtype.element_ty
+    o = (tl.sum(partials * weights[:, None], 0) / tl.sum(totals * weights, 0)).to(dtype)
+    r = tl.load(r_ptr + stream * DV + feature, mask=feature_ok, other=0.0)
+    tl.store(gated_ptr + stream * DV + feature, o.to(tl.float32) * r.to(tl.float32), mask=feature_ok)
+
+
+@triton.jit
+def megalodon_linear(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    alpha_ptr,
+    first_ptr,
+    second_ptr,
+    y_ptr,
+    B,
+    ROWS_OF: tl.constexpr,
+    K: tl.constexpr,
+    K_P: tl.constexpr,
+    ROWS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ALPHA: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y (B, ROWS_OF) = first + second + alpha * (x W^T + bias), what there is of it, summed in float32."""
+    start(PDL)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ok = row < ROWS_OF
+    k = tl.arange(0, K_P)
+    weight = weight_rows(weight_ptr, row, k, ROWS_OF, K)
+    wait(PDL)
+    for b in range(B):
+        y = products(weight, x_ptr + b * K, k, K)
+        if BIAS:
+            y += bias_rows(bias_ptr, row, ROWS_OF)
+        if ALPHA:
+            y *= bias_rows(alpha_ptr, row, ROWS_OF)
+        at = b * ROWS_OF + row
+        if FIRST:
+            y += tl.load(first_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        if SECOND:
+            y += tl.load(second_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def layer_norm(x_ptr, k, eps, weight_ptr, bias_ptr, K: tl.constexpr, AFFINE: tl.constexpr):
+    """LayerNorm of one row x (K) float32, scale weight + 1."""
+    ok = k < K
+    x = tl.load(x_ptr + k, mask=ok, other=0.0)
+    centred = tl.where(ok, x - tl.sum(x, 0) / K, 0.0)
+    y = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / K + eps))
+    if AFFINE:
+        y = y * (tl.load(weight_ptr + k, mask=ok, other=0.0).to(tl.float32) + 1.0)
+        y += tl.load(bias_ptr + k, mask=ok, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def megalodon_feed_up(
+    h_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    w1_ptr,
+    b1_ptr,
+    w3_ptr,
+    b3_ptr,
+    hidden_ptr,
+    B,
+    eps,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    D_P: tl.constexpr,
+    ROWS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BIAS: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """hidden (B, F) = silu(fc1(norm(h))), times fc3(norm(h)) with swiglu."""
+    start(PDL)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, D_P)
+    dtype = hidden_ptr.dtype.element_ty
+    w1 = weight_rows(w1_ptr, row, k, F, D)
+    if SWIGLU:
+        w3 = weight_rows(w3_ptr, row, k, F, D)
+    wait(PDL)
+    for b in range(B):
+        x = layer_norm(h_ptr + b * D, k, eps, norm_weight_ptr, norm_bias_ptr, D, AFFINE).to(dtype).to(tl.float32)
+        y = tl.sum(w1.to(tl.float32) * x[None, :], 1)
+        if BIAS:
+            y += bias_rows(b1_ptr, row, F)
+        y = silu(y)
+        if SWIGLU:
+            gate = tl.sum(w3.to(tl.float32) * x[None, :], 1)
+            if BIAS:
+                gate += bias_rows(b3_ptr, row, F)
+            y *= gate
+        tl.store(hidden_ptr + b * F + row, y.to(dtype), mask=row < F)

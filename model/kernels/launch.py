@@ -1,0 +1,53 @@
+"""How the Triton kernels are launched: traceable by torch.export, and on a CPU under Triton's interpreter.
+
+Every kernel of this folder begins with `start` and touches nothing that an earlier kernel of the stream wrote before
+`wait`. Where kernels are linked by programmatic edges (`runtimes/cuda_graph.py`), that lets one load its weights while
+the one before it still runs; everywhere else both are free.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def start(PDL: tl.constexpr):
+    """Let the next kernel of the stream begin."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """From here on, what earlier kernels of the stream wrote can be read."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def silu(x):
+    """x sigmoid(x)."""
+    return x / (1.0 + tl.exp(-x))
+
+
+def kernel(function: Any) -> Any:
+    """The launcher of a @triton.jit function, traceable unless it is interpreted."""
+    return function if INTERPRETED else wrap_triton(function)
+
+
+def programmatic(x: Tensor) -> bool:
+    """Whether the device has programmatic dependent launch (sm_90 on)."""
+    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n: tiles have such sizes, the rest is masked."""
+    return triton.next_power_of_2(n)

@@ -1,0 +1,388 @@
+"""Kernels of a prefill that run over time: TimestepNorm's statistics, and the complex EMA as a scan over segments.
+
+    moments   mean and variance inside each group at every step, and their sums over a segment of S tokens (float64)
+    norm      running statistics of every step from the sums before it, and x_norm
+    local     what each segment adds to the EMA's state, from nothing
+    carry     the state at the start of every segment, one after the other, by q^S
+    scan      y from there, and the state after a row's last token
+    rms       m = RMSNorm(y)
+
+The recurrence runs as it is written, h <- q h + p x, a thread a channel: 6 instructions a mode and token, no powers of q
+but q^S, which comes from magnitude and phase. Steps at or beyond a row's length change nothing and give zeros.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .launch import start, wait
+
+
+@triton.jit
+def group_tile(
+    g, L, token, G: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, GROUP_P: tl.constexpr, S: tl.constexpr
+):
+    """Offsets (S, GROUPS, GROUP_P) of a tile of tokens and groups in (L, D), and which of them exist."""
+    inside = tl.arange(0, GROUP_P)
+    at = token[:, None, None] * (G * GROUP) + (g[:, None] * GROUP + inside[None, :])[None, :, :]
+    ok = (token < L)[:, None, None] & ((g < G)[:, None] & (inside < GROUP)[None, :])[None, :, :]
+    return at, ok
+
+
+@triton.jit
+def megalodon_moments(
+    x_ptr,
+    lengths_ptr,
+    mu_ptr,
+    var_ptr,
+    sums_ptr,
+    L,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HF: tl.constexpr,
+    S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x (B, L, D) -> mu, var (B, L, G) inside each group; sums (B, segments, 2, G) float64 of mu and var + mu^2."""
+    start(PDL)
+    segment = tl.program_id(0)
+    g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    b = tl.program_id(2).to(tl.int64)
+    token = segment * S + tl.arange(0, S)
+    at, ok = group_tile(g, L, token, G, GROUP, GROUPS, GROUP_P, S)
+    wait(PDL)
+    x = tl.load(x_ptr + b * L * (G * GROUP) + at, mask=ok, other=0.0).to(tl.float32)
+    mu = tl.sum(x, 2) / GROUP
+    centred = tl.where(ok, x - mu[:, :, None], 0.0)
+    var = tl.sum(centred * centred, 2) / GROUP
+    place = b * L * G + token[:, None] * G + g[None, :]
+    place_ok = (token < L)[:, None] & (g < G)[None, :]
+    tl.store(mu_ptr + place, mu, mask=place_ok)
+    tl.store(var_ptr + place, var, mask=place_ok)
+    valid = (token < tl.load(lengths_ptr + b))[:, None]
+    first = tl.where(valid, mu.to(tl.float64), 0.0)
+    second = first * mu.to(tl.float64)
+    if not HF:
+        second += tl.where(valid, var.to(tl.float64), 0.0)
+    entry = sums_ptr + (b * tl.num_programs(0) + segment) * (2 * G) + g
+    tl.store(entry, tl.sum(first, 0), mask=g < G)
+    tl.store(entry + G, tl.sum(second, 0), mask=g < G)
+
+
+@triton.jit
+def megalodon_norm(
+    x_ptr,
+    lengths_ptr,
+    position_ptr,
+    mean_ptr,
+    varin_ptr,
+    new_mean_ptr,
+    new_var_ptr,
+    mu_ptr,
+    var_ptr,
+    sums_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    L,
+    eps,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HF: tl.constexpr,
+    S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y (B, L, D) = TimestepNorm(x), zeros where not valid; new statistics (B, G) after each row's last valid step."""
+    start(PDL)
+    segment = tl.program_id(0)
+    segments = tl.num_programs(0)
+    g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    g_ok = g < G
+    b = tl.program_id(2).to(tl.int64)
+    steps = tl.arange(0, S)
+    token = segment * S + steps
+    wait(PDL)
+    length = tl.load(lengths_ptr + b)
+    position = tl.load(position_ptr + b)
+    # What the segments before this one sum up to: as many of their sums at a time as a segment has tokens.
+    first_before = tl.zeros((GROUPS,), tl.float64)
+    second_before = tl.zeros((GROUPS,), tl.float64)
+    for earlier in range(0, segment, S):
+        other = earlier + steps
+        entry = sums_ptr + (b * segments + other)[:, None] * (2 * G) + g[None, :]
+        entry_ok = (other < segment)[:, None] & g_ok[None, :]
+        first_before += tl.sum(tl.load(entry, mask=entry_ok, other=0.0), 0)
+        second_before += tl.sum(tl.load(entry + G, mask=entry_ok, other=0.0), 0)
+    place = b * L * G + token[:, None] * G + g[None, :]
+    valid = token < length
+    place_ok = valid[:, None] & g_ok[None, :]
+    mu = tl.load(mu_ptr + place, mask=place_ok, other=0.0).to(tl.float64)
+    moment = mu * mu
+    if not HF:
+        moment += tl.load(var_ptr + place, mask=place_ok, other=0.0).to(tl.float64)
+    first = tl.cumsum(mu, 0) + first_before[None, :]
+    second = tl.cumsum(moment, 0) + second_before[None, :]
+
+    count = position.to(tl.float64)
+    seen = (position + tl.minimum(token + 1, length)).to(tl.float64)[:, None]
+    seen = tl.maximum(seen, 1.0)
+    mean_in = tl.load(mean_ptr + b * G + g, mask=g_ok, other=0.0).to(tl.float64)[None, :]
+    var_in = tl.load(varin_ptr + b * G + g, mask=g_ok, other=1.0).to(tl.float64)[None, :]
+    mean = (count * mean_in + first) / seen
+    prior = tl.maximum(count, 1.0) if HF else count
+    variance = (prior * var_in + count * mean_in * mean_in + second) / seen - mean * mean
+    variance = tl.maximum(variance, 1e-6 if HF else 0.0).to(tl.float32)
+    mean = mean.to(tl.float32)
+    last = (token == length - 1)[:, None] & g_ok[None, :]
+    out = b * G + g[None, :] + tl.zeros((S, 1), tl.int32)
+    tl.store(new_mean_ptr + out, mean, mask=last)
+    tl.store(new_var_ptr + out, variance, mask=last)
+
+    at, ok = group_tile(g, L, token, G, GROUP, GROUPS, GROUP_P, S)
+    inside = tl.arange(0, GROUP_P)
+    channel = g[:, None] * GROUP + inside[None, :]
+    channel_ok = g_ok[:, None] & (inside < GROUP)[None, :]
+    weight = tl.load(weight_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32) + 1.0
+    bias = tl.load(bias_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + b * L * (G * GROUP) + at, mask=ok, other=0.0).to(tl.float32)
+    y = (x - mean[:, :, None]) * (1.0 / tl.sqrt(variance + eps))[:, :, None] * weight[None, :, :] + bias[None, :, :]
+    y = tl.where(valid[:, None, None], y, 0.0)
+    tl.store(y_ptr + b * L * (G * GROUP) + at, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def modes(plane_ptr, channel, ok, D: tl.constexpr, N: tl.constexpr, N_P: tl.constexpr):
+    """A plane (N, D) at some channels: (N_P, channels)."""
+    mode = tl.arange(0, N_P)
+    mask = (mode < N)[:, None] & ok[None, :]
+    return tl.load(plane_ptr + mode[:, None] * D + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def channels_of(block, length, CHANNELS: tl.constexpr):
+    """Channels of a program, at addresses whose alignment the compiler cannot know.
+
+    Else it gives a thread four neighbouring channels and a quarter of their modes, and every sum over modes goes
+    through other threads: three times slower.
+    """
+    nothing = (length < 0).to(tl.int32)
+    return block * CHANNELS + nothing + tl.arange(0, CHANNELS)
+
+
+@triton.jit
+def megalodon_local(
+    x_ptr,
+    lengths_ptr,
+    planes_ptr,
+    states_ptr,
+    L,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    N_P: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """states (B, segments, 2, N, D): the state after a segment of x (B, L, D) that began with none; full ones only."""
+    start(PDL)
+    segment = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    length = tl.load(lengths_ptr + b)
+    channel = channels_of(tl.program_id(0), length, CHANNELS)
+    ok = channel < D
+    PLANE: tl.constexpr = N * D
+    p = modes(planes_ptr, channel, ok, D, N, N_P)
+    q_re = modes(planes_ptr + PLANE, channel, ok, D, N, N_P)
+    q_im = modes(planes_ptr + 2 * PLANE, channel, ok, D, N, N_P)
+    re = tl.zeros((N_P, CHANNELS), tl.float32)
+    im = tl.zeros((N_P, CHANNELS), tl.float32)
+    wait(PDL)
+    if (segment + 1) * S <= length:
+        rows = x_ptr + (b * L + segment * S) * D + channel
+        for step in range(0, S, UNROLL):
+            for i in tl.static_range(UNROLL):
+                x = tl.load(rows + (step + i) * D, mask=ok, other=0.0).to(tl.float32)
+                new_re = q_re * re - q_im * im + p * x[None, :]
+                im = q_re * im + q_im * re
+                re = new_re
+        states = states_ptr + (b * tl.num_programs(1) + segment) * (2 * PLANE)
+        mode = tl.arange(0, N_P)
+        at = mode[:, None] * D + channel[None, :]
+        at_ok = (mode < N)[:, None] & ok[None, :]
+        tl.store(states + at, re, mask=at_ok)
+        tl.store(states + PLANE + at, im, mask=at_ok)
+
+
+@triton.jit
+def megalodon_carry(
+    states_ptr,
+    incoming_ptr,
+    lengths_ptr,
+    planes_ptr,
+    segments,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """In place: what each full segment adds (B, segments, 2, N, D) -> the state at the start of each, by q^S."""
+    start(PDL)
+    PLANE: tl.constexpr = N * D
+    b = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < PLANE
+    leap_re = tl.load(planes_ptr + 5 * PLANE + at, mask=ok, other=0.0)
+    leap_im = tl.load(planes_ptr + 6 * PLANE + at, mask=ok, other=0.0)
+    wait(PDL)
+    full = tl.load(lengths_ptr + b) // S
+    pair = incoming_ptr + b * (2 * PLANE) + (at % D * N + at // D) * 2
+    re = tl.load(pair, mask=ok, other=0.0)
+    im = tl.load(pair + 1, mask=ok, other=0.0)
+    entry = states_ptr + b * segments * (2 * PLANE) + at
+    add_re = tl.load(entry, mask=ok & (full > 0), other=0.0)
+    add_im = tl.load(entry + PLANE, mask=ok & (full > 0), other=0.0)
+    for segment in range(0, tl.minimum(full + 1, segments)):
+        following = entry + 2 * PLANE
+        next_ok = ok & (segment + 1 < full)
+        next_re = tl.load(following, mask=next_ok, other=0.0)
+        next_im = tl.load(following + PLANE, mask=next_ok, other=0.0)
+        tl.store(entry, re, mask=ok)
+        tl.store(entry + PLANE, im, mask=ok)
+        new_re = leap_re * re - leap_im * im + add_re
+        im = leap_re * im + leap_im * re + add_im
+        re = new_re
+        add_re, add_im, entry = next_re, next_im, following
+
+
+@triton.jit
+def ema_token(x, re, im, p, q_re, q_im, g_re, g_im, omega):
+    """One token of each channel: h <- q h + p x, y = Re(sum_n gamma_n h_n) + omega x."""
+    new_re = q_re * re - q_im * im + p * x[None, :]
+    new_im = q_re * im + q_im * re
+    return new_re, new_im, tl.sum(g_re * new_re - g_im * new_im, 0) + omega * x
+
+
+@triton.jit
+def megalodon_scan(
+    x_ptr,
+    lengths_ptr,
+    planes_ptr,
+    omega_ptr,
+    states_ptr,
+    y_ptr,
+    final_ptr,
+    L,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    N_P: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y (B, L, D) float32 from x and the states at the segments' starts; final (B, D, N, 2) after the last token."""
+    start(PDL)
+    segment = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    length = tl.load(lengths_ptr + b)
+    channel = channels_of(tl.program_id(0), length, CHANNELS)
+    ok = channel < D
+    PLANE: tl.constexpr = N * D
+    p = modes(planes_ptr, channel, ok, D, N, N_P)
+    q_re = modes(planes_ptr + PLANE, channel, ok, D, N, N_P)
+    q_im = modes(planes_ptr + 2 * PLANE, channel, ok, D, N, N_P)
+    g_re = modes(planes_ptr + 3 * PLANE, channel, ok, D, N, N_P)
+    g_im = modes(planes_ptr + 4 * PLANE, channel, ok, D, N, N_P)
+    omega = tl.load(omega_ptr + channel, mask=ok, other=0.0)
+    wait(PDL)
+    steps = tl.minimum(length - segment * S, S).to(tl.int32)
+    if steps > 0:
+        states = states_ptr + (b * tl.num_programs(1) + segment) * (2 * PLANE)
+        re = modes(states, channel, ok, D, N, N_P)
+        im = modes(states + PLANE, channel, ok, D, N, N_P)
+        rows = x_ptr + (b * L + segment * S) * D + channel
+        out = y_ptr + (b * L + segment * S) * D + channel
+        whole = steps // UNROLL * UNROLL
+        for step in range(0, whole, UNROLL):
+            for i in tl.static_range(UNROLL):
+                x = tl.load(rows + (step + i) * D, mask=ok, other=0.0).to(tl.float32)
+                re, im, y = ema_token(x, re, im, p, q_re, q_im, g_re, g_im, omega)
+                tl.store(out + (step + i) * D, y, mask=ok)
+        for step in range(whole, steps):
+            x = tl.load(rows + step * D, mask=ok, other=0.0).to(tl.float32)
+            re, im, y = ema_token(x, re, im, p, q_re, q_im, g_re, g_im, omega)
+            tl.store(out + step * D, y, mask=ok)
+        if length <= (segment + 1) * S:
+            mode = tl.arange(0, N_P)
+            pair = final_ptr + b * (2 * PLANE) + (channel[None, :] * N + mode[:, None]) * 2
+            pair_ok = (mode < N)[:, None] & ok[None, :]
+            tl.store(pair, re, mask=pair_ok)
+            tl.store(pair + 1, im, mask=pair_ok)
+
+
+@triton.jit
+def megalodon_rms(
+    y_ptr,
+    lengths_ptr,
+    weight_ptr,
+    m_ptr,
+    L,
+    eps,
+    D: tl.constexpr,
+    D_P: tl.constexpr,
+    AFFINE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """m (B, L, D) = RMSNorm of y (B, L, D) float32, zeros where not valid."""
+    start(PDL)
+    token = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    k = tl.arange(0, D_P)
+    ok = k < D
+    scale = tl.full((D_P,), 1.0, tl.float32)
+    if AFFINE:
+        scale += tl.load(weight_ptr + k, mask=ok, other=0.0).to(tl.float32)
+    wait(PDL)
+    valid = token < tl.load(lengths_ptr + b)
+    at = (b * L + token) * D + k
+    y = tl.load(y_ptr + at, mask=ok & valid, other=0.0)
+    m = y * (1.0 / tl.sqrt(tl.sum(y * y, 0) / D + eps)) * scale
+    tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def megalodon_sum_norm(
+    first_ptr,
+    second_ptr,
+    third_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    eps,
+    D: tl.constexpr,
+    D_P: tl.constexpr,
+    AFFINE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y (rows, D) = LayerNorm(first + second + third), each (rows, D), one row a program."""
+    start(PDL)
+    k = tl.arange(0, D_P)
+    ok = k < D
+    at = tl.program_id(0).to(tl.int64) * D + k
+    wait(PDL)
+    x = tl.load(first_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    x += tl.load(second_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    x += tl.load(third_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    centred = tl.where(ok, x - tl.sum(x, 0) / D, 0.0)
+    y = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps))
+    if AFFINE:
+        y = y * (tl.load(weight_ptr + k, mask=ok, other=0.0).to(tl.float32) + 1.0)
+        y += tl.load(bias_ptr + k, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)

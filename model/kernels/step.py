@@ -1,0 +1,270 @@
+"""Operators of one decode step (`torch.ops.megalodon.*`) over the kernels of `decode.py`, and the layer made of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from ..cache import LayerCache
+from . import decode, tiles
+from .launch import kernel, power_of_2, programmatic
+
+if TYPE_CHECKING:
+    from ..attention import Rotary
+    from ..blocks import MegalodonBlock
+
+_CHANNELS = 64  # of the EMA in one program: a few states a thread
+_MAX_SPLITS = 64  # of the ring's slots among programs
+_PROGRAMS = 264  # that fill a GPU of 132 multiprocessors twice
+
+
+_FEW = 4  # rows of a batch up to which weights stay in registers and the rows take turns
+
+
+def in_turn(columns: int) -> dict[str, int]:
+    """Rows of a weight in one program and its warps, so that a thread holds some 32 to 128 of its numbers."""
+    return {"ROWS": 2, "num_warps": 2} if columns <= 2560 else {"ROWS": 4, "num_warps": 8}
+
+
+def in_tiles(rows: int, x: Tensor) -> dict[str, Any]:
+    """Tiles of `tiles.py` for a weight with so many rows: enough of them to fill a GPU."""
+    single = x.dtype == torch.float32
+    shape = {"BATCH": 32, "ROWS": 16 if rows <= 4096 else 32, "COLUMNS": 64 if single else 128, "STAGES": 4}
+    return {**shape, "PRECISION": "ieee" if single else "tf32", "num_warps": 4}
+
+
+def few(batch: int) -> tuple[int, int]:
+    """(1, 0) for a few rows, (0, 1) for more: factors of the grids, so that one of the two forms has nothing to do."""
+    many = torch.sym_min(1, (batch - 1) // _FEW)
+    return 1 - many, many
+
+
+@triton_op("megalodon::ema_step", mutates_args={"norm_mean", "norm_var", "ema_state"})
+def ema_step(
+    x: Tensor,
+    position: Tensor,
+    norm_mean: Tensor,
+    norm_var: Tensor,
+    ema_state: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    hf_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """TimestepNorm and complex EMA of one token a row; their states change in place.
+
+    -> x_norm (B, D), the EMA's output times `scale` + 1 (B, D), and partial sums of the output's squares (B, parts).
+    """
+    batch, dim = x.shape
+    groups, ndim = norm_mean.shape[1], p.shape[1]
+    group = dim // groups
+    group_p = power_of_2(group)
+    per_program = min(max(_CHANNELS // group_p, 1), power_of_2(groups))
+    parts = -(-groups // per_program)
+    x_norm, scaled = torch.empty_like(x), torch.empty_like(x)
+    squares = x.new_empty(batch, parts, dtype=torch.float32)
+    kernel(decode.megalodon_ema_step)[batch, parts](
+        *(x, position, norm_mean, norm_var, ema_state, weight, bias, p, q, gamma, omega),
+        *(weight if scale is None else scale, x_norm, scaled, squares, eps),
+        G=groups,
+        GROUP=group,
+        GROUP_P=group_p,
+        GROUPS=per_program,
+        N=ndim,
+        N_P=power_of_2(ndim),
+        HF=hf_statistics,
+        AFFINE=scale is not None,
+        PDL=programmatic(x),
+        num_warps=4,
+    )
+    return x_norm, scaled, squares
+
+
+@triton_op("megalodon::project", mutates_args={"value"})
+def project(
+    x_norm: Tensor,
+    scaled: Tensor,
+    squares: Tensor,
+    position: Tensor,
+    wz: Tensor,
+    bz: Tensor,
+    wr: Tensor,
+    br: Tensor,
+    wh1: Tensor,
+    bh1: Tensor,
+    wv: Tensor,
+    bv: Tensor,
+    value: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All that is linear in the norms' outputs: z (B, Z) and h1 (B, D) float32, r (B, E); v goes into the ring."""
+    batch, dim = x_norm.shape
+    z_dim, value_dim, heads, chunk = wz.shape[0], wv.shape[0], value.shape[1], value.shape[2]
+    z = x_norm.new_empty(batch, z_dim, dtype=torch.float32)
+    h = x_norm.new_empty(batch, dim, dtype=torch.float32)
+    r = x_norm.new_empty(batch, value_dim)
+    turn, tile = few(batch)
+    tensors = (x_norm, scaled, squares, position, wz, bz, wr, br, wh1, bh1, wv, bv, z, r, h, value, batch, eps)
+    sizes = {"D": dim, "Z": z_dim, "E": value_dim, "H": heads, "C": chunk, "PARTS": squares.shape[1]}
+    sizes |= {"PARTS_P": power_of_2(squares.shape[1]), "PDL": programmatic(x_norm)}
+    rows = (value_dim, value_dim, dim, z_dim)
+    shape = in_turn(dim)
+    programs = sum(_tiles(n, shape) for n in rows)
+    kernel(decode.megalodon_project)[(programs * turn,)](*tensors, **sizes, D_P=power_of_2(dim), **shape)
+    shape = in_tiles(sum(rows), x_norm)
+    programs = sum(_tiles(n, shape) for n in rows)
+    kernel(tiles.megalodon_project_tiles)[programs * tile, _batches(batch, shape)](*tensors, **sizes, **shape)
+    return z, r, h
+
+
+@triton_op("megalodon::attend", mutates_args={"key"})
+def attend(
+    z: Tensor,
+    r: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key: Tensor,
+    value: Tensor,
+    eps: float,
+) -> Tensor:
+    """Attention of one token a row over the ring, whose value slot is written already; its key slot is written here.
+
+    z (B, Z) float32, r (B, E), cos and sin (B, dz/2) -> (attention times r) (B, E).
+    """
+    batch, heads, chunk, dv = value.shape
+    half = key.shape[3] // 2
+    dv_block = min(power_of_2(dv), 512)
+    dv_blocks = -(-dv // dv_block)
+    splits = torch.sym_max(1, torch.sym_min(_MAX_SPLITS, _PROGRAMS // (batch * heads * dv_blocks)))
+    partial = z.new_empty(batch, heads, _MAX_SPLITS, dv)
+    statistics = z.new_empty(batch, heads, _MAX_SPLITS, 2)
+    gated = torch.empty_like(r)
+    pdl = programmatic(z)
+    kernel(decode.megalodon_attend)[dv_blocks * splits, heads, batch](
+        *(z, gamma, beta, position, cos, sin, key, value, partial, statistics, splits, eps),
+        H=heads,
+        C=chunk,
+        HALF=half,
+        HALF_P=power_of_2(half),
+        DV=dv,
+        DV_BLOCK=dv_block,
+        SLOTS=16,
+        MAX_SPLITS=_MAX_SPLITS,
+        PDL=pdl,
+        num_warps=8,
+    )
+    block = min(power_of_2(dv), 128)
+    kernel(decode.megalodon_combine)[-(-dv // block), heads, batch](
+        *(partial, statistics, r, gated, splits),
+        H=heads,
+        DV=dv,
+        DV_BLOCK=block,
+        MAX_SPLITS=_MAX_SPLITS,
+        PDL=pdl,
+        num_warps=4,
+    )
+    return gated
+
+
+@triton_op("megalodon::linear", mutates_args={})
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """first + second + alpha * (x W^T + bias) in `dtype`, what there is of it: x (B, K), weight (rows, K)."""
+    batch, columns = x.shape
+    rows = weight.shape[0]
+    y = x.new_empty(batch, rows, dtype=dtype)
+    turn, tile = few(batch)
+    tensors = (x, weight, *(x if t is None else t for t in (bias, alpha, first, second)), y, batch)
+    given = {"BIAS": bias, "ALPHA": alpha, "FIRST": first, "SECOND": second}
+    sizes = {"ROWS_OF": rows, "K": columns, **{name: t is not None for name, t in given.items()}}
+    sizes |= {"PDL": programmatic(x)}
+    shape = in_turn(columns)
+    kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](
+        *tensors, **sizes, K_P=power_of_2(columns), **shape
+    )
+    shape = in_tiles(rows, x)
+    kernel(tiles.megalodon_linear_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](
+        *tensors, **sizes, **shape
+    )
+    return y
+
+
+@triton_op("megalodon::feed_up", mutates_args={})
+def feed_up(
+    h: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w3: Tensor | None,
+    b3: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The feed-forward's hidden layer (B, F) from h (B, D) float32: LayerNorm, fc1, silu, and fc3 with swiglu."""
+    batch, dim = h.shape
+    rows = w1.shape[0]
+    hidden = w1.new_empty(batch, rows)
+    affine = norm_weight is not None and norm_bias is not None
+    turn, tile = few(batch)
+    norm = [h if t is None else t for t in (norm_weight, norm_bias)]
+    weights = [h if t is None else t for t in (w1, b1, w3, b3)]
+    sizes = {"D": dim, "D_P": power_of_2(dim), "AFFINE": affine, "PDL": programmatic(h)}
+    up = {"F": rows, "BIAS": b1 is not None, "SWIGLU": w3 is not None}
+    shape = in_turn(dim)
+    kernel(decode.megalodon_feed_up)[(_tiles(rows, shape) * turn,)](
+        *(h, *norm, *weights, hidden, batch, eps), **sizes, **up, **shape
+    )
+    normed = w1.new_empty(batch, dim)
+    kernel(tiles.megalodon_layer_norm)[(batch * tile,)](h, *norm, normed, eps, **sizes, num_warps=4)
+    shape = in_tiles(rows, normed)
+    kernel(tiles.megalodon_feed_up_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](
+        *(normed, *weights, hidden, batch), D=dim, PDL=sizes["PDL"], **up, **shape
+    )
+    return hidden
+
+
+def _tiles(rows: int, shape: dict[str, Any]) -> int:
+    return -(-rows // shape["ROWS"])
+
+
+def _batches(batch: int, shape: dict[str, Any]) -> int:
+    return (batch + shape["BATCH"] - 1) // shape["BATCH"]
+
+
+def layer_step(block: MegalodonBlock, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> Tensor:
+    """One token a row through a layer, x (B, D) -> (B, D); the layer's cache changes in place."""
+    attn, ffn = block.attn, block.ffn
+    c = attn.cema.constants()
+    norm = attn.timenorm
+    x_norm, scaled, squares = ema_step(
+        *(x, position, cache.norm_mean, cache.norm_var, cache.ema_state, norm.weight, norm.bias),
+        *(c["p"], c["q"], c["gamma"], c["omega"], attn.rmsnorm.weight, norm.eps, norm.statistics == "megalodon-hf"),
+    )
+    z, r, h1 = project(
+        *(x_norm, scaled, squares, position, attn.wz.weight, attn.wz.bias, attn.wr.weight, attn.wr.bias),
+        *(attn.wh1.weight, attn.wh1.bias, attn.wv.weight, attn.wv.bias, cache.value, attn.rmsnorm.eps),
+    )
+    cos, sin = rotary
+    gated = attend(z, r, attn.gamma, attn.beta, position, cos, sin, cache.key, cache.value, attn.znorm.eps)
+    h = linear(gated, attn.wh2.weight, attn.wh2.bias, None, h1, x, torch.float32)
+    w3, b3 = (None, None) if ffn.fc3 is None else (ffn.fc3.weight, ffn.fc3.bias)
+    hidden = feed_up(h, ffn.norm.weight, ffn.norm.bias, ffn.fc1.weight, ffn.fc1.bias, w3, b3, ffn.norm.eps)
+    return linear(hidden, ffn.fc2.weight, ffn.fc2.bias, ffn.alpha, x, None, x.dtype)

@@ -1,0 +1,229 @@
+"""The matrix products of a decode step for more rows than a few: tiles for the tensor cores, each weight read once.
+
+The same results as the kernels of `decode.py` that hold rows of a weight in registers and go through the batch one by
+one, which is the fastest form for a few rows and costs a latency for each further one. Which form runs is decided by
+the grids: the other's is empty.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decode import bias_rows, layer_norm
+from .launch import silu, start, wait
+
+
+@triton.jit
+def tile_products(
+    x_ptr,
+    weight_ptr,
+    b,
+    row,
+    B,
+    ROWS_OF: tl.constexpr,
+    K: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x (B, K) at rows b times a weight (ROWS_OF, K) at rows `row`: (BATCH, ROWS) float32."""
+    sums = tl.zeros((BATCH, ROWS), tl.float32)
+    x_rows = x_ptr + b[:, None] * K
+    weight_rows = weight_ptr + row.to(tl.int64)[None, :] * K
+    for k0 in tl.range(0, K, COLUMNS, num_stages=STAGES):
+        k = k0 + tl.arange(0, COLUMNS)
+        x_ok = (b < B)[:, None]
+        weight_ok = (row < ROWS_OF)[None, :]
+        if K % COLUMNS != 0:
+            x_ok = x_ok & (k < K)[None, :]
+            weight_ok = weight_ok & (k < K)[:, None]
+        x = tl.load(x_rows + k[None, :], mask=x_ok, other=0.0)
+        weight = tl.load(weight_rows + k[:, None], mask=weight_ok, other=0.0)
+        sums = tl.dot(x, weight, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def row_factors(squares_ptr, b, B, eps, D: tl.constexpr, PARTS: tl.constexpr, PARTS_P: tl.constexpr):
+    """As `root_mean_square_factor`, for a tile of rows."""
+    part = tl.arange(0, PARTS_P)
+    ok = (b < B)[:, None] & (part < PARTS)[None, :]
+    total = tl.sum(tl.load(squares_ptr + b[:, None] * PARTS + part[None, :], mask=ok, other=0.0), 1)
+    return 1.0 / tl.sqrt(total / D + eps)
+
+
+@triton.jit
+def megalodon_project_tiles(
+    x_norm_ptr,
+    scaled_ptr,
+    squares_ptr,
+    position_ptr,
+    wz_ptr,
+    bz_ptr,
+    wr_ptr,
+    br_ptr,
+    wh_ptr,
+    bh_ptr,
+    wv_ptr,
+    bv_ptr,
+    z_ptr,
+    r_ptr,
+    h_ptr,
+    value_ptr,
+    B,
+    eps,
+    D: tl.constexpr,
+    Z: tl.constexpr,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_P: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """As `megalodon_project`."""
+    start(PDL)
+    tile = tl.program_id(0)
+    b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    Z_TILES: tl.constexpr = (Z + ROWS - 1) // ROWS
+    E_TILES: tl.constexpr = (E + ROWS - 1) // ROWS
+    D_TILES: tl.constexpr = (D + ROWS - 1) // ROWS
+    b_ok = (b < B)[:, None]
+    wait(PDL)
+    if tile < E_TILES:
+        row = tile * ROWS + tl.arange(0, ROWS)
+        v = tile_products(x_norm_ptr, wv_ptr, b, row, B, E, D, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+        v = silu(v + bias_rows(bv_ptr, row, E)[None, :])
+        slot = tl.load(position_ptr + b, mask=b < B, other=0) % C
+        DV: tl.constexpr = E // H
+        stream = (b[:, None] * H + (row // DV)[None, :]).to(tl.int64)
+        at = (stream * C + slot[:, None]) * DV + (row % DV)[None, :]
+        tl.store(value_ptr + at, v.to(value_ptr.dtype.element_ty), mask=b_ok & (row < E)[None, :])
+    elif tile < 2 * E_TILES:
+        row = (tile - E_TILES) * ROWS + tl.arange(0, ROWS)
+        factor = row_factors(squares_ptr, b, B, eps, D, PARTS, PARTS_P)
+        r = tile_products(scaled_ptr, wr_ptr, b, row, B, E, D, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+        r = silu(r * factor[:, None] + bias_rows(br_ptr, row, E)[None, :])
+        at = b[:, None] * E + row[None, :]
+        tl.store(r_ptr + at, r.to(r_ptr.dtype.element_ty), mask=b_ok & (row < E)[None, :])
+    elif tile < 2 * E_TILES + D_TILES:
+        row = (tile - 2 * E_TILES) * ROWS + tl.arange(0, ROWS)
+        factor = row_factors(squares_ptr, b, B, eps, D, PARTS, PARTS_P)
+        h = tile_products(scaled_ptr, wh_ptr, b, row, B, D, D, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+        h = h * factor[:, None] + bias_rows(bh_ptr, row, D)[None, :]
+        tl.store(h_ptr + b[:, None] * D + row[None, :], h, mask=b_ok & (row < D)[None, :])
+    else:
+        row = (tile - 2 * E_TILES - D_TILES) * ROWS + tl.arange(0, ROWS)
+        factor = row_factors(squares_ptr, b, B, eps, D, PARTS, PARTS_P)
+        z = tile_products(scaled_ptr, wz_ptr, b, row, B, Z, D, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+        z = z * factor[:, None] + bias_rows(bz_ptr, row, Z)[None, :]
+        tl.store(z_ptr + b[:, None] * Z + row[None, :], z, mask=b_ok & (row < Z)[None, :])
+
+
+@triton.jit
+def megalodon_linear_tiles(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    alpha_ptr,
+    first_ptr,
+    second_ptr,
+    y_ptr,
+    B,
+    ROWS_OF: tl.constexpr,
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+    ALPHA: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """As `megalodon_linear`."""
+    start(PDL)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    ok = (b < B)[:, None] & (row < ROWS_OF)[None, :]
+    wait(PDL)
+    y = tile_products(x_ptr, weight_ptr, b, row, B, ROWS_OF, K, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+    if BIAS:
+        y += bias_rows(bias_ptr, row, ROWS_OF)[None, :]
+    if ALPHA:
+        y *= bias_rows(alpha_ptr, row, ROWS_OF)[None, :]
+    at = b[:, None] * ROWS_OF + row[None, :]
+    if FIRST:
+        y += tl.load(first_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    if SECOND:
+        y += tl.load(second_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def megalodon_layer_norm(
+    h_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    eps,
+    D: tl.constexpr,
+    D_P: tl.constexpr,
+    AFFINE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y (rows, D) = LayerNorm of h (rows, D) float32, one row a program."""
+    start(PDL)
+    k = tl.arange(0, D_P)
+    b = tl.program_id(0).to(tl.int64)
+    wait(PDL)
+    y = layer_norm(h_ptr + b * D, k, eps, weight_ptr, bias_ptr, D, AFFINE)
+    tl.store(y_ptr + b * D + k, y.to(y_ptr.dtype.element_ty), mask=k < D)
+
+
+@triton.jit
+def megalodon_feed_up_tiles(
+    x_ptr,
+    w1_ptr,
+    b1_ptr,
+    w3_ptr,
+    b3_ptr,
+    hidden_ptr,
+    B,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    BIAS: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """As `megalodon_feed_up`, from x (B, D) normalised already."""
+    start(PDL)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    wait(PDL)
+    y = tile_products(x_ptr, w1_ptr, b, row, B, F, D, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+    if BIAS:
+        y += bias_rows(b1_ptr, row, F)[None, :]
+    y = silu(y)
+    if SWIGLU:
+        gate = tile_products(x_ptr, w3_ptr, b, row, B, F, D, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+        if BIAS:
+            gate += bias_rows(b3_ptr, row, F)[None, :]
+        y *= gate
+    at = b[:, None] * F + row[None, :]
+    tl.store(hidden_ptr + at, y.to(hidden_ptr.dtype.element_ty), mask=(b < B)[:, None] & (row < F)[None, :])
