@@ -182,7 +182,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         x = self.embed(token_ids)
         if self.config.scale_emb:
             x = x * math.sqrt(self.config.model_dim)
-        return F.dropout(x, self.config.dropout, self.training)
+        return F.dropout(x, self.config.dropout) if self.training else x
 
 
 class MegalodonForCausalLM(MegalodonPreTrainedModel):
