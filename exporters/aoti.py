@@ -84,22 +84,24 @@ def compile_program(request: Request, note: Callable[[str], None]) -> dict[str, 
     """Export and compile the stages of one program in this process; for each, its boundary and AOTInductor's files."""
     started = time.monotonic()
     stages = export_stages(one_layer_model(request), request.program, request.limits, request.all_logits)
-    nodes = sum(len(stage.graph.graph.nodes) for stage in stages)
+    nodes = sum(len(stage.graph.graph.nodes) for stage in stages.values())
     note(f"exported in {time.monotonic() - started:.1f} s, {nodes} nodes; compiling")
     _widen_inductor_caches()
     started = time.monotonic()
-    compiled = {stage.name: compile_stage(stage, inductor_options(request, stage.name)) for stage in stages}
+    compiled = {part: compile_stage(stage, inductor_options(request, stage.name)) for part, stage in stages.items()}
     note(f"compiled in {time.monotonic() - started:.1f} s")
     return compiled
 
 
 def compile_stage(stage: Stage, options: dict[str, Any]) -> dict[str, Any]:
-    """Compile one stage: its inputs, its outputs, the files that AOTInductor made, without sources."""
+    """Compile one stage: its entry in the manifest, and the `files` that AOTInductor made, without sources."""
     with torch.no_grad(), sizes_of_one_are_not_special():
         files = torch._inductor.aot_compile(stage.graph, stage.examples, options=options)
     # Sources name paths of the build machine, and a loader that misses the library would try to compile them.
     paths = [str(file) for file in files]  # type: ignore[union-attr]
     return {
+        "name": stage.name,
+        "library": f"{stage.name}.so",
         "inputs": [{k: v for k, v in asdict(i).items() if v is not None} for i in stage.inputs],
         "outputs": list(stage.outputs),
         "files": [path for path in paths if not path.endswith((".cpp", ".h", ".hpp"))],
@@ -131,8 +133,8 @@ def build(
             workers.append(Worker(name, __name__, asdict(request), folder))
         report(f"exporting and compiling {PREFILL} and {DECODE} for {device}, side by side")
         compiled: dict[str, dict[str, Any]] = run_side_by_side(workers, report)
-        stages = {name: stage for name in (PREFILL, DECODE) for name, stage in compiled[name].items()}
-        files: dict[str, list[str]] = {name: stage.pop("files") for name, stage in stages.items()}
+        stages = [stage for name in (PREFILL, DECODE) for stage in compiled[name].values()]
+        files: dict[str, list[str]] = {stage["name"]: stage.pop("files") for stage in stages}
         package_pt2(str(directory / PACKAGE), aoti_files={name: list(paths) for name, paths in files.items()})
         for name, paths in files.items():
             for path in paths:
@@ -144,7 +146,7 @@ def build(
         "limits": asdict(limits),
         "package": PACKAGE,
         "all_logits": all_logits,
-        "stages": {name: {"library": f"{name}.so", **stage} for name, stage in stages.items()},
+        "stages": compiled,
     }
 
 

@@ -46,7 +46,7 @@ class Limits:
         default = min(chunk, 2048) // BLOCK * BLOCK
         if (max_length or default) <= chunk and default:
             return cls(max_batch, max_length or default, BLOCK)
-        granule = math.lcm(BLOCK, chunk) if chunk % BLOCK == 0 or BLOCK % chunk == 0 else BLOCK
+        granule = math.lcm(BLOCK, chunk)  # whole chunks and whole blocks: no size of the graph is rounded up
         return cls(max_batch, max_length or max(granule, 128 // granule * granule), granule)
 
 

@@ -96,7 +96,7 @@ def decode_stages(model: MegalodonForCausalLM) -> dict[str, Run]:
     return {BEGIN: begin, LAYER: layer, END: end}
 
 
-def export_stages(model: MegalodonForCausalLM, name: str, limits: Limits, all_logits: bool = False) -> list[Stage]:
+def export_stages(model: MegalodonForCausalLM, name: str, limits: Limits, all_logits: bool = False) -> dict[str, Stage]:
     """torch.export of the stages of a program (prefill or decode), batch and length dynamic within `limits`.
 
     `model` is frozen and has one layer, which stands for all; its weights are examples.
@@ -108,8 +108,9 @@ def export_stages(model: MegalodonForCausalLM, name: str, limits: Limits, all_lo
     begin = tracer.trace(runs[BEGIN])
     tracer.go_on(begin, runs[BEGIN])
     traced = {LAYER: tracer.trace(runs[LAYER]), END: tracer.trace(runs[END])}
-    later = [tracer.finish(f"{name}_{stage}", one, set(one.outputs)) for stage, one in traced.items()]
-    return [tracer.finish(f"{name}_{BEGIN}", begin, {i.name for stage in later for i in stage.inputs}), *later]
+    later = {stage: tracer.finish(f"{name}_{stage}", one, set(one.outputs)) for stage, one in traced.items()}
+    wanted = {one.name for stage in later.values() for one in stage.inputs}
+    return {BEGIN: tracer.finish(f"{name}_{BEGIN}", begin, wanted), **later}
 
 
 def _examples(

@@ -22,11 +22,12 @@ def inspect(folder: Path) -> dict[str, Any]:
     bound = {
         name: {
             (one["file"], numbered(one["tensor"], layer))
+            for stage in stages.values()
             for one in stage["inputs"]
             for layer in range(config.num_layers)
             if one["kind"] == "weight"
         }
-        for name, stage in aoti.get("stages", {}).items()
+        for name, stages in aoti.get("stages", {}).items()
     }
     return {
         "folder": str(folder),
@@ -40,7 +41,7 @@ def inspect(folder: Path) -> dict[str, Any]:
             name: {key: entry[key] for key in ("target", "limits")} for name, entry in manifest["programs"].items()
         },
         "weights": manifest["weights"],
-        "tensors_bound_by_each_stage": {name: len(tensors) for name, tensors in bound.items()},
+        "tensors_bound_by_each_program": {name: len(tensors) for name, tensors in bound.items()},
         "distinct_tensors_bound": len(set().union(*bound.values())),
         "weights_inside_programs": _weights_inside(folder, manifest["weights"], aoti),
         "files": {name: entry["size"] for name, entry in manifest["files"].items()},
@@ -54,14 +55,14 @@ def _weights_inside(folder: Path, weights: str, aoti: dict[str, Any]) -> bool:
     with open(folder / weights, "rb") as file:
         file.seek((folder / weights).stat().st_size // 2)
         sample = file.read(256)
-    libraries = [stage["library"] for stage in aoti.get("stages", {}).values()]
+    libraries = [stage["library"] for stages in aoti.get("stages", {}).values() for stage in stages.values()]
     return any(sample in (folder / "aoti" / name).read_bytes() for name in libraries)
 
 
 def table(facts: dict[str, Any]) -> str:
     """The facts for a reader."""
     target = {name: entry["target"] for name, entry in facts["programs"].items()}
-    bound = facts["tensors_bound_by_each_stage"]
+    bound = facts["tensors_bound_by_each_program"]
     rows = [
         ("bundle", facts["folder"]),
         ("created", facts["created"]),

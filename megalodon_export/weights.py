@@ -29,15 +29,15 @@ def save_constants(model: MegalodonForCausalLM, folder: Path) -> None:
     save_file(buffers, folder / CONSTANTS)
 
 
-def add_sources(stages: dict[str, Any], layers: int, folder: Path) -> None:
-    """Say, for each weight among the inputs of a manifest's `stages`, where it is: `file`, and `tensor` in it.
+def add_sources(programs: dict[str, dict[str, Any]], layers: int, folder: Path) -> None:
+    """Say, for each weight among the inputs of a manifest's stages, where it is: `file`, and `tensor` in it.
 
     KeyError if it is nowhere, ValueError if it is not what the stage was compiled for, in any layer.
     """
     stored = {file: _headers(folder / file) for file in (WEIGHTS, CONSTANTS)}
     tied = dict(MegalodonForCausalLM._tied_weights_keys)
     tied |= {source: name for name, source in tied.items()}  # a file holds one of the two names
-    for stage in stages.values():
+    for stage in (stage for program in programs.values() for stage in program.values()):
         for one in (one for one in stage["inputs"] if one["kind"] == "weight"):
             names = [alias for alias in (one["name"], tied.get(one["name"])) if alias is not None]
             found = [(file, name) for name in names for file in stored if numbered(name, 0) in stored[file]]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoints import DTYPES
 from ..exporters.aoti import cpu_features
 from ..exporters.programs import DECODE, PREFILL, Limits
-from ..exporters.stages import BEGIN, END, LAYER, LAYER_INDEX
+from ..exporters.stages import LAYER_INDEX, STAGES
 from ..model import MegalodonCache, MegalodonConfig
 from ..model.cache import LayerCache
 from ..weights import WeightStore
@@ -35,17 +35,15 @@ class AotiRuntime(Runtime):
         super().__init__(config, DTYPES[manifest["dtype"]], chosen, Limits(**entry["limits"]), entry["all_logits"])
         package, index = str(folder / "aoti" / entry["package"]), chosen.index if chosen.type == "cuda" else None
         store = WeightStore(folder, chosen)
-        stages = {
+        layers = range(config.num_layers)
+
+        def stage(entry: dict[str, Any]) -> _Stage:
             # single-threaded: required for capture in a CUDA graph; this class is not for concurrent calls
-            name: _Stage(
-                AOTIModelPackageLoader(package, name, True, 1, -1 if index is None else index).run,
-                stage,
-                [store.bind(stage["inputs"], layer) for layer in range(config.num_layers)],
-            )
-            for name, stage in entry["stages"].items()
-        }
+            loader = AOTIModelPackageLoader(package, entry["name"], True, 1, -1 if index is None else index)
+            return _Stage(loader.run, entry, [store.bind(entry["inputs"], layer) for layer in layers])
+
         self._programs = {
-            name: _Program(*(stages[f"{name}_{part}"] for part in (BEGIN, LAYER, END))) for name in (PREFILL, DECODE)
+            name: _Program(*(stage(stages[part]) for part in STAGES)) for name, stages in entry["stages"].items()
         }
 
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
