@@ -119,7 +119,7 @@ def _examples(
     """Example arguments of a program, and the dynamic dimensions of their tensors."""
     device, vocabulary = model.device, model.config.vocab_size
     batch_size = min(3, limits.max_batch)
-    batch = Dim("B", min=1, max=limits.max_batch) if limits.max_batch > 1 else None
+    batch = Dim("B", min=1, max=limits.max_batch) if limits.max_batch > 1 else Dim.STATIC
     cache = model.new_cache(batch_size)
     blocks = limits.max_length // limits.granule
     # Not the largest length, which may equal another size, and no size inside the graph may be 1 in the example.
@@ -155,9 +155,7 @@ class _Tracer:
 
     def __post_init__(self) -> None:
         self.weights = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        self.kinds = {
-            n: "cache" if n.startswith(("layers.", "final.")) else "argument" for n in flatten_all(self.values)
-        }
+        self.kinds = {name: "cache" if "." in name else "argument" for name in flatten_all(self.values)}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -169,7 +167,7 @@ class _Tracer:
         values = {key: self.values[key] for key in inspect.signature(run).parameters}
         given = {self.aliases.get(n, n): t for n, t in flatten_all(values).items()}
         tensors = given | self.weights
-        module = _StageModule(self.model, run, values, tuple(tensors), self.aliases)
+        module = _StageModule(self, run, values, tuple(tensors))
         dims = [self.dims.get(name) for name in tensors]
         with torch.no_grad(), sizes_of_one_are_not_special():
             program = export(module, (list(tensors.values()),), dynamic_shapes=(dims,), strict=False)
@@ -228,20 +226,17 @@ class _Tracer:
 class _StageModule(nn.Module):
     """A stage as a function of one list of tensors; the model is none of its submodules, so it brings no weights."""
 
-    def __init__(
-        self, model: MegalodonForCausalLM, run: Run, values: dict[str, Any], names: tuple[str, ...], aliases: Any
-    ) -> None:
+    def __init__(self, tracer: _Tracer, run: Run, values: dict[str, Any], names: tuple[str, ...]) -> None:
         super().__init__()
-        self.hidden = (_Caller(model), run, values, aliases)
-        self.names = names
+        self.hidden = (_Caller(tracer.model), run, values, tracer.aliases)
+        self.names, self.weights = names, frozenset(tracer.weights)
 
     def forward(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         """Run the stage with the given tensors in the places of the example's, weights included."""
         caller, run, values, aliases = self.hidden
         named = dict(zip(self.names, tensors, strict=True))
         arguments = {key: rebuild(value, key, lambda n: named[aliases.get(n, n)]) for key, value in values.items()}
-        weights = {f"model.{name}": named[name] for name, _ in caller.model.named_parameters()}
-        weights |= {f"model.{name}": named[name] for name, _ in caller.model.named_buffers()}
+        weights = {f"model.{name}": tensor for name, tensor in named.items() if name in self.weights}
         results = torch.func.functional_call(caller, weights, (run, arguments))
         return flatten_all(results)
 

@@ -46,7 +46,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 def root_of(size: int | SymInt, dim: Any) -> dict[sympy.Symbol, Any]:
     """The symbol behind a traced size, and the torch.export.Dim it stands for; `dim` is how the size was declared."""
-    if dim is None or not isinstance(size, SymInt):
+    if not isinstance(size, SymInt):
         return {}
     (symbol,) = size.node.expr.free_symbols
     return {symbol: getattr(dim, "root", dim)}
