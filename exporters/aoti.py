@@ -48,6 +48,9 @@ def inductor_options(request: Request, stage: str) -> dict[str, Any]:
     """What AOTInductor is told, and why."""
     options: dict[str, Any] = {
         "aot_inductor.package": True,
+        # a folder of its own: in the shared cache, Inductor takes the kernels of any stage with the same wrapper,
+        # which does not name the sizes of its inputs
+        "aot_inductor.output_path": str(Path(request.directory, stage)),
         "aot_inductor.package_constants_in_so": False,  # a stage has none; should one appear, `compile_stage` sees it
         "aot_inductor.check_lowerbound": False,  # with the check, a program refuses batch 1
         "aot_inductor.model_name_for_generated_files": stage,

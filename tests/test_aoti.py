@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import megalodon_export.model as m
 from megalodon_export import bundle
-from megalodon_export.exporters.aoti import Request, one_layer_model
+from megalodon_export.exporters.aoti import Request, compile_stage, inductor_options, one_layer_model
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.exporters.stages import Stage, export_stages
 from megalodon_export.model import MegalodonCache, MegalodonConfig
@@ -286,6 +286,20 @@ def test_stages_take_only_what_they_use(tmp_path: Path) -> None:
         assert results == set(stages["begin"].outputs)
         assert stages["layer"].outputs == ("x",)
         assert stages["end"].outputs == ("logits",)
+
+
+def test_kernels_of_other_sizes_are_not_taken_from_a_cache(tmp_path: Path) -> None:
+    embeddings = []
+    for vocabulary in (40, 30):
+        folder = tmp_path / f"{vocabulary}"
+        make_model(torch.float32, num_layers=1, vocab_size=vocabulary).save_pretrained(folder)
+        config = MegalodonConfig.from_pretrained(folder)
+        request = Request(str(folder), "decode", "cpu", "float32", Limits.of(config), False, False, str(folder / "out"))
+        stage = export_stages(one_layer_model(request), "decode", request.limits)["begin"]
+        files = compile_stage(stage, inductor_options(request, stage.name))["files"]
+        (library,) = (Path(file).read_bytes() for file in files if file.endswith(".so"))
+        embeddings.append(f"< {vocabulary}L".encode() in library)  # the bound that ids are checked against
+    assert embeddings == [True, True]
 
 
 def test_a_stage_is_exported_from_one_layer() -> None:
