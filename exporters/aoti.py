@@ -1,8 +1,8 @@
-"""AOTInductor: both programs compiled to shared libraries without weights, and packed into one .pt2.
+"""AOTInductor: the stages of both programs compiled to shared libraries without weights, and packed into one .pt2.
 
 Each program is compiled in a process of its own (`python -m megalodon_export.exporters.aoti REQUEST`): the two run
-side by side, and a compiler crash is an error message. Neither holds weights: a runtime binds every constant by name,
-once for both.
+side by side, and a compiler crash is an error message. No stage holds weights: they are inputs, and a runtime passes
+the same tensors to all.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
-from ..model import MegalodonForCausalLM, freeze_constants
-from .programs import DECODE, PREFILL, Limits, export_program, sizes_of_one_are_not_special
+from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants
+from .programs import DECODE, PREFILL, Limits, sizes_of_one_are_not_special
+from .stages import Stage, export_stages
 from .workers import Worker, run_side_by_side, serve
 
 PACKAGE = "model.pt2"
@@ -42,13 +44,16 @@ class Request:
     directory: str
 
 
-def inductor_options(request: Request) -> dict[str, Any]:
+def inductor_options(request: Request, stage: str) -> dict[str, Any]:
     """What AOTInductor is told, and why."""
     options: dict[str, Any] = {
         "aot_inductor.package": True,
-        "aot_inductor.package_constants_in_so": False,  # weights stay in model.safetensors, one copy for both programs
+        # a folder of its own: in the shared cache, Inductor takes the kernels of any stage with the same wrapper,
+        # which does not name the sizes of its inputs
+        "aot_inductor.output_path": str(Path(request.directory, stage)),
+        "aot_inductor.package_constants_in_so": False,  # a stage has none; should one appear, `compile_stage` sees it
         "aot_inductor.check_lowerbound": False,  # with the check, a program refuses batch 1
-        "aot_inductor.model_name_for_generated_files": request.program,
+        "aot_inductor.model_name_for_generated_files": stage,
         "cpp.dynamic_threads": True,  # else the number of threads of this machine is compiled in
     }
     if request.portable:
@@ -57,7 +62,7 @@ def inductor_options(request: Request) -> dict[str, Any]:
 
 
 def _widen_inductor_caches() -> None:
-    """Inductor remembers 128 simplified indices and strides; a prefill has thousands, and forgets them all in turn."""
+    """Inductor remembers 128 simplified indices and strides; a prefill has hundreds, and forgets them all in turn."""
     import torch._inductor.sizevars as sizevars
 
     for name in ("stride_at", "simplify_index_in_vec_range"):
@@ -66,24 +71,44 @@ def _widen_inductor_caches() -> None:
             setattr(sizevars, name, functools.cache(original))
 
 
-def compile_program(request: Request, note: Callable[[str], None]) -> list[str]:
-    """Export and compile one program in this process; the files AOTInductor made, without sources."""
-    started = time.monotonic()
-    model = MegalodonForCausalLM.from_pretrained(request.checkpoint, dtype=getattr(torch, request.dtype))
+def one_layer_model(request: Request) -> MegalodonForCausalLM:
+    """The checkpoint's first layer, embedding and head: all that a program's stages can depend on."""
+    config = MegalodonConfig.from_pretrained(request.checkpoint)
+    config.num_layers = 1
+    logging.set_verbosity_error()  # it would list the weights of all other layers
+    dtype = getattr(torch, request.dtype)
+    model = MegalodonForCausalLM.from_pretrained(request.checkpoint, config=config, dtype=dtype)
     model = model.eval().requires_grad_(False).to(request.device)
     freeze_constants(model)
-    exported = export_program(model, request.program, request.limits, request.all_logits)
-    note(f"exported in {time.monotonic() - started:.1f} s, {len(exported.graph.nodes)} nodes; compiling")
+    return model
+
+
+def compile_program(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
+    """Export and compile the stages of one program in this process; for each, its boundary and AOTInductor's files."""
+    started = time.monotonic()
+    stages = export_stages(one_layer_model(request), request.program, request.limits, request.all_logits)
+    nodes = sum(len(stage.graph.graph.nodes) for stage in stages.values())
+    note(f"exported in {time.monotonic() - started:.1f} s, {nodes} nodes; compiling")
     _widen_inductor_caches()
     started = time.monotonic()
-    with torch.no_grad(), sizes_of_one_are_not_special():
-        files = torch._inductor.aot_compile(
-            exported.module(), *exported.example_inputs, options=inductor_options(request)
-        )
+    compiled = {part: compile_stage(stage, inductor_options(request, stage.name)) for part, stage in stages.items()}
     note(f"compiled in {time.monotonic() - started:.1f} s")
+    return compiled
+
+
+def compile_stage(stage: Stage, options: dict[str, Any]) -> dict[str, Any]:
+    """Compile one stage: its entry in the manifest, and the `files` that AOTInductor made, without sources."""
+    with torch.no_grad(), sizes_of_one_are_not_special():
+        files = torch._inductor.aot_compile(stage.graph, stage.examples, options=options)
     # Sources name paths of the build machine, and a loader that misses the library would try to compile them.
     paths = [str(file) for file in files]  # type: ignore[union-attr]
-    return [path for path in paths if not path.endswith((".cpp", ".h", ".hpp"))]
+    return {
+        "name": stage.name,
+        "library": f"{stage.name}.so",
+        "inputs": [{k: v for k, v in asdict(i).items() if v is not None} for i in stage.inputs],
+        "outputs": list(stage.outputs),
+        "files": [path for path in paths if not path.endswith((".cpp", ".h", ".hpp"))],
+    }
 
 
 def build(
@@ -96,9 +121,9 @@ def build(
     all_logits: bool = False,
     portable: bool = False,
 ) -> dict[str, Any]:
-    """Compile both programs of a checkpoint into `directory` (model.pt2, prefill.so, decode.so).
+    """Compile both programs of a checkpoint into `directory` (model.pt2, and every stage as PROGRAM_STAGE.so).
 
-    Returns the manifest's entry about them: target machine, limits, files. CompileError if a compilation fails.
+    Returns the manifest's entry about them: target machine, limits, stages. CompileError if a compilation fails.
     """
     from torch.export.pt2_archive._package import package_pt2
 
@@ -110,7 +135,9 @@ def build(
             request = Request(str(checkpoint), name, device, dtype, limits, all_logits, portable, str(folder))
             workers.append(Worker(name, __name__, asdict(request), folder))
         report(f"exporting and compiling {PREFILL} and {DECODE} for {device}, side by side")
-        files: dict[str, list[str]] = run_side_by_side(workers, report)
+        compiled: dict[str, dict[str, Any]] = run_side_by_side(workers, report)
+        stages = [stage for name in (PREFILL, DECODE) for stage in compiled[name].values()]
+        files: dict[str, list[str]] = {stage["name"]: stage.pop("files") for stage in stages}
         package_pt2(str(directory / PACKAGE), aoti_files={name: list(paths) for name, paths in files.items()})
         for name, paths in files.items():
             for path in paths:
@@ -121,16 +148,9 @@ def build(
         "target": target(device, portable),
         "limits": asdict(limits),
         "package": PACKAGE,
-        "libraries": {name: f"{name}.so" for name in files},
         "all_logits": all_logits,
+        "stages": compiled,
     }
-
-
-def constant_names(package: Path, programs: Iterable[str]) -> dict[str, list[str]]:
-    """The names of the constants that each program of a package wants bound."""
-    from torch._C._aoti import AOTIModelPackageLoader
-
-    return {name: AOTIModelPackageLoader(str(package), name, True, 1, -1).get_constant_fqns() for name in programs}
 
 
 def target(device: str, portable: bool) -> dict[str, Any]:
@@ -152,7 +172,7 @@ def cpu_features() -> list[str]:
     return sorted(flag for flag in flags if flag.startswith(_FEATURE_PREFIXES))
 
 
-def _serve(request: dict[str, Any], folder: Path, note: Callable[[str], None]) -> list[str]:
+def _serve(request: dict[str, Any], folder: Path, note: Callable[[str], None]) -> dict[str, Any]:
     return compile_program(Request(**{**request, "limits": Limits(**request["limits"])}), note)
 
 

@@ -1,7 +1,6 @@
-"""The two programs of a model, prefill and decode: their inputs and outputs by name, and torch.export of both.
+"""The two programs of a model, prefill and decode: their inputs and outputs by name, and their limits.
 
-Every exporter and runtime works from `program_specs`; the modules are the ones that eager uses. Each program takes its
-inputs as one flat list, updates the cache tensors in place, and returns the logits.
+Every exporter and runtime works from `program_specs`. A program updates the cache in place and returns the logits.
 """
 
 from __future__ import annotations
@@ -10,14 +9,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.fx.experimental._config as fx_config
-from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, export
 
-from ..model import MegalodonCache, MegalodonConfig, MegalodonForCausalLM, cache_layout, dimension_sizes
+from ..model import MegalodonConfig, cache_layout, dimension_sizes
 from ..model.ema import BLOCK
 
 PREFILL, DECODE = "prefill", "decode"
@@ -50,7 +46,7 @@ class Limits:
         default = min(chunk, 2048) // BLOCK * BLOCK
         if (max_length or default) <= chunk and default:
             return cls(max_batch, max_length or default, BLOCK)
-        granule = math.lcm(BLOCK, chunk) if chunk % BLOCK == 0 or BLOCK % chunk == 0 else BLOCK
+        granule = math.lcm(BLOCK, chunk)  # whole chunks and whole blocks: no size of the graph is rounded up
         return cls(max_batch, max_length or max(granule, 128 // granule * granule), granule)
 
 
@@ -99,56 +95,6 @@ def static_sizes(config: MegalodonConfig) -> dict[str, int]:
 def dtype_name(dtype: torch.dtype) -> str:
     """torch.float32 -> "float32"."""
     return str(dtype).removeprefix("torch.")
-
-
-class PrefillProgram(nn.Module):
-    """token_ids (B, L), lengths (B), cache tensors -> logits (B, V), or (B, L, V) with all_logits."""
-
-    def __init__(self, model: MegalodonForCausalLM, max_length: int, all_logits: bool) -> None:
-        super().__init__()
-        self.model, self.max_length, self.all_logits = model, max_length, all_logits
-
-    def forward(self, token_ids: Tensor, lengths: Tensor, cache: list[Tensor]) -> Tensor:
-        """One call of the program."""
-        torch._check(token_ids.shape[1] % BLOCK == 0)  # known to the tracer, it keeps padding out of every shape
-        state = MegalodonCache.from_tensors(self.model.config, cache)
-        return self.model.prefill(token_ids, lengths, state, self.max_length, self.all_logits)
-
-
-class DecodeProgram(nn.Module):
-    """token_ids (B), cache tensors -> logits (B, V)."""
-
-    def __init__(self, model: MegalodonForCausalLM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, token_ids: Tensor, cache: list[Tensor]) -> Tensor:
-        """One call of the program."""
-        return self.model.decode(token_ids, MegalodonCache.from_tensors(self.model.config, cache))
-
-
-def export_program(model: MegalodonForCausalLM, name: str, limits: Limits, all_logits: bool = False) -> ExportedProgram:
-    """torch.export of one program of a frozen model, batch and length dynamic within `limits`."""
-    device, vocabulary = model.device, model.config.vocab_size
-    batch_size = min(3, limits.max_batch)
-    batch = Dim("B", min=1, max=limits.max_batch) if limits.max_batch > 1 else None
-    cache = model.new_cache(batch_size).tensors()
-    cache_dims = [{0: batch}] * len(cache)
-    if name == DECODE:
-        program: nn.Module = DecodeProgram(model)
-        arguments: tuple[Any, ...] = (torch.randint(vocabulary, (batch_size,), device=device), cache)
-        dims: tuple[Any, ...] = ({0: batch}, cache_dims)
-    else:
-        program = PrefillProgram(model, limits.max_length, all_logits)
-        blocks = limits.max_length // limits.granule
-        length = limits.granule * Dim("blocks", min=1, max=blocks) if blocks > 1 else None
-        # Not the largest length, which may equal another size, and no size inside the graph may be 1 in the example.
-        example = limits.granule * (blocks - 1 if blocks > 3 else blocks)
-        token_ids = torch.randint(vocabulary, (batch_size, example), device=device)
-        arguments = (token_ids, torch.full((batch_size,), example - 1, device=device), cache)
-        dims = ({0: batch, 1: length}, {0: batch}, cache_dims)
-    with torch.no_grad(), sizes_of_one_are_not_special():
-        return export(program, arguments, dynamic_shapes=dims, strict=False)
 
 
 @contextmanager

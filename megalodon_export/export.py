@@ -19,7 +19,7 @@ from .checkpoints import COMPANIONS, DTYPES, WEIGHTS, load_model
 from .exporters import exporter
 from .exporters.programs import Limits, ProgramSpec, dtype_name, program_specs, static_sizes
 from .model import MegalodonConfig, MegalodonForCausalLM, cache_layout, dimension_sizes, freeze_constants
-from .weights import CONSTANTS, constant_sources, save_constants
+from .weights import CONSTANTS, add_sources, save_constants
 
 Report = Callable[[str], None]
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "onnx", "onnxruntime-gpu", "onnxruntime", "triton")
@@ -66,10 +66,7 @@ def export_aoti(
         write_checkpoint(model, checkpoint, staging)
         specs = program_specs(model.config, DTYPES[dtype], all_logits)
         entry = exporter("aoti").build(staging, staging / "aoti", device, dtype, limits, report, all_logits, portable)
-        entry["constants"] = {
-            name: constant_sources(names, staging)
-            for name, names in exporter("aoti").constant_names(staging / "aoti" / entry["package"], specs).items()
-        }
+        add_sources(entry["stages"], model.config.num_layers, staging)
         manifest = describe(model.config, dtype, specs, {"aoti": entry})
         report("checking the programs against the model in eager mode")
         parity = verify_folder(staging, manifest, ["aoti"], report=report)

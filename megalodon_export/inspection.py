@@ -10,6 +10,7 @@ from . import bundle
 from .checkpoints import DTYPES
 from .model import MegalodonConfig
 from .snapshot import state_size
+from .weights import numbered
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -18,10 +19,15 @@ def inspect(folder: Path) -> dict[str, Any]:
     config = MegalodonConfig(**manifest["config"])
     parity = folder / bundle.PARITY
     aoti = manifest["programs"].get("aoti", {})
-    sources = {
-        (source["file"], source["tensor"])
-        for program in aoti.get("constants", {}).values()
-        for source in program.values()
+    bound = {
+        name: {
+            (one["file"], numbered(one["tensor"], layer))
+            for stage in stages.values()
+            for one in stage["inputs"]
+            for layer in range(config.num_layers)
+            if one["kind"] == "weight"
+        }
+        for name, stages in aoti.get("stages", {}).items()
     }
     return {
         "folder": str(folder),
@@ -35,8 +41,8 @@ def inspect(folder: Path) -> dict[str, Any]:
             name: {key: entry[key] for key in ("target", "limits")} for name, entry in manifest["programs"].items()
         },
         "weights": manifest["weights"],
-        "tensors_bound_by_each_program": {name: len(names) for name, names in aoti.get("constants", {}).items()},
-        "distinct_tensors_bound": len(sources),
+        "tensors_bound_by_each_program": {name: len(tensors) for name, tensors in bound.items()},
+        "distinct_tensors_bound": len(set().union(*bound.values())),
         "weights_inside_programs": _weights_inside(folder, manifest["weights"], aoti),
         "files": {name: entry["size"] for name, entry in manifest["files"].items()},
         "versions": manifest["versions"],
@@ -49,7 +55,8 @@ def _weights_inside(folder: Path, weights: str, aoti: dict[str, Any]) -> bool:
     with open(folder / weights, "rb") as file:
         file.seek((folder / weights).stat().st_size // 2)
         sample = file.read(256)
-    return any(sample in (folder / "aoti" / name).read_bytes() for name in aoti.get("libraries", {}).values())
+    libraries = [stage["library"] for stages in aoti.get("stages", {}).values() for stage in stages.values()]
+    return any(sample in (folder / "aoti" / name).read_bytes() for name in libraries)
 
 
 def table(facts: dict[str, Any]) -> str:

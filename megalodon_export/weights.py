@@ -1,4 +1,4 @@
-"""Weights of a bundle: read once, bound by name to every program.
+"""Weights of a bundle: read once, passed to every stage of the programs by name.
 
 `model.safetensors` holds the checkpoint. `constants.safetensors` holds what depends on the weights alone (EMA
 coefficients, rotary tables). On a CPU both are mapped, not read: processes that open the same bundle share the pages.
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .checkpoints import WEIGHTS
 from .exporters.programs import dtype_name
+from .exporters.stages import LAYER_INDEX
 from .model import MegalodonForCausalLM
 
 CONSTANTS = "constants.safetensors"
-_PROGRAM_PREFIX = "model."  # programs hold the model as their submodule `model`
 
 
 def save_constants(model: MegalodonForCausalLM, folder: Path) -> None:
@@ -29,21 +29,37 @@ def save_constants(model: MegalodonForCausalLM, folder: Path) -> None:
     save_file(buffers, folder / CONSTANTS)
 
 
-def constant_sources(names: Iterable[str], folder: Path) -> dict[str, dict[str, Any]]:
-    """For each constant of a program, where its tensor is: file, name in it, dtype, shape. KeyError if nowhere."""
+def add_sources(programs: dict[str, dict[str, Any]], layers: int, folder: Path) -> None:
+    """Say, for each weight among the inputs of a manifest's stages, where it is: `file`, and `tensor` in it.
+
+    KeyError if it is nowhere, ValueError if it is not what the stage was compiled for, in any layer.
+    """
     stored = {file: _headers(folder / file) for file in (WEIGHTS, CONSTANTS)}
     tied = dict(MegalodonForCausalLM._tied_weights_keys)
     tied |= {source: name for name, source in tied.items()}  # a file holds one of the two names
-    sources = {}
-    for name in sorted(names):
-        tensor = name.removeprefix(_PROGRAM_PREFIX)
-        found = [(file, alias) for alias in (tensor, tied.get(tensor)) for file in stored if alias in stored[file]]
-        if not found:
-            raise KeyError(f"the program's constant {name} is in neither {WEIGHTS} nor {CONSTANTS}")
-        file, tensor = found[0]
-        dtype, shape = stored[file][tensor]
-        sources[name] = {"file": file, "tensor": tensor, "dtype": dtype, "shape": shape}
-    return sources
+    for stage in (stage for program in programs.values() for stage in program.values()):
+        for one in (one for one in stage["inputs"] if one["kind"] == "weight"):
+            names = [alias for alias in (one["name"], tied.get(one["name"])) if alias is not None]
+            found = [(file, name) for name in names for file in stored if numbered(name, 0) in stored[file]]
+            if not found:
+                raise KeyError(f"the program's input {one['name']} is in neither {WEIGHTS} nor {CONSTANTS}")
+            one["file"], one["tensor"] = found[0]
+            for layer in range(layers):
+                name = numbered(one["tensor"], layer)
+                _require(one, stored[one["file"]][name], name)
+
+
+def numbered(name: str, layer: int) -> str:
+    """The name of a tensor of a layer, from that for all layers."""
+    return name.replace(LAYER_INDEX, str(layer))
+
+
+def _require(one: dict[str, Any], found: tuple[str, list[int]], name: str) -> None:
+    if found != (one["dtype"], one["shape"]):
+        raise ValueError(
+            f"{one['file']}: {name} is {found[0]} {found[1]}, but the manifest says {one['dtype']} {one['shape']}; "
+            "export the bundle again"
+        )
 
 
 class WeightStore:
@@ -57,22 +73,20 @@ class WeightStore:
         }
         self._tensors: dict[tuple[str, str], Tensor] = {}
 
-    def bind(self, sources: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
-        """The tensor for every constant of a program; ValueError if one is not as the manifest says."""
-        bound = {}
-        for name, source in sources.items():
-            key = source["file"], source["tensor"]
-            if key not in self._tensors:
-                self._tensors[key] = self._files[source["file"]].get_tensor(source["tensor"]).to(self._device)
-            tensor = self._tensors[key]
-            found = dtype_name(tensor.dtype), list(tensor.shape)
-            if found != (source["dtype"], source["shape"]):
-                raise ValueError(
-                    f"{source['file']}: {source['tensor']} is {found[0]} {found[1]}, but the manifest says "
-                    f"{source['dtype']} {source['shape']}; export the bundle again"
-                )
-            bound[name] = tensor
-        return bound
+    def bind(self, inputs: Iterable[dict[str, Any]], layer: int = 0) -> dict[str, Tensor]:
+        """The tensors of a layer for the weights among a stage's inputs, by the input's name.
+
+        ValueError if one is not as the manifest says.
+        """
+        return {one["name"]: self._tensor(one, layer) for one in inputs if one["kind"] == "weight"}
+
+    def _tensor(self, one: dict[str, Any], layer: int) -> Tensor:
+        key = one["file"], numbered(one["tensor"], layer)
+        if key not in self._tensors:
+            self._tensors[key] = self._files[one["file"]].get_tensor(key[1]).to(self._device)
+        tensor = self._tensors[key]
+        _require(one, (dtype_name(tensor.dtype), list(tensor.shape)), key[1])
+        return tensor
 
 
 def _headers(path: Path) -> dict[str, tuple[str, list[int]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,13 @@ from .ema import ComplexEMA
 from .norm import NormState, RMSNorm, TimestepNorm, accumulation_dtype, cast
 from .plan import PrefillPlan
 
-Rotary = tuple[Tensor, Tensor]  # cosines and sines (..., dz/2)
+
+class Rotary(NamedTuple):
+    """Cosines and sines (..., dz/2) of some positions."""
+
+    cos: Tensor
+    sin: Tensor
+
 
 MIN_SCORE = -1e30  # for masked scores: finite, so that a row without any valid key stays finite
 
@@ -40,11 +47,11 @@ class RotaryTable(DerivedConstants):
         dtype = accumulation_dtype(self.anchor.dtype)
         return {"cos": torch.cos(angle).to(dtype), "sin": torch.sin(angle).to(dtype)}
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor) -> Rotary:
         """Rows of the tables for absolute positions (...): (..., dz/2) each."""
         table = self.constants()
         slots = positions % self.chunk_size
-        return table["cos"][slots], table["sin"][slots]
+        return Rotary(table["cos"][slots], table["sin"][slots])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -49,14 +49,21 @@ class MegalodonBlock(nn.Module):
         self.attn = GatedAttention(config)
         self.ffn = FeedForward(config, layer)
 
-    def forward(
-        self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None
-    ) -> tuple[Tensor, NormState, Tensor]:
-        """x (B, L, D) -> (B, L, D), and the layer's new norm and EMA state; key and value change in place."""
+    def forward(self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None) -> Tensor:
+        """x (B, L, D) -> (B, L, D); the layer's cache is updated in place."""
         h, norm, ema = self.attn(x, plan, rotary, cache)
-        return self.ffn(h, x), norm, ema
+        if cache is not None:
+            _store(cache, norm, ema)
+        return self.ffn(h, x)
 
-    def step(self, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> tuple[Tensor, NormState, Tensor]:
+    def step(self, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> Tensor:
         """One token, x (B, D) -> (B, D); otherwise as `forward`."""
         h, norm, ema = self.attn.step(x, position, rotary, cache)
-        return self.ffn(h, x), norm, ema
+        _store(cache, norm, ema)
+        return self.ffn(h, x)
+
+
+def _store(cache: LayerCache, norm: NormState, ema: Tensor) -> None:
+    """Write a layer's new small states into its cache, in place; not part of the autograd graph."""
+    norm.store(cache)
+    cache.ema_state.copy_(ema.detach())

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import GatedAttention, RotaryTable
+from .attention import GatedAttention, Rotary, RotaryTable
 from .blocking import first, padding_to
 from .blocks import FeedForward, MegalodonBlock
-from .cache import MegalodonCache, copy_in_place
+from .cache import FinalCache, MegalodonCache
 from .config import MegalodonConfig
 from .constants import unfreeze_constants
 from .ema import ComplexEMA
@@ -101,41 +101,57 @@ class MegalodonModel(MegalodonPreTrainedModel):
         and after a row's length are 0. A length of 0 leaves the row's cache as it is. `max_length` bounds L where L is
         symbolic (torch.compile, torch.export): it decides what is static in the graph.
         """
+        x, plan, rotary = self.begin_prefill(token_ids, lengths, None if cache is None else cache.position, max_length)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, plan, rotary, None if cache is None else cache.layers[i])
+        return first(self.end_prefill(x, plan, None if cache is None else cache.final), 1, token_ids.shape[1])
+
+    def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
+        """Run one token of each row, token_ids (B) -> hidden states (B, D); the cache is updated in place."""
+        x, rotary = self.begin_decode(token_ids, cache.position)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = cast(MegalodonBlock, layer).step(x, cache.position, rotary, layer_cache)
+        return self.end_decode(x, cache.final)
+
+    # Both passes in three stages, which exporters compile one by one: begin, every layer alike, end.
+
+    def begin_prefill(
+        self, token_ids: Tensor, lengths: Tensor, position: Tensor | None, max_length: int | None = None
+    ) -> tuple[Tensor, PrefillPlan, Rotary]:
+        """What the first layer takes, x (B, L, D) with L rounded up to whole blocks, and what all layers share.
+
+        `position` (B) is the cache's, None without one.
+        """
         check_dtype(self.dtype_of_weights)
         length = token_ids.shape[1]
         max_length = (max_length or length) + padding_to(max_length or length, BLOCK)
         token_ids = F.pad(token_ids, (0, padding_to(length, BLOCK)))  # once, so that no layer has to
-        position = torch.zeros_like(lengths) if cache is None else cache.position
-        rotary = self.rotary(position[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device))
+        start = torch.zeros_like(lengths) if position is None else position
+        rotary = self.rotary(start[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device))
         plan = PrefillPlan.of(
-            lengths, position, token_ids.shape[1], self.config.chunk_size, max_length, cached=cache is not None
+            lengths, start, token_ids.shape[1], self.config.chunk_size, max_length, cached=position is not None
         )
-        x = self._embed(token_ids)  # (B, L, D)
-        states = []
-        for i, layer in enumerate(self.layers):
-            x, norm, ema = layer(x, plan, rotary, None if cache is None else cache.layers[i])
-            states.append((ema, *norm))
-        if cache is None:
-            final = self.norm.initial_state(x.shape[0], x.device)
-        else:
-            final = NormState(cache.final.norm_mean, cache.final.norm_var)
-        x, final = self.norm(x, plan, final)
-        if cache is not None:
-            _store(cache, states, final, position + lengths)
-        return first(x, 1, length)
+        return self._embed(token_ids), plan, rotary
 
-    def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
-        """Run one token of each row, token_ids (B) -> hidden states (B, D); the cache is updated in place."""
+    def end_prefill(self, x: Tensor, plan: PrefillPlan, cache: FinalCache | None) -> Tensor:
+        """The last layer's x (B, L, D) -> hidden states; the cache's last tensors are updated in place."""
+        if cache is None:
+            return self.norm(x, plan, self.norm.initial_state(x.shape[0], x.device))[0]
+        x, state = self.norm(x, plan, NormState(cache.norm_mean, cache.norm_var))
+        state.store(cache)
+        cache.position.copy_(plan.position + plan.lengths)
+        return x
+
+    def begin_decode(self, token_ids: Tensor, position: Tensor) -> tuple[Tensor, Rotary]:
+        """As `begin_prefill`, for one token of each row: x (B, D)."""
         check_dtype(self.dtype_of_weights)
-        position = cache.position
-        rotary = self.rotary(position)
-        x = self._embed(token_ids)  # (B, D)
-        states = []
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, norm, ema = cast(MegalodonBlock, layer).step(x, position, rotary, layer_cache)
-            states.append((ema, *norm))
-        x, final = self.norm.step(x, position, NormState(cache.final.norm_mean, cache.final.norm_var))
-        _store(cache, states, final, position + 1)
+        return self._embed(token_ids), self.rotary(position)
+
+    def end_decode(self, x: Tensor, cache: FinalCache) -> Tensor:
+        """As `end_prefill`, for one token of each row: x (B, D) -> hidden states (B, D)."""
+        x, state = self.norm.step(x, cache.position, NormState(cache.norm_mean, cache.norm_var))
+        state.store(cache)
+        cache.position.add_(1)
         return x
 
     def forward(
@@ -166,7 +182,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         x = self.embed(token_ids)
         if self.config.scale_emb:
             x = x * math.sqrt(self.config.model_dim)
-        return F.dropout(x, self.config.dropout, self.training)
+        return F.dropout(x, self.config.dropout) if self.training else x
 
 
 class MegalodonForCausalLM(MegalodonPreTrainedModel):
@@ -202,14 +218,11 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
     ) -> Tensor:
         """As `MegalodonModel.prefill`; float32 logits of each row's last valid token (B, V), or of all (B, L, V)."""
         hidden = self.model.prefill(token_ids, lengths, cache, max_length)
-        if not all_logits:
-            rows = torch.arange(token_ids.shape[0], device=token_ids.device)
-            hidden = hidden[rows, (lengths - 1).clamp(min=0)]
-        return self._logits(hidden)
+        return self.logits(hidden if all_logits else last_valid(hidden, lengths))
 
     def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """As `MegalodonModel.decode`; float32 logits (B, V)."""
-        return self._logits(self.model.decode(token_ids, cache))
+        return self.logits(self.model.decode(token_ids, cache))
 
     def forward(
         self,
@@ -226,25 +239,22 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
         and is updated in place. `lengths` (B) are the valid tokens of rows padded on the right.
         """
         out = self.model(input_ids, past_key_values, use_cache, lengths, **unsupported)
-        logits = self._logits(out.last_hidden_state)
+        logits = self.logits(out.last_hidden_state)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: hidden states (..., D) -> float32 logits (..., V) (float64 of a float64 model)."""
         logits = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _store(
-    cache: MegalodonCache, states: list[tuple[Tensor, Tensor, Tensor]], final: NormState, position: Tensor
-) -> None:
-    """Write the new small states into the cache, in place; not part of the autograd graph."""
-    for layer, (ema, mean, var) in zip(cache.layers, states, strict=True):
-        copy_in_place((layer.ema_state, layer.norm_mean, layer.norm_var), (ema.detach(), mean.detach(), var.detach()))
-    copy_in_place((cache.final.norm_mean, cache.final.norm_var), (final.mean.detach(), final.var.detach()))
-    cache.final.position.copy_(position)
+def last_valid(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The hidden state (B, D) of each row's last valid token, from all of them (B, L, D)."""
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    return hidden[rows, (lengths - 1).clamp(min=0)]
 
 
 def _refuse(unsupported: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocking import compact, from_blocks, to_blocks
+from .cache import FinalCache, LayerCache
 from .config import NormStatistics
 from .plan import BLOCK, PrefillPlan, upper_triangle
 
@@ -20,6 +21,11 @@ class NormState(NamedTuple):
 
     mean: Tensor
     var: Tensor
+
+    def store(self, cache: LayerCache | FinalCache) -> None:
+        """Write it into a cache, in place; not part of the autograd graph."""
+        cache.norm_mean.copy_(self.mean.detach())
+        cache.norm_var.copy_(self.var.detach())
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

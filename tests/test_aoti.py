@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from small_models import make_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import megalodon_export.model as m
 from megalodon_export import bundle
-from megalodon_export.model import MegalodonCache
+from megalodon_export.exporters.aoti import Request, compile_stage, inductor_options, one_layer_model
+from megalodon_export.exporters.programs import Limits
+from megalodon_export.exporters.stages import Stage, export_stages
+from megalodon_export.model import MegalodonCache, MegalodonConfig
 from megalodon_export.runtimes import Runtime, open_runtime
 from megalodon_export.verify import Case, compare
-from megalodon_export.weights import WeightStore
+from megalodon_export.weights import WeightStore, add_sources, save_constants
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -191,34 +198,132 @@ def test_a_decode_step_allocates_nothing_as_large_as_a_ring(aoti: Runtime) -> No
 
 def test_programs_hold_no_weights(folder: Path) -> None:
     manifest = bundle.read(folder)
-    entry = manifest["programs"]["aoti"]
     store = WeightStore(folder, torch.device("cpu"))
     parameters = {name for name, _ in AutoModelForCausalLM.from_pretrained(folder).named_parameters()}
     programs = [path.read_bytes() for path in (folder / "aoti").iterdir()]
-    for sources in entry["constants"].values():
-        assert {s["file"] for s in sources.values()} <= {"model.safetensors", "constants.safetensors"}
-        assert {s["tensor"] for s in sources.values() if s["file"] == "model.safetensors"} <= parameters
-        for name, tensor in store.bind(sources).items():
-            start = tensor.flatten()[-16:].numpy().tobytes()
-            if tensor.numel() >= 16 and len(set(start)) > 16:
-                assert not any(start in program for program in programs), name
+    for _, stage in stages_of(folder):
+        weights = [one for one in stage["inputs"] if one["kind"] == "weight"]
+        assert {w["file"] for w in weights} <= {"model.safetensors", "constants.safetensors"}
+        assert {w["tensor"].format(layer=0) for w in weights if w["file"] == "model.safetensors"} <= parameters
+        for layer in range(manifest["config"]["num_layers"]):
+            for name, tensor in store.bind(weights, layer).items():
+                start = tensor.flatten()[-16:].numpy().tobytes()
+                if tensor.numel() >= 16 and len(set(start)) > 16:
+                    assert not any(start in program for program in programs), name
+
+
+def stages_of(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Every stage of a bundle, with the name of its program."""
+    programs = json.loads(json.dumps(bundle.read(folder)["programs"]["aoti"]["stages"]))
+    return [(name, stage) for name, stages in programs.items() for stage in stages.values()]
 
 
 def test_both_programs_use_the_same_tensors(tiny_bundle: Path) -> None:
-    constants = bundle.read(tiny_bundle)["programs"]["aoti"]["constants"]
     store = WeightStore(tiny_bundle, torch.device("cpu"))
-    prefill, decode = (store.bind(constants[name]) for name in ("prefill", "decode"))
-    shared = prefill.keys() & decode.keys()
-    assert {n for n, s in constants["prefill"].items() if s["file"] == "model.safetensors"} & shared
-    assert {name: prefill[name].data_ptr() for name in shared} == {name: decode[name].data_ptr() for name in shared}
+    bound: dict[str, dict[tuple[str, int], Tensor]] = {"prefill": {}, "decode": {}}
+    for program, stage in stages_of(tiny_bundle):
+        for layer in range(2):
+            tensors = store.bind(stage["inputs"], layer)
+            bound[program] |= {(name, layer): tensor for name, tensor in tensors.items()}
+    shared = bound["prefill"].keys() & bound["decode"].keys()
+    assert {("lm_head.weight", 0), ("model.layers.{layer}.attn.wz.weight", 1)} <= shared
+    assert all(bound["prefill"][name].data_ptr() == bound["decode"][name].data_ptr() for name in shared)
+
+
+def test_every_layer_has_its_own_weights_and_cache(tiny_bundle: Path) -> None:
+    store = WeightStore(tiny_bundle, torch.device("cpu"))
+    for _, stage in stages_of(tiny_bundle):
+        names = [one["name"] for one in stage["inputs"]]
+        first, second = (store.bind(stage["inputs"], layer) for layer in range(2))
+        own = {name for name in first if first[name].data_ptr() != second[name].data_ptr()}
+        assert own == {name for name in first if "{layer}" in name}
+        if own:
+            assert {"layers.{layer}.key", "layers.{layer}.ema_state"} <= set(names)
 
 
 def test_weights_of_another_shape_are_refused(tiny_bundle: Path) -> None:
-    constants = json.loads(json.dumps(bundle.read(tiny_bundle)["programs"]["aoti"]["constants"]["decode"]))
-    name = next(iter(constants))
-    constants[name]["shape"] = [1, 2, 3]
+    weights = [one for _, stage in stages_of(tiny_bundle) for one in stage["inputs"] if one["kind"] == "weight"]
+    weights[0]["shape"] = [1, 2, 3]
     with pytest.raises(ValueError, match=r"manifest says .*\[1, 2, 3\]"):
-        WeightStore(tiny_bundle, torch.device("cpu")).bind(constants)
+        WeightStore(tiny_bundle, torch.device("cpu")).bind(weights)
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+def exported(layers: int, program: str, folder: Path) -> dict[str, Stage]:
+    """The stages of a program, from the checkpoint of a model with some number of layers."""
+    make_model(torch.float32, num_layers=layers).save_pretrained(folder / f"{layers}")
+    limits = Limits.of(MegalodonConfig.from_pretrained(folder / f"{layers}"))
+    request = Request(str(folder / f"{layers}"), program, "cpu", "float32", limits, False, False, "")
+    return export_stages(one_layer_model(request), program, limits)
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_what_is_compiled_does_not_depend_on_the_number_of_layers(program: str, tmp_path: Path) -> None:
+    few, many = (exported(layers, program, tmp_path) for layers in (1, 5))
+    assert list(few) == list(many) == ["begin", "layer", "end"]
+    for name, stage in few.items():
+        assert str(stage.graph.graph) == str(many[name].graph.graph)
+        assert (stage.inputs, stage.outputs) == (many[name].inputs, many[name].outputs)
+
+
+def test_a_bundle_has_six_libraries_however_deep(bundles: dict[str, Path]) -> None:
+    for folder in bundles.values():  # of two layers, and of one
+        libraries = {stage["library"] for _, stage in stages_of(folder)}
+        assert libraries == {f"{p}_{s}.so" for p in ("prefill", "decode") for s in ("begin", "layer", "end")}
+        assert {path.name for path in (folder / "aoti").iterdir()} == {"model.pt2", *libraries}
+
+
+def test_stages_take_only_what_they_use(tmp_path: Path) -> None:
+    for program in ("prefill", "decode"):
+        stages = exported(2, program, tmp_path)
+        for stage in stages.values():
+            placeholders = stage.graph.graph.find_nodes(op="placeholder")
+            assert len(placeholders) == len(stage.inputs) == len(stage.examples)
+            assert all(node.users for node in placeholders)
+        results = {one.name for stage in stages.values() for one in stage.inputs if one.kind == "stage"}
+        assert results == set(stages["begin"].outputs)
+        assert stages["layer"].outputs == ("x",)
+        assert stages["end"].outputs == ("logits",)
+
+
+def test_kernels_of_other_sizes_are_not_taken_from_a_cache(tmp_path: Path) -> None:
+    embeddings = []
+    for vocabulary in (40, 30):
+        folder = tmp_path / f"{vocabulary}"
+        make_model(torch.float32, num_layers=1, vocab_size=vocabulary).save_pretrained(folder)
+        config = MegalodonConfig.from_pretrained(folder)
+        request = Request(str(folder), "decode", "cpu", "float32", Limits.of(config), False, False, str(folder / "out"))
+        stage = export_stages(one_layer_model(request), "decode", request.limits)["begin"]
+        files = compile_stage(stage, inductor_options(request, stage.name))["files"]
+        (library,) = (Path(file).read_bytes() for file in files if file.endswith(".so"))
+        embeddings.append(f"< {vocabulary}L".encode() in library)  # the bound that ids are checked against
+    assert embeddings == [True, True]
+
+
+def test_a_stage_is_exported_from_one_layer() -> None:
+    model = make_model(torch.float32, num_layers=2)
+    with pytest.raises(ValueError, match="a model of one layer, not of 2"):
+        export_stages(model, "decode", Limits.of(model.config))
+
+
+def test_a_tied_head_is_bound_to_the_embedding(tmp_path: Path) -> None:
+    model = make_model(torch.float32, num_layers=2, share_emb=True)
+    model.save_pretrained(tmp_path)
+    m.freeze_constants(model)
+    save_constants(model, tmp_path)
+    limits = Limits.of(model.config)
+    request = Request(str(tmp_path), "decode", "cpu", "float32", limits, False, False, "")
+    stages = export_stages(one_layer_model(request), "decode", limits)
+    entries = {name: {"inputs": [asdict(one) for one in stage.inputs]} for name, stage in stages.items()}
+    add_sources({"decode": entries}, 2, tmp_path)
+    store = WeightStore(tmp_path, torch.device("cpu"))
+    begin, end = ({t.data_ptr() for t in store.bind(entries[name]["inputs"]).values()} for name in ("begin", "end"))
+    assert len(begin & end) == 1
+    entries["layer"]["inputs"] = [one | {"dtype": "bfloat16"} for one in entries["layer"]["inputs"]]
+    with pytest.raises(ValueError, match=r"attn\.gamma is float32 .* the manifest says bfloat16"):
+        add_sources({"decode": entries}, 2, tmp_path)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def truncate(path: Path) -> None:
 
 Damage = tuple[Callable[[Path], object], str]
 DAMAGE: dict[str, Damage] = {
-    "flipped byte in a library": (lambda f: flip(f / "aoti/decode.so"), "aoti/decode.so: sha256"),
+    "flipped byte in a library": (lambda f: flip(f / "aoti/decode_layer.so"), "aoti/decode_layer.so: sha256"),
     "flipped byte in the package": (lambda f: flip(f / "aoti/model.pt2"), "aoti/model.pt2: sha256"),
     "flipped byte in the weights": (lambda f: flip(f / "model.safetensors"), "model.safetensors: sha256"),
     "flipped byte in the constants": (lambda f: flip(f / "constants.safetensors"), "constants.safetensors: sha256"),
@@ -73,14 +73,17 @@ DAMAGE: dict[str, Damage] = {
     "missing package": (lambda f: (f / "aoti/model.pt2").unlink(), "aoti/model.pt2: .* none found"),
     "missing config": (lambda f: (f / "config.json").unlink(), "config.json: .* none found"),
     "missing manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
-    "an extra library": (lambda f: shutil.copy(f / "aoti/decode.so", f / "aoti/more.so"), "aoti/more.so: not listed"),
+    "an extra library": (
+        lambda f: shutil.copy(f / "aoti/decode_layer.so", f / "aoti/more.so"),
+        "aoti/more.so: not listed",
+    ),
     "an edited hash": (
         lambda f: edit(f, lambda m: m["files"]["aoti/model.pt2"].update(sha256="0" * 64)),
         "aoti/model.pt2: sha256 0000",
     ),
     "an edited list": (lambda f: edit(f, lambda m: m["files"].pop("aoti/model.pt2")), "aoti/model.pt2: not listed"),
-    "a newer schema": (lambda f: edit(f, lambda m: m.update(schema_version=99)), "schema_version 1 expected, 99 found"),
-    "no schema": (lambda f: edit(f, lambda m: m.pop("schema_version")), "schema_version 1 expected, None found"),
+    "a newer schema": (lambda f: edit(f, lambda m: m.update(schema_version=99)), "schema_version 2 expected, 99 found"),
+    "no schema": (lambda f: edit(f, lambda m: m.pop("schema_version")), "schema_version 2 expected, None found"),
 }
 Change = tuple[Callable[[dict[str, Any]], object], str]
 OTHER_MACHINES: dict[str, Change] = {

@@ -1,8 +1,10 @@
-"""AOTInductor programs of a bundle, bound to one copy of the weights."""
+"""AOTInductor programs of a bundle, run stage by stage on one copy of the weights."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from torch import Tensor
 from ..checkpoints import DTYPES
 from ..exporters.aoti import cpu_features
 from ..exporters.programs import DECODE, PREFILL, Limits
+from ..exporters.stages import LAYER_INDEX, STAGES
 from ..model import MegalodonCache, MegalodonConfig
+from ..model.cache import LayerCache
 from ..weights import WeightStore
 from .base import Runtime, RuntimeUnavailable
 
@@ -29,27 +33,69 @@ class AotiRuntime(Runtime):
         chosen = _check_target(entry["target"], manifest["versions"], device)
         config = MegalodonConfig(**manifest["config"])
         super().__init__(config, DTYPES[manifest["dtype"]], chosen, Limits(**entry["limits"]), entry["all_logits"])
+        package, index = str(folder / "aoti" / entry["package"]), chosen.index if chosen.type == "cuda" else None
         store = WeightStore(folder, chosen)
-        self._programs = {}
-        for name in (PREFILL, DECODE):
-            index = chosen.index if chosen.type == "cuda" and chosen.index is not None else -1
+        layers = range(config.num_layers)
+
+        def stage(entry: dict[str, Any]) -> _Stage:
             # single-threaded: required for capture in a CUDA graph; this class is not for concurrent calls
-            loader = AOTIModelPackageLoader(str(folder / "aoti" / entry["package"]), name, True, 1, index)
-            loader.load_constants(
-                store.bind(entry["constants"][name]), use_inactive=False, check_full_update=True, user_managed=True
-            )
-            self._programs[name] = loader
-        self._store = store  # the programs point into it
+            loader = AOTIModelPackageLoader(package, entry["name"], True, 1, -1 if index is None else index)
+            return _Stage(loader.run, entry, [store.bind(entry["inputs"], layer) for layer in layers])
+
+        self._programs = {
+            name: _Program(*(stage(stages[part]) for part in STAGES)) for name, stages in entry["stages"].items()
+        }
 
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
         """One call of the compiled prefill."""
-        logits: Tensor = self._programs[PREFILL].run([token_ids, lengths, *cache.tensors()])[0]
-        return logits
+        return self._programs[PREFILL](cache, {"token_ids": token_ids, "lengths": lengths})
 
     def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """One call of the compiled decode."""
-        logits: Tensor = self._programs[DECODE].run([token_ids, *cache.tensors()])[0]
-        return logits
+        return self._programs[DECODE](cache, {"token_ids": token_ids})
+
+
+class _Stage:
+    """A compiled stage and, for every layer, its list of inputs with the weights in their places."""
+
+    def __init__(
+        self, run: Callable[[list[Tensor]], list[Tensor]], entry: dict[str, Any], weights: list[dict[str, Tensor]]
+    ) -> None:
+        self._run, self._outputs = run, entry["outputs"]
+        names = [one["name"] for one in entry["inputs"]]
+        self._inputs = [[bound.get(name) for name in names] for bound in weights]
+        prefix = f"layers.{LAYER_INDEX}."
+        of_layer = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        self._of_layer = [(names.index(name), field) for name, field in of_layer.items()]
+        others = [one["name"] for one in entry["inputs"] if one["kind"] != "weight" and one["name"] not in of_layer]
+        self._others = [(names.index(name), name) for name in others]
+
+    def __call__(self, tensors: dict[str, Tensor], layer: int = 0, cache: LayerCache | None = None) -> None:
+        """Run on the named tensors, and on a layer's weights and cache; adds what comes out to the tensors."""
+        inputs = self._inputs[layer].copy()
+        for place, name in self._others:
+            inputs[place] = tensors[name]
+        for place, field in self._of_layer:
+            inputs[place] = getattr(cache, field)
+        tensors.update(zip(self._outputs, self._run(inputs), strict=True))  # type: ignore[arg-type]
+
+
+@dataclass
+class _Program:
+    """The stages of a program, run over the layers of a cache."""
+
+    begin: _Stage
+    layer: _Stage
+    end: _Stage
+
+    def __call__(self, cache: MegalodonCache, tensors: dict[str, Tensor]) -> Tensor:
+        """Logits; the cache is updated in place."""
+        tensors |= {f"final.{field}": tensor for field, tensor in vars(cache.final).items()}
+        self.begin(tensors)
+        for index, layer_cache in enumerate(cache.layers):
+            self.layer(tensors, index, layer_cache)
+        self.end(tensors)
+        return tensors["logits"]
 
 
 def _check_target(target: dict[str, Any], versions: dict[str, str], device: str | None) -> torch.device:

@@ -1,0 +1,253 @@
+"""A program in three stages, so that its size does not depend on the number of layers: begin, layer, end.
+
+    prefill   begin(token_ids, lengths, cache) -> x, plan, rotary   layer(x, plan, rotary, cache) -> x   end -> logits
+    decode    begin(token_ids, cache) -> x, rotary                  layer(x, rotary, cache) -> x         end -> logits
+
+Layers are alike but for their weights, so weights are inputs like any other, and one compiled layer serves all.
+Every stage takes and gives a flat list of tensors. Their names come from the structures they live in (the plan, the
+cache, the model's parameters); what a stage does not use is not among its inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.utils._pytree import tree_unflatten
+
+from ..model import MegalodonForCausalLM
+from ..model.cache import FinalCache, LayerCache
+from ..model.modeling import last_valid
+from ..model.plan import BLOCK
+from .programs import DECODE, PREFILL, Limits, dtype_name, sizes_of_one_are_not_special
+from .structures import dimension, flatten_all, rebuild, root_of
+
+BEGIN, LAYER, END = STAGES = ("begin", "layer", "end")
+LAYER_INDEX = "{layer}"  # in the name of a layer's weight or cache tensor: the number of the layer
+
+Run = Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """One input of a stage. kind: "argument" or "cache" of the program, "stage" (result of another) or "weight".
+
+    Weights carry the names of the model's parameters and frozen constants, with their shape; `{layer}` in a name
+    stands for the number of the layer.
+    """
+
+    kind: str
+    name: str
+    dtype: str
+    shape: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage ready to be compiled: a graph over flat lists of inputs and named outputs, and example inputs."""
+
+    name: str
+    graph: fx.GraphModule
+    examples: tuple[Tensor, ...]
+    inputs: tuple[StageInput, ...]
+    outputs: tuple[str, ...]
+
+
+def prefill_stages(model: MegalodonForCausalLM, max_length: int, all_logits: bool) -> dict[str, Run]:
+    """The stages of prefill; arguments and results by name."""
+    body = model.model
+
+    def begin(token_ids: Tensor, lengths: Tensor, final: FinalCache) -> dict[str, Any]:
+        torch._check(token_ids.shape[1] % BLOCK == 0)  # known to the tracer, it keeps padding out of every shape
+        x, plan, rotary = body.begin_prefill(token_ids, lengths, final.position, max_length)
+        return {"x": x, "plan": plan, "rotary": rotary}
+
+    def layer(x: Tensor, plan: Any, rotary: Any, layers: list[LayerCache]) -> dict[str, Any]:
+        torch._check(x.shape[1] % BLOCK == 0)
+        return {"x": body.layers[0](x, plan, rotary, layers[0])}
+
+    def end(x: Tensor, plan: Any, final: FinalCache) -> dict[str, Any]:
+        torch._check(x.shape[1] % BLOCK == 0)
+        hidden = body.end_prefill(x, plan, final)
+        return {"logits": model.logits(hidden if all_logits else last_valid(hidden, plan.lengths))}
+
+    return {BEGIN: begin, LAYER: layer, END: end}
+
+
+def decode_stages(model: MegalodonForCausalLM) -> dict[str, Run]:
+    """The stages of decode; arguments and results by name."""
+    body = model.model
+
+    def begin(token_ids: Tensor, final: FinalCache) -> dict[str, Any]:
+        x, rotary = body.begin_decode(token_ids, final.position)
+        return {"x": x, "rotary": rotary}
+
+    def layer(x: Tensor, rotary: Any, layers: list[LayerCache], final: FinalCache) -> dict[str, Any]:
+        return {"x": body.layers[0].step(x, final.position, rotary, layers[0])}  # type: ignore[operator]
+
+    def end(x: Tensor, final: FinalCache) -> dict[str, Any]:
+        return {"logits": model.logits(body.end_decode(x, final))}
+
+    return {BEGIN: begin, LAYER: layer, END: end}
+
+
+def export_stages(model: MegalodonForCausalLM, name: str, limits: Limits, all_logits: bool = False) -> dict[str, Stage]:
+    """torch.export of the stages of a program (prefill or decode), batch and length dynamic within `limits`.
+
+    `model` is frozen and has one layer, which stands for all; its weights are examples.
+    """
+    if len(model.model.layers) != 1:
+        raise ValueError(f"stages are exported from a model of one layer, not of {len(model.model.layers)}")
+    tracer = _Tracer(model, *_examples(model, name, limits))
+    runs = prefill_stages(model, limits.max_length, all_logits) if name == PREFILL else decode_stages(model)
+    begin = tracer.trace(runs[BEGIN])
+    tracer.go_on(begin, runs[BEGIN])
+    traced = {LAYER: tracer.trace(runs[LAYER]), END: tracer.trace(runs[END])}
+    later = {stage: tracer.finish(f"{name}_{stage}", one, set(one.outputs)) for stage, one in traced.items()}
+    wanted = {one.name for stage in later.values() for one in stage.inputs}
+    return {BEGIN: tracer.finish(f"{name}_{BEGIN}", begin, wanted), **later}
+
+
+def _examples(
+    model: MegalodonForCausalLM, name: str, limits: Limits
+) -> tuple[dict[str, Any], dict[str, dict[int, Any]]]:
+    """Example arguments of a program, and the dynamic dimensions of their tensors."""
+    device, vocabulary = model.device, model.config.vocab_size
+    batch_size = min(3, limits.max_batch)
+    batch = Dim("B", min=1, max=limits.max_batch) if limits.max_batch > 1 else Dim.STATIC
+    cache = model.new_cache(batch_size)
+    blocks = limits.max_length // limits.granule
+    # Not the largest length, which may equal another size, and no size inside the graph may be 1 in the example.
+    example = limits.granule * (blocks - 1 if blocks > 3 else blocks)
+    shape = (batch_size,) if name == DECODE else (batch_size, example)
+    values = {
+        "token_ids": torch.randint(vocabulary, shape, device=device),
+        "lengths": torch.full((batch_size,), example - 1, device=device),
+        "layers": cache.layers,
+        "final": cache.final,
+    }
+    dims: dict[str, dict[int, Any]] = {name: {0: batch} for name in flatten_all(values)}
+    if name == PREFILL and blocks > 1:
+        dims["token_ids"][1] = limits.granule * Dim("blocks", min=1, max=blocks)
+    return values, dims
+
+
+@dataclass(frozen=True)
+class _Traced:
+    program: ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass
+class _Tracer:
+    """Exports stages one after the other: the results of one are arguments of the next."""
+
+    model: MegalodonForCausalLM
+    values: dict[str, Any]  # example arguments
+    dims: dict[str, dict[int, Any]]  # the dynamic dimensions of their tensors, by name
+    aliases: dict[str, str] = field(default_factory=dict)  # results that are tensors which came in
+
+    def __post_init__(self) -> None:
+        self.weights = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        self.kinds = {name: "cache" if "." in name else "argument" for name in flatten_all(self.values)}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Example tensors by name, weights included."""
+        return flatten_all(self.values) | self.weights
+
+    def trace(self, run: Run) -> _Traced:
+        """Export a stage with everything that it might use as an input."""
+        values = {key: self.values[key] for key in inspect.signature(run).parameters}
+        given = {self.aliases.get(n, n): t for n, t in flatten_all(values).items()}
+        tensors = given | self.weights
+        module = _StageModule(self, run, values, tuple(tensors))
+        dims = [self.dims.get(name) for name in tensors]
+        with torch.no_grad(), sizes_of_one_are_not_special():
+            program = export(module, (list(tensors.values()),), dynamic_shapes=(dims,), strict=False)
+        count = len(program.graph_signature.user_outputs)
+        outputs = tree_unflatten(range(count), program.call_spec.out_spec)
+        return _Traced(program, tuple(tensors), tuple(outputs))
+
+    def go_on(self, traced: _Traced, run: Run) -> None:
+        """Learn the results of a stage: example values, dimensions in terms of those known, aliases of inputs."""
+        with torch.no_grad():
+            results = run(**{key: self.values[key] for key in inspect.signature(run).parameters})
+        nodes = dict(zip(traced.program.graph.find_nodes(op="placeholder"), traced.inputs, strict=True))
+        roots: dict[Any, Any] = {}
+        for node, name in nodes.items():
+            for axis, dim in self.dims.get(name, {}).items():
+                roots |= root_of(node.meta["val"].shape[axis], dim)
+        for node, name in zip(traced.program.graph.output_node().args[0], traced.outputs, strict=True):  # type: ignore
+            if node in nodes:
+                self.aliases[name] = nodes[node]
+            else:
+                self.dims[name] = {axis: dimension(size, roots) for axis, size in enumerate(node.meta["val"].shape)}
+        self.values |= results
+
+    def finish(self, name: str, traced: _Traced, wanted: set[str]) -> Stage:
+        """Leave out the results that nobody wants and the inputs that nothing uses."""
+        module = traced.program.module(check_guards=False)
+        graph = module.graph
+        assert isinstance(graph, fx.Graph)
+        graph.set_codegen(fx.graph.CodeGen())  # flat lists of tensors
+        output = graph.output_node()
+        results = dict(zip(traced.outputs, output.args[0], strict=True))  # type: ignore[arg-type]
+        output.args = (tuple(node for result, node in results.items() if result in wanted),)
+        graph.eliminate_dead_code()
+        inputs = []
+        for node, tensor in zip(graph.find_nodes(op="placeholder"), traced.inputs, strict=True):
+            if node.users:
+                inputs.append(tensor)
+            else:
+                graph.erase_node(node)
+        return Stage(
+            name,
+            fx.GraphModule(module, graph),
+            tuple(self.tensors[tensor] for tensor in inputs),
+            tuple(self._describe(tensor) for tensor in inputs),
+            tuple(result for result in traced.outputs if result in wanted),
+        )
+
+    def _describe(self, name: str) -> StageInput:
+        tensor, any_layer = self.tensors[name], name.replace("layers.0.", f"layers.{LAYER_INDEX}.")
+        dtype = dtype_name(tensor.dtype)
+        if name in self.weights:
+            return StageInput("weight", any_layer, dtype, list(tensor.shape))
+        return StageInput(self.kinds.get(name, "stage"), any_layer, dtype)
+
+
+class _StageModule(nn.Module):
+    """A stage as a function of one list of tensors; the model is none of its submodules, so it brings no weights."""
+
+    def __init__(self, tracer: _Tracer, run: Run, values: dict[str, Any], names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.hidden = (_Caller(tracer.model), run, values, tracer.aliases)
+        self.names, self.weights = names, frozenset(tracer.weights)
+
+    def forward(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        """Run the stage with the given tensors in the places of the example's, weights included."""
+        caller, run, values, aliases = self.hidden
+        named = dict(zip(self.names, tensors, strict=True))
+        arguments = {key: rebuild(value, key, lambda n: named[aliases.get(n, n)]) for key, value in values.items()}
+        weights = {f"model.{name}": tensor for name, tensor in named.items() if name in self.weights}
+        results = torch.func.functional_call(caller, weights, (run, arguments))
+        return flatten_all(results)
+
+
+class _Caller(nn.Module):
+    """Runs a function of a model's methods, for functional_call, which knows `forward` alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Run, arguments: dict[str, Any]) -> dict[str, Any]:
+        """run(**arguments)."""
+        return run(**arguments)

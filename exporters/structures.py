@@ -1,0 +1,69 @@
+"""Nested dataclasses, named tuples and lists as flat, named tensors; the sizes of such tensors in terms of others'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import sympy
+from torch import SymInt, Tensor
+from torch.export import Dim
+
+
+def flatten(value: Any, name: str) -> dict[str, Tensor]:
+    """The tensors of a structure by their dotted names; numbers and the like are no part of it."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    return {n: t for part, item in _parts(value) for n, t in flatten(item, f"{name}.{part}").items()}
+
+
+def flatten_all(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of several structures; each structure's name is the first part of its tensors' names."""
+    return {n: t for name, value in values.items() for n, t in flatten(value, name).items()}
+
+
+def rebuild(value: Any, name: str, tensor: Callable[[str], Tensor]) -> Any:
+    """The same structure with other tensors, asked for by the names that `flatten` gives them."""
+    if isinstance(value, Tensor):
+        return tensor(name)
+    parts = {part: rebuild(item, f"{name}.{part}", tensor) for part, item in _parts(value)}
+    if isinstance(value, list):
+        return list(parts.values())
+    if not parts:
+        return value
+    return value._replace(**parts) if hasattr(value, "_replace") else replace(value, **parts)
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    if is_dataclass(value):
+        yield from ((f.name, getattr(value, f.name)) for f in fields(value))
+    elif hasattr(value, "_asdict"):
+        yield from value._asdict().items()
+    elif isinstance(value, list):
+        yield from ((str(i), item) for i, item in enumerate(value))
+
+
+def root_of(size: int | SymInt, dim: Any) -> dict[sympy.Symbol, Any]:
+    """The symbol behind a traced size, and the torch.export.Dim it stands for; `dim` is how the size was declared."""
+    if not isinstance(size, SymInt):
+        return {}
+    (symbol,) = size.node.expr.free_symbols
+    return {symbol: getattr(dim, "root", dim)}
+
+
+def dimension(size: int | SymInt, roots: Mapping[sympy.Symbol, Any]) -> Any:
+    """A traced size as a Dim, or as a multiple of one plus a number; static if it is a number.
+
+    ValueError for a size of another form, which torch.export cannot declare.
+    """
+    if not isinstance(size, SymInt):
+        return Dim.STATIC
+    expression = sympy.expand(size.node.expr)
+    for symbol, root in roots.items():
+        factor = expression.coeff(symbol)
+        rest = expression - factor * symbol
+        if factor.is_Integer and factor > 0 and rest.is_Integer:
+            dim = root if factor == 1 else int(factor) * root
+            return dim + int(rest) if rest else dim
+    raise ValueError(f"a stage has a tensor of size {expression}, which is no multiple of B or L plus a number")
