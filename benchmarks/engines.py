@@ -70,11 +70,11 @@ def loaded_model(subject: Subject) -> MegalodonForCausalLM:
     return runtime.model
 
 
-def make_bundle(subject: Subject, destination: Path, max_length: int | None = None) -> None:
-    """Export a random model, or what is at `subject.folder` (a checkpoint), to a bundle."""
+def make_bundle(subject: Subject, destination: Path) -> None:
+    """Export a random model to a bundle, by way of a checkpoint that is deleted afterwards."""
     with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
         random_model(subject).save_pretrained(scratch)
-        export_aoti(Path(scratch), destination, subject.device, subject.dtype, subject.max_batch, max_length)
+        export_aoti(Path(scratch), destination, subject.device, subject.dtype, subject.max_batch)
 
 
 class CompiledRuntime(ModelRuntime):
@@ -88,7 +88,9 @@ class CompiledRuntime(ModelRuntime):
     @torch.no_grad()
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
         """Compiled on the first call."""
-        _vary(token_ids, lengths, cache)
+        # One row of a slice has strides of its own, to which a graph would be specialised.
+        token_ids = token_ids.clone(memory_format=torch.contiguous_format)
+        _vary(token_ids, lengths, cache=cache)
         torch._dynamo.maybe_mark_dynamic(token_ids, 1)
         with symbolic_shapes.patch(backed_size_oblivious=True):  # batch 1 and one block are sizes like any
             return self._prefill(token_ids, lengths, cache, self.limits.max_length)
@@ -101,10 +103,10 @@ class CompiledRuntime(ModelRuntime):
             return self._decode(token_ids, cache)
 
 
-def _vary(*tensors: Tensor, cache: MegalodonCache | None = None) -> None:
-    for item in (*tensors, cache):
-        for tensor in item.tensors() if isinstance(item, MegalodonCache) else [item] if item is not None else []:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+def _vary(*inputs: Tensor, cache: MegalodonCache) -> None:
+    """The batch is any."""
+    for tensor in (*inputs, *cache.tensors()):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 class BoundPrograms(Runtime):

@@ -56,20 +56,26 @@ def plots(found: dict[str, Any], out: Path) -> None:
             (axes[2], "memory_bytes", "memory, GB", 1e9),
         ):
             _lines(axis, contexts, "context_tokens", key, scale)
-            axis.set(xlabel="context, tokens", ylabel=label, xscale="log", ylim=(0, None))
+            axis.set(xlabel="context, tokens", ylabel=label)
         _save(pyplot, figure, title, out / "context.png")
     decoded = [r for r in found["results"] if "decode_share" in r]
     if decoded:
         figure, axis = pyplot.subplots(figsize=(6, 4.5))
         _lines(axis, decoded, "batch", "decode_share", 0.01)
-        axis.set(xlabel="batch", ylabel="decode, % of the floor", xscale="log", ylim=(0, None))
+        axis.set(xlabel="batch", ylabel="decode, % of the floor")
         _save(pyplot, figure, title, out / "batch.png")
 
 
 def _lines(axis: Any, rows: list[Row], x: str, y: str, scale: float) -> None:
+    rows = [row for row in rows if y in row]
     for name in dict.fromkeys(row["runtime"] for row in rows):
-        points = [(row[x], row[y] / scale) for row in rows if row["runtime"] == name and y in row]
+        points = [(row[x], row[y] / scale) for row in rows if row["runtime"] == name]
         axis.plot(*zip(*points, strict=True), marker="o", label=name)
+    places = sorted({row[x] for row in rows})
+    axis.set_xscale("log")
+    axis.set_xticks(places, [f"{place:,}" for place in places])
+    axis.minorticks_off()
+    axis.set_ylim(0, 1.1 * max(row[y] / scale for row in rows))
     axis.grid(alpha=0.3)
     axis.legend()
 

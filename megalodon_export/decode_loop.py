@@ -16,6 +16,7 @@ from .model import MegalodonCache
 from .runtimes import Runtime
 from .sampling import Kind, SamplingParams, choose, controls, device_uniform, raise_faults, wrap
 
+# One step ahead hides the host's turn between two steps, the second one its hiccups. A CPU has nothing to hide.
 LOOKAHEAD = {"cpu": 0, "cuda": 2}
 
 
@@ -85,7 +86,7 @@ class DecodeLoop:
     def rewind(self) -> None:
         """Take back the steps that ran ahead. The loop can go on afterwards."""
         if self._issued > self._fed:
-            torch._foreach_copy_(self._state, self._saved[self._fed % self.lookahead])
+            _copy(self._state, self._saved[self._fed % self.lookahead])
             self._issued = self._fed
 
     def forget(self) -> None:
@@ -108,7 +109,7 @@ class DecodeLoop:
     def _issue(self) -> None:
         """Start one step."""
         if self._saved:
-            torch._foreach_copy_(self._saved[self._issued % self.lookahead], self._state)
+            _copy(self._saved[self._issued % self.lookahead], self._state)
         if self.runtime.device.type != "cuda":
             self._step()
         else:
@@ -137,6 +138,13 @@ class DecodeLoop:
         self._results[place].copy_(self._result, non_blocking=True)
         if self._arrived:
             self._arrived[place].record()
+
+
+def _copy(destination: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    """Copy tensor to tensor; lists of one dtype, which a GPU copies in one kernel."""
+    for dtype in {tensor.dtype for tensor in destination}:
+        old, new = ([tensor for tensor in tensors if tensor.dtype == dtype] for tensors in (destination, source))
+        torch._foreach_copy_(old, new)
 
 
 def padded_batch(runtime: Runtime, batch: int) -> int:
