@@ -1,4 +1,4 @@
-"""Timing a bundle: load, prefill, first token and decode apart, beside the floor that memory bandwidth sets."""
+"""Timing a runtime: load, prefill, first token, decode and generation apart, beside the floors of the same run."""
 
 from __future__ import annotations
 
@@ -6,56 +6,80 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import bundle
-from .checkpoints import DTYPES
+from .decode_loop import DecodeLoop
 from .export import versions
-from .model import MegalodonConfig
+from .floors import decode_bytes, prefill_flops, visible_tokens
+from .model import MegalodonCache
 from .runtimes import Runtime, open_runtime
-from .snapshot import state_size
+from .sampling import SamplingParams
+from .verify import last_logits
 
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+_MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device gave in this run: bytes a second (read and written) by a copy, operations by a matmul."""
+
+    copy: float
+    matmul: float
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype) -> Ceilings:
+        """Measure them, with random data."""
+        return cls(copy_rate(device), matmul_rate(device, dtype))
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy on the device."""
+    source = torch.rand(_COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, 7)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large square matrix product in the dtype; a multiplication and an addition are 2."""
+    size = _MATMUL_SIZE[device.type]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: a @ b, device, 7)
 
 
 def bench(
     folder: Path, runtimes: Sequence[str], batches: Sequence[int], prompt_tokens: int = 512, steps: int = 64
 ) -> dict[str, Any]:
-    """Median times in seconds on this machine, per runtime and batch size, and the copy bandwidth measured in this run.
+    """Median times in seconds on this machine, per runtime and batch size, and the ceilings measured in this run.
 
-    A decode step must at least read the weights it uses once and the caches of its rows (the floor); `share` is the
-    floor over the time taken.
+    `prefill_share` and `decode_share` are the floors (operations over the matmul's rate, bytes over the copy's) over
+    the time taken.
     """
     started = time.perf_counter()
     manifest = bundle.read(folder)
     check_seconds = time.perf_counter() - started
-    config, dtype = MegalodonConfig(**manifest["config"]), DTYPES[manifest["dtype"]]
-    results, bandwidth, device = [], 0.0, torch.device("cpu")
+    results: list[dict[str, Any]] = []
+    ceilings, device = Ceilings(0.0, 0.0), torch.device("cpu")
     for name in runtimes:
         started = time.perf_counter()
         runtime = open_runtime(name, folder, manifest)
         load_seconds = time.perf_counter() - started
-        if not bandwidth or runtime.device != device:
-            device, bandwidth = runtime.device, copy_bandwidth(runtime.device)
+        if not results or runtime.device != device:
+            device = runtime.device
+            ceilings = Ceilings.of(device, runtime.dtype)
         for batch in batches:
-            timed = time_runtime(runtime, batch, prompt_tokens, steps)
-            moved = decode_bytes(config, dtype, batch)
-            results.append(
-                {
-                    "runtime": name,
-                    "batch": batch,
-                    "load_seconds": load_seconds,
-                    **timed,
-                    "prefill_tokens_per_second": batch * prompt_tokens / timed["prefill_seconds"],
-                    "decode_tokens_per_second": batch / timed["decode_seconds"],
-                    "decode_bytes": moved,
-                    "decode_gigabytes_per_second": moved / timed["decode_seconds"] / 1e9,
-                    "share": moved / bandwidth / timed["decode_seconds"],
-                }
-            )
+            timed = {
+                **time_prefill(runtime, batch, prompt_tokens, ceilings),
+                **time_decode(runtime, batch, steps, ceilings),
+            }
+            results.append({"runtime": name, "batch": batch, "load_seconds": load_seconds, **timed})
     return {
         "folder": str(folder),
         "dtype": manifest["dtype"],
@@ -64,62 +88,127 @@ def bench(
         "prompt_tokens": prompt_tokens,
         "decode_steps": steps,
         "hash_check_seconds": check_seconds,
-        "copy_gigabytes_per_second": bandwidth / 1e9,
+        "copy_gigabytes_per_second": ceilings.copy / 1e9,
+        "matmul_teraflops": ceilings.matmul / 1e12,
         "versions": versions(),
         "results": results,
     }
 
 
-def time_runtime(runtime: Runtime, batch: int, prompt_tokens: int, steps: int) -> dict[str, float]:
-    """Median prefill, first token (a prefill of one chunk, then a choice) and decode step, in seconds, warmed up."""
-    vocabulary, device = runtime.config.vocab_size, runtime.device
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(device)
-    lengths = torch.full((batch,), prompt_tokens)
-    cache = runtime.new_cache(batch)
-    prefill = median_seconds(lambda: runtime.prefill(prompt, lengths, cache), device, 5)
-    short = prompt[:, : runtime.limits.granule]
-    short_lengths = torch.full((batch,), short.shape[1])
-    first = median_seconds(lambda: runtime.prefill(short, short_lengths, cache).argmax(-1), device, 5)
+def time_prefill(
+    runtime: Runtime, batch: int, tokens: int, ceilings: Ceilings, repeats: int = 5, warm_up: int = WARM_UP
+) -> dict[str, Any]:
+    """Prefill of fresh streams, and the time from a prompt on the host to its first token on the host."""
+    prompt = random_tokens(runtime, batch, tokens)
+    lengths, cache, device = torch.full((batch,), tokens), runtime.new_cache(batch), runtime.device
+
+    def first_token() -> list[int]:
+        cache.position.zero_()  # a fresh stream for the programs: nothing of the ring is visible
+        logits = last_logits(runtime, prompt.to(device), lengths, cache)
+        loop.start(logits, [SamplingParams()] * batch, 1)
+        return loop.read()
+
+    on_device = prompt.to(device)
+    loop = DecodeLoop(runtime, cache, 0)
+    calls = repeats, warm_up
+    seconds = median_seconds(
+        lambda: (cache.position.zero_(), runtime.prefill(on_device, lengths, cache)), device, *calls
+    )
+    operations = prefill_flops(runtime.config, batch, tokens, all_logits=runtime.all_logits)
+    return {
+        "prompt_tokens": tokens,
+        "prefill_seconds": seconds,
+        "first_token_seconds": median_wall_seconds(first_token, *calls),
+        "prefill_tokens_per_second": batch * tokens / seconds,
+        "prefill_flops": operations,
+        "prefill_teraflops": operations / seconds / 1e12,
+        "prefill_share": operations / ceilings.matmul / seconds,
+    }
+
+
+def time_decode(
+    runtime: Runtime, batch: int, steps: int, ceilings: Ceilings, position: int | None = None
+) -> dict[str, Any]:
+    """A decode step (on CUDA captured) in streams near the end of their chunk, and a token of the generation loop."""
+    chunk, cache = runtime.config.chunk_size, runtime.new_cache(batch)
+    first = max(chunk - steps, WARM_UP) if position is None else position
+    fill(cache, first - WARM_UP)
+    seconds = _time_step(runtime, cache, steps)
+    visible = visible_tokens(runtime.config, first, steps) / steps
+    moved = decode_bytes(runtime.config, runtime.dtype, batch, visible)
+    fill(cache, first - WARM_UP)
+    return {
+        "decode_position": first,
+        "decode_visible_tokens": visible,
+        "decode_seconds": seconds,
+        "decode_tokens_per_second": batch / seconds,
+        "decode_bytes": moved,
+        "decode_gigabytes_per_second": moved / seconds / 1e9,
+        "decode_share": moved / ceilings.copy / seconds,
+        "generate_seconds": _time_generation(runtime, cache, steps),
+    }
+
+
+def _time_step(runtime: Runtime, cache: MegalodonCache, steps: int) -> float:
     step = runtime.decoder(cache)
-    token_ids = prompt[:, 0].contiguous()
-    decode = median_seconds(lambda: step(token_ids), device, steps)
-    return {"prefill_seconds": prefill, "first_token_seconds": first, "decode_seconds": decode}
+    token_ids = random_tokens(runtime, cache.batch, 1)[:, 0].to(runtime.device)
+    return median_seconds(lambda: step(token_ids), runtime.device, steps)
 
 
-def median_seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median duration of a call after three that are not counted; on a GPU, until it is done."""
+def _time_generation(runtime: Runtime, cache: MegalodonCache, steps: int) -> float:
+    """Seconds a token of the loop that sessions use, greedy, every token read on the host."""
+    loop = DecodeLoop(runtime, cache, rewindable=cache.batch == 1)
+    logits = torch.randn(cache.batch, runtime.config.logits_size, device=runtime.device)
+    loop.start(logits, [SamplingParams()] * cache.batch, steps + WARM_UP)
+    started = 0.0
+    for index in range(steps + WARM_UP):
+        loop.read()
+        if index == WARM_UP - 1:
+            started = time.perf_counter()
+        if index < steps + WARM_UP - 1:
+            loop.advance()
+    return (time.perf_counter() - started) / steps
 
-    def finish() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
+def random_tokens(runtime: Runtime, batch: int, tokens: int) -> Tensor:
+    """Token ids (B, L) on the host, the same at every call."""
+    return torch.randint(runtime.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def fill(cache: MegalodonCache, position: int) -> None:
+    """Random contents as of streams at `position`: on zeros, caches and branch predictors flatter."""
+    generator = torch.Generator(cache.position.device).manual_seed(0)
+    for tensor in cache.tensors():
+        if tensor.is_floating_point():
+            tensor.normal_(generator=generator).abs_()  # variances are positive
+    cache.position.fill_(max(position, 0))
+
+
+def median_seconds(call: Callable[[], Any], device: torch.device, repeats: int, warm_up: int = WARM_UP) -> float:
+    """Median duration of a call after `warm_up` that are not counted; on CUDA between events, without waiting."""
+    if device.type != "cuda":
+        return median_wall_seconds(call, repeats, warm_up)
+    for _ in range(warm_up):
+        call()
+    torch.cuda.synchronize(device)
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in pairs:
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize(device)
+    return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
+
+
+def median_wall_seconds(call: Callable[[], Any], repeats: int, warm_up: int = WARM_UP) -> float:
+    """As `median_seconds`, by the host's clock, for calls that return when they are done."""
     times = []
-    for index in range(repeats + 3):
-        finish()
+    for index in range(repeats + warm_up):
         started = time.perf_counter()
         call()
-        finish()
-        if index >= 3:
+        if index >= warm_up:
             times.append(time.perf_counter() - started)
     return statistics.median(times)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy of random data on the device."""
-    source = torch.rand(_COPY_BYTES[device.type] // 4, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, 7)
-
-
-def decode_bytes(config: MegalodonConfig, dtype: torch.dtype, batch: int) -> int:
-    """What a decode step cannot avoid reading: matrices once, and the state of each row with a full chunk."""
-    c = config
-    gates = (3 if c.swiglu else 2) * c.model_dim * c.ffn_hidden_dim
-    attention = c.model_dim * (c.z_dim + 2 * c.value_dim + c.model_dim) + c.value_dim * c.model_dim
-    matrices = c.num_layers * (gates + attention) + c.model_dim * c.logits_size
-    ema = c.num_layers * 5 * c.model_dim * c.cema_ndim * 4
-    return matrices * dtype.itemsize + ema + batch * state_size(config, dtype)
 
 
 def machine(device: torch.device) -> str:
@@ -137,17 +226,23 @@ def table(report: dict[str, Any]) -> str:
     """The report for a reader."""
     lines = [
         f"{report['folder']}: {report['dtype']}, {report['machine']}, {report['threads']} threads, "
-        f"copy {report['copy_gigabytes_per_second']:.1f} GB/s, hashes checked in {report['hash_check_seconds']:.2f} s",
-        f"prefill of {report['prompt_tokens']} tokens; medians; floor: weights and states read once a step",
-        f"{'runtime':<8}{'batch':>6}{'load s':>9}{'prefill ms':>12}{'tokens/s':>10}{'first ms':>10}"
-        f"{'decode ms':>11}{'tokens/s':>10}{'GB/s':>8}{'of copy':>9}",
+        f"copy {report['copy_gigabytes_per_second']:.1f} GB/s, matmul {report['matmul_teraflops']:.3g} TFLOP/s, "
+        f"hashes checked in {report['hash_check_seconds']:.2f} s",
+        f"prompts of {report['prompt_tokens']} tokens; medians; 'of floor': matmul rate for prefill, copy for decode",
+        f"{'runtime':<8}{'batch':>6}{'load s':>9}{'prefill ms':>12}{'tokens/s':>10}{'of floor':>9}{'first ms':>10}"
+        f"{'decode ms':>11}{'tokens/s':>10}{'GB/s':>8}{'of floor':>9}{'loop ms':>10}",
     ]
     for r in report["results"]:
-        share = f"{r['share']:.0%}" if not math.isnan(r["share"]) else "-"
         lines.append(
             f"{r['runtime']:<8}{r['batch']:>6}{r['load_seconds']:>9.2f}{r['prefill_seconds'] * 1e3:>12.2f}"
-            f"{r['prefill_tokens_per_second']:>10.0f}{r['first_token_seconds'] * 1e3:>10.2f}"
+            f"{r['prefill_tokens_per_second']:>10.0f}{_percent(r['prefill_share']):>9}"
+            f"{r['first_token_seconds'] * 1e3:>10.2f}"
             f"{r['decode_seconds'] * 1e3:>11.3f}{r['decode_tokens_per_second']:>10.0f}"
-            f"{r['decode_gigabytes_per_second']:>8.1f}{share:>9}"
+            f"{r['decode_gigabytes_per_second']:>8.1f}{_percent(r['decode_share']):>9}"
+            f"{r['generate_seconds'] * 1e3:>10.3f}"
         )
     return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if math.isfinite(share) else "-"

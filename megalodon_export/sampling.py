@@ -25,17 +25,22 @@ token that a stream samples after `index` others. A stream needs no generator st
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 _MASK = 2**64 - 1
+_GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _LOG2_E = 1.4426950408889634
 # ln 2 in two parts (fdlibm e_exp.c): the high part ends in 21 zero bits, so its product with a small n is exact.
 _LN2_HIGH = 6.93147180369123816490e-01
 _LN2_LOW = 1.90821492927058770002e-10
 _TAYLOR = tuple(1.0 / math.factorial(k) for k in range(14))
+# Faults of a row; a positive one is a number of NaNs.
+_POSITIVE_INFINITY, _NOTHING_LEFT, _BAD_DRAW = -1, -2, -3
 _LOWEST_EXPONENT = -64.0  # exp(-64) is below half a unit of every weight, and 2**n stays far from subnormal
 
 
@@ -87,11 +92,73 @@ def uniform(seed: int, index: int) -> float:
     A multiple of 2**-53, so float64 holds it exactly. Raises ValueError if index is negative.
     """
     _require(index >= 0, f"index is {index}, expected the number of tokens sampled so far, >= 0")
-    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    z = (seed + (index + 1) * _GAMMA) & _MASK
+    z = ((z ^ (z >> 30)) * _MIX_1) & _MASK
+    z = ((z ^ (z >> 27)) * _MIX_2) & _MASK
     z ^= z >> 31
     return (z >> 11) * 2.0**-53
+
+
+def device_uniform(seeds: Tensor, index: Tensor) -> Tensor:
+    """`uniform(seed, index)` of every seed, bit for bit, on the seeds' device and without waiting for it.
+
+    seeds (B) int64, modulo 2**64 (`wrap`); index int64, () or (B) -> (B) float64.
+    """
+    z = seeds + (index + 1) * wrap(_GAMMA)  # int64 products and sums wrap around, as modulo 2**64
+    z = (z ^ _shift_right(z, 30)) * wrap(_MIX_1)
+    z = (z ^ _shift_right(z, 27)) * wrap(_MIX_2)
+    z = z ^ _shift_right(z, 31)
+    return _shift_right(z, 11).double() * 2.0**-53
+
+
+def wrap(seed: int) -> int:
+    """A number modulo 2**64 as an int64 holds it."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+class Kind(Enum):
+    """The operations that a choice takes. Everything else about it is in tensors, so one captured graph serves all."""
+
+    GREEDY = "greedy"
+    UNRANKED = "unranked"  # no top-k, no top-p: nothing has to be sorted
+    RANKED = "ranked"
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingParams]) -> Kind:
+        """The kind for a batch; ValueError if some rows are greedy and some are not."""
+        greedy = {row.greedy for row in rows}
+        _require(len(greedy) == 1, "temperature is 0 for some rows of the batch only; sample those apart")
+        if greedy.pop():
+            return cls.GREEDY
+        return cls.RANKED if any(row.top_k > 0 or row.top_p < 1.0 for row in rows) else cls.UNRANKED
+
+
+def controls(rows: Sequence[SamplingParams]) -> Tensor:
+    """What `choose` has to know of each row, (4, B, 1) float64 on the CPU: temperature, top-k, top-p, min-p."""
+    columns = [[row.temperature, min(row.top_k, 2**53) or math.inf, row.top_p, row.min_p] for row in rows]
+    return torch.tensor(columns, dtype=torch.float64).T[..., None].contiguous()
+
+
+def choose(logits: Tensor, kind: Kind, control: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One token id per row, by the algorithm in the module's docstring, without waiting for the device.
+
+    logits (B, V) any float dtype, control (4, B, 1) from `controls`, draws (B) float64, None if greedy
+    -> token ids (B) int64, faults (B) int64. Where `faults` is not 0 the token is 0 and `raise_faults` says what was
+    wrong. Every operation can be captured in a CUDA graph.
+    """
+    peak = logits.amax(dim=-1, keepdim=True)  # (B, 1); NaN if the row holds one
+    faults = _faults(logits, peak[:, 0], draws)
+    if kind is Kind.GREEDY or draws is None:
+        return logits.argmax(dim=-1).where(faults == 0, 0), faults  # the first of equal maxima
+    temperature, top_k, top_p, min_p = control
+    weights = _integer_weights(logits.double() - peak.double(), temperature)  # (B, V)
+    if kind is Kind.RANKED:
+        weights = _keep_most_probable(weights, logits, top_k, top_p)
+    weights = weights.where(weights >= min_p * _unit(logits.shape[-1]), 0.0)
+    cumulative = weights.cumsum(dim=-1)
+    target = draws[:, None] * cumulative[:, -1:]
+    tokens = (cumulative <= target).sum(dim=-1)  # cumulative never falls: how many ids lie before the first beyond it
+    return tokens.where(faults == 0, 0), faults
 
 
 def sample(logits: Tensor, params: SamplingParams, draws: Tensor | None = None) -> Tensor:
@@ -102,20 +169,26 @@ def sample(logits: Tensor, params: SamplingParams, draws: Tensor | None = None) 
     Raises ValueError for wrong shapes or dtypes, rows holding NaN or +inf or nothing but -inf, draws outside [0, 1).
     """
     _check_shapes(logits, params, draws)
-    peak = logits.amax(dim=-1, keepdim=True)  # (B, 1); NaN if the row holds one
-    if params.greedy or draws is None:
-        _check_rows(torch.isfinite(peak[:, 0]), logits, None)
-        return logits.argmax(dim=-1)  # the first of equal maxima
-    draws = draws.to(logits.device)
-    _check_rows(torch.isfinite(peak[:, 0]) & (draws >= 0.0) & (draws < 1.0), logits, draws)
+    draws = None if params.greedy or draws is None else draws.to(logits.device)
+    tokens, faults = choose(logits, Kind.of([params]), controls([params]).to(logits.device), draws)
+    raise_faults(faults.tolist(), logits.shape[-1], list if draws is None else draws.tolist)
+    return tokens
 
-    weights = _integer_weights(logits.double() - peak.double(), params.temperature)  # (B, V)
-    weights = _keep_most_probable(weights, logits, params)
-    if params.min_p > 0.0:
-        weights = weights.where(weights >= params.min_p * _unit(logits.shape[-1]), 0.0)
-    cumulative = weights.cumsum(dim=-1)
-    target = draws[:, None] * cumulative[:, -1:]
-    return (cumulative <= target).sum(dim=-1)  # cumulative never falls: how many ids lie before the first beyond target
+
+def raise_faults(faults: Sequence[int], vocab_size: int, draws: Callable[[], list[float]] = list) -> None:
+    """ValueError for the first row whose fault is not 0; `draws` is called if a draw was wrong."""
+    row = next((i for i, fault in enumerate(faults) if fault), None)
+    if row is None:
+        return
+    if faults[row] == _BAD_DRAW:
+        raise ValueError(f"draw of row {row} is {draws()[row]}, expected a number in [0, 1); use uniform()")
+    found = {_POSITIVE_INFINITY: "+inf among the logits", _NOTHING_LEFT: "-inf for every token"}.get(
+        faults[row], f"NaN in {faults[row]} of {vocab_size} logits"
+    )
+    raise ValueError(
+        f"row {row} cannot be sampled: {found}, expected finite logits (or -inf for tokens that are ruled out); "
+        "check the weights, the dtype and any logits mask"
+    )
 
 
 def exp_reproducible(x: Tensor) -> Tensor:
@@ -136,24 +209,33 @@ def _unit(vocab_size: int) -> float:
     return 2.0 ** (53 - vocab_size.bit_length())
 
 
-def _integer_weights(below_peak: Tensor, temperature: float) -> Tensor:
-    # Dividing by a Python number multiplies by its reciprocal on CUDA, which rounds differently.
-    divisor = torch.full((), temperature, dtype=torch.float64, device=below_peak.device)
-    exponent = (below_peak / divisor).clamp(min=_LOWEST_EXPONENT)
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Of the 64 bits as they are; int64's own shift repeats the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _faults(logits: Tensor, peak: Tensor, draws: Tensor | None) -> Tensor:
+    faults = logits.isnan().sum(dim=-1)
+    faults = faults.masked_fill(peak == math.inf, _POSITIVE_INFINITY)
+    faults = faults.masked_fill(peak == -math.inf, _NOTHING_LEFT)
+    if draws is None:
+        return faults
+    return faults.masked_fill(~((draws >= 0.0) & (draws < 1.0)), _BAD_DRAW)
+
+
+def _integer_weights(below_peak: Tensor, temperature: Tensor) -> Tensor:
+    # A tensor: dividing by a Python number multiplies by its reciprocal on CUDA, which rounds differently.
+    exponent = (below_peak / temperature).clamp(min=_LOWEST_EXPONENT)
     return torch.round(exp_reproducible(exponent) * _unit(below_peak.shape[-1]))
 
 
-def _keep_most_probable(weights: Tensor, logits: Tensor, params: SamplingParams) -> Tensor:
-    """Weights (B, V) with those that top-k and top-p drop set to zero."""
-    vocab_size = weights.shape[-1]
-    limit = min(params.top_k or vocab_size, vocab_size)
-    if limit == vocab_size and params.top_p == 1.0:
-        return weights
-    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :limit]  # (B, limit)
-    ranked = weights.gather(-1, order)
-    if params.top_p < 1.0:
-        reached = ranked.cumsum(dim=-1)
-        ranked = ranked.where(reached - ranked < params.top_p * reached[:, -1:], 0.0)
+def _keep_most_probable(weights: Tensor, logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Weights (B, V) with those that top-k and top-p (B, 1) drop set to zero."""
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
+    rank = torch.arange(weights.shape[-1], device=weights.device)
+    ranked = weights.gather(-1, order).where(rank < top_k, 0.0)
+    reached = ranked.cumsum(dim=-1)
+    ranked = ranked.where(reached - ranked < top_p * reached[:, -1:], 0.0)
     return torch.zeros_like(weights).scatter(-1, order, ranked)
 
 
@@ -170,25 +252,6 @@ def _check_shapes(logits: Tensor, params: SamplingParams, draws: Tensor | None) 
         draws.dtype == torch.float64 and draws.shape == logits.shape[:1],
         f"draws are {draws.dtype} of shape {tuple(draws.shape)}, expected float64 of shape ({logits.shape[0]},); "
         "pass one uniform(seed, index) per row",
-    )
-
-
-def _check_rows(good: Tensor, logits: Tensor, draws: Tensor | None) -> None:
-    if bool(good.all()):
-        return
-    row = int((~good).nonzero()[0, 0])
-    if draws is not None and not 0.0 <= float(draws[row]) < 1.0:
-        raise ValueError(f"draw of row {row} is {float(draws[row])}, expected a number in [0, 1); use uniform()")
-    values = logits[row]
-    if bool(values.isnan().any()):
-        found = f"NaN in {int(values.isnan().sum())} of {values.numel()} logits"
-    elif bool((values == math.inf).any()):
-        found = "+inf among the logits"
-    else:
-        found = "-inf for every token"
-    raise ValueError(
-        f"row {row} cannot be sampled: {found}, expected finite logits (or -inf for tokens that are ruled out); "
-        "check the weights, the dtype and any logits mask"
     )
 
 

@@ -7,7 +7,7 @@ for piece in session.generate("In the beginning", max_new_tokens=64):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from . import bundle
 from .checkpoints import TOKENIZER
+from .decode_loop import DecodeLoop, padded_batch
+from .model import MegalodonCache
 from .runtimes import Runtime, open_runtime
-from .sampling import SamplingParams, sample, uniform
+from .sampling import SamplingParams
 from .snapshot import Snapshot
 from .text import TextStream
 from .verify import last_logits
@@ -49,34 +51,47 @@ class Session:
     error inside a call the session refuses further calls until `reset` or `restore`.
     """
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, runtime: Runtime, tokenizer: Tokenizer | None = None, lookahead: int | None = None) -> None:
+        """`lookahead`: how many steps the device may run ahead of the reader; by default 0 on a CPU, 2 on a GPU."""
         self.runtime, self.tokenizer = runtime, tokenizer
-        self.cache = runtime.new_cache(1)
-        self._decode = runtime.decoder(self.cache)
+        self._cache = runtime.new_cache(1)
+        self._lookahead = lookahead
+        self._loop = DecodeLoop(runtime, self._cache, lookahead)
+        self._batch_loop: DecodeLoop | None = None  # of the last batch: one of the same size need not be captured again
+        self._step: Callable[[Tensor], Tensor] | None = None  # decode by hand, captured on first use
         self._pending: int | None = None  # sampled and given out, not yet fed
         self._broken = False
         self._moves = 0  # calls that moved the stream, so that a generator notices those of others
 
+    @property
+    def cache(self) -> MegalodonCache:
+        """The stream's state. The token given out last by `generate` is not in it yet."""
+        self._settle()
+        return self._cache
+
     def fork(self) -> Session:
         """A new session on the same weights, at the same point of the stream."""
-        other = Session(self.runtime, self.tokenizer)
+        other = Session(self.runtime, self.tokenizer, self._lookahead)
         other.restore(self.snapshot())
         return other
 
     def reset(self) -> None:
         """Forget the stream."""
-        self.cache.copy_(self.runtime.new_cache(1))
+        self._loop.forget()
+        self._cache.reset()
         self._pending, self._broken = None, False
         self._moves += 1
 
     def snapshot(self) -> Snapshot:
         """A copy of the stream's state, constant in size; `save` and `Snapshot.load` keep it on disk."""
         self._usable()
-        return Snapshot.of(self.runtime.config, self.cache, self._pending)
+        return Snapshot.of(self.runtime.config, self._cache, self._pending)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this model; ValueError if it is another model's."""
-        snapshot.copy_to(self.runtime.config, self.cache)
+        self._settle()
+        snapshot.copy_to(self.runtime.config, self._cache)
+        self._loop.forget()
         self._pending, self._broken = snapshot.pending, False
         self._moves += 1
 
@@ -87,7 +102,7 @@ class Session:
             raise ValueError("there are no tokens to feed; give at least one")
         with self._guarded():
             ids = torch.tensor([fed], device=self.runtime.device)
-            logits = last_logits(self.runtime, ids, torch.tensor([len(fed)]), self.cache)[0]
+            logits = last_logits(self.runtime, ids, torch.tensor([len(fed)]), self._cache)[0]
         self._pending = None
         return logits
 
@@ -96,14 +111,9 @@ class Session:
         if self._pending is not None:
             return self.prefill([token_id])
         with self._guarded():
-            return self._decode(torch.tensor([token_id], device=self.runtime.device))[0].clone()
-
-    def _decode_pending(self) -> Tensor:
-        """Feed the token that generation gave out last; float32 logits (V)."""
-        with self._guarded():
-            logits = self._decode(torch.tensor([self._pending], device=self.runtime.device))[0]
-        self._pending = None
-        return logits
+            if self._step is None:
+                self._step = self.runtime.decoder(self._cache)
+            return self._step(torch.tensor([token_id], device=self.runtime.device))[0].clone()
 
     def generate(
         self,
@@ -135,19 +145,25 @@ class Session:
         params = SamplingParams(**sampling)
         _check_count(max_new_tokens)
         eos = self.runtime.config.eos_token_id if eos_token_id is None else eos_token_id
-        logits = self.prefill(self._opening(prompt))
+        loop, logits = self._loop, self.prefill(self._opening(prompt))
         moves = self._moves
-        for index in range(max_new_tokens):
-            token_id = _pick(logits[None], [params], index)[0]
-            self._pending = token_id
-            if token_id == eos:
-                return
-            yield token_id
-            if index + 1 < max_new_tokens:
-                if self._moves != moves:
-                    raise SessionError("the stream was moved while it was being generated; use a fork for that")
-                logits = self._decode_pending()
-                moves = self._moves
+        try:
+            with self._poisoning():
+                loop.start(logits[None], [params], max_new_tokens)
+            for index in range(max_new_tokens):
+                (token_id,) = loop.read()
+                self._pending = token_id
+                if token_id == eos:
+                    return
+                yield token_id
+                if index + 1 < max_new_tokens:
+                    if self._moves != moves:
+                        raise SessionError("the stream was moved while it was being generated; use a fork for that")
+                    with self._poisoning():
+                        loop.advance()
+                    self._pending = None
+        finally:
+            self._settle()
 
     def generate_batch(
         self, prompts: Sequence[str], max_new_tokens: int = 256, stop: Sequence[str] = (), **sampling: Any
@@ -161,25 +177,31 @@ class Session:
         _check_count(max_new_tokens)
         rows = [replace(base, seed=base.seed + i) for i in range(len(prompts))]
         ids = [self._with_start(tokenizer.encode(prompt).ids) for prompt in prompts]
-        cache = runtime.new_cache(len(prompts))
-        lengths = torch.tensor([len(row) for row in ids])
-        padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
-        for row, tokens in zip(padded, ids, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        logits = last_logits(runtime, padded.to(runtime.device), lengths, cache)
-        step = runtime.decoder(cache)
+        loop, self._batch_loop = self._loop_for(len(prompts)), None
+        rows += [base] * (loop.cache.batch - len(rows))
+        logits = _prefill_rows(runtime, ids, loop.cache)
+        loop.start(logits, rows, max_new_tokens)
         streams = [TextStream(tokenizer, stop) for _ in prompts]
         texts, done = [""] * len(prompts), [False] * len(prompts)
         for index in range(max_new_tokens):
-            picked = _pick(logits, rows, index)
-            for i, token_id in enumerate(picked):
+            for i, token_id in enumerate(loop.read()[: len(prompts)]):
                 if not done[i] and token_id != runtime.config.eos_token_id:
                     texts[i] += streams[i].push(token_id)
                 done[i] = done[i] or token_id == runtime.config.eos_token_id or streams[i].stopped
             if all(done) or index + 1 == max_new_tokens:
                 break
-            logits = step(torch.tensor(picked, device=runtime.device))
+            loop.advance()
+        self._batch_loop = loop
         return [text + ("" if s.stopped else s.flush()) for text, s in zip(texts, streams, strict=True)]
+
+    def _loop_for(self, batch: int) -> DecodeLoop:
+        """A loop over fresh streams, at least `batch` of them: the last one's if it has as many, captured already."""
+        rows, loop = padded_batch(self.runtime, batch), self._batch_loop
+        if loop is not None and loop.cache.batch == rows:
+            loop.cache.reset()
+            return loop
+        self._batch_loop = loop = None  # its memory goes first
+        return DecodeLoop(self.runtime, self.runtime.new_cache(rows), self._lookahead, rewindable=False)
 
     def _opening(self, prompt: Sequence[int]) -> Sequence[int]:
         fresh = self._pending is None and int(self.cache.position[0]) == 0
@@ -202,11 +224,22 @@ class Session:
             raise SessionError(
                 "an earlier call failed half-way, so the stream's state is unknown; call reset or restore"
             )
+        self._settle()
+
+    def _settle(self) -> None:
+        """Bring the cache to where the stream is, if the device ran ahead of it."""
+        if not self._broken:
+            self._loop.rewind()
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         self._usable()
         self._moves += 1
+        with self._poisoning():
+            yield
+
+    @contextmanager
+    def _poisoning(self) -> Iterator[None]:
         try:
             yield
         except ValueError:  # refused before anything ran
@@ -216,12 +249,13 @@ class Session:
             raise
 
 
-def _pick(logits: Tensor, rows: Sequence[SamplingParams], index: int) -> list[int]:
-    """The next token of every row."""
-    if rows[0].greedy:
-        return [int(token_id) for token_id in sample(logits, rows[0])]
-    draws = torch.tensor([uniform(row.seed, index) for row in rows], dtype=torch.float64, device=logits.device)
-    return [int(token_id) for token_id in sample(logits, rows[0], draws)]
+def _prefill_rows(runtime: Runtime, prompts: Sequence[Sequence[int]], cache: MegalodonCache) -> Tensor:
+    """Feed each prompt to its row of a fresh cache, nothing to the rows beyond; logits (B, V)."""
+    lengths = torch.tensor([*map(len, prompts), *[0] * (cache.batch - len(prompts))])
+    padded = torch.zeros(cache.batch, int(lengths.max()), dtype=torch.int64)
+    for row, tokens in zip(padded, prompts, strict=False):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return last_logits(runtime, padded.to(runtime.device), lengths, cache)
 
 
 def _check_count(max_new_tokens: int) -> None:

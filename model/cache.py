@@ -6,8 +6,8 @@ programs, the manifest, the sessions and every other runtime derive from `cache_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -120,8 +120,19 @@ class MegalodonCache:
 
     def tensors(self) -> list[Tensor]:
         """The tensors in the order of `cache_layout`; not copies."""
+        return [tensor for tensor, _ in self._fields()]
+
+    def rings(self) -> list[Tensor]:
+        """The keys and values: of these a decode step writes one slot, which only a later position makes visible."""
+        return [tensor for tensor, f in self._fields() if "C" in f.metadata["dims"]]
+
+    def states(self) -> list[Tensor]:
+        """Everything but the rings: what a decode step replaces, small and constant in size."""
+        return [tensor for tensor, f in self._fields() if "C" not in f.metadata["dims"]]
+
+    def _fields(self) -> Iterator[tuple[Tensor, Field[Any]]]:
         parts: list[LayerCache | FinalCache] = [*self.layers, self.final]
-        return [getattr(part, f.name) for part in parts for f in fields(part)]
+        return ((getattr(part, f.name), f) for part in parts for f in fields(part))
 
     @property
     def position(self) -> Tensor:
@@ -136,6 +147,11 @@ class MegalodonCache:
     def clone(self, config: MegalodonConfig) -> MegalodonCache:
         """An independent copy."""
         return self.from_tensors(config, [t.clone() for t in self.tensors()])
+
+    def reset(self) -> None:
+        """Make every row a fresh stream, in place."""
+        for tensor, f in self._fields():
+            tensor.fill_(f.metadata["fill"])
 
     def copy_(self, other: MegalodonCache) -> None:
         """Take over the contents of another cache of the same shapes, in place."""

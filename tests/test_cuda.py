@@ -8,9 +8,11 @@ import pytest
 import torch
 from small_models import make_model
 
-from megalodon_export import bundle
+from megalodon_export import Session, bundle
 from megalodon_export.export import export_aoti
 from megalodon_export.runtimes import Runtime, open_runtime
+from megalodon_export.sampling import SamplingParams, sample, uniform
+from megalodon_export.text import byte_tokenizer
 from megalodon_export.verify import BOUNDS
 
 pytestmark = pytest.mark.cuda
@@ -54,6 +56,63 @@ def test_a_captured_decode_gives_the_same_tokens(folder: Path, name: str) -> Non
     assert memory[-1] == memory[10]
     for a, b in zip(plain.tensors(), graphed.tensors(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(1.0, seed=3),
+        SamplingParams(0.9, top_k=9, top_p=0.9, min_p=0.01, seed=2**64 - 1),
+    ],
+    ids=["greedy", "unranked", "ranked"],
+)
+def test_the_captured_loop_gives_the_tokens_of_the_plain_one(
+    folder: Path, params: SamplingParams, lookahead: int
+) -> None:
+    runtime, steps = opened(folder), 500
+    cache = runtime.new_cache(1)
+    logits = runtime.prefill(torch.tensor([[1, 2, 3]], device="cuda"), torch.tensor([3]), cache)
+    expected = []
+    for index in range(steps):
+        draws = torch.tensor([uniform(params.seed, index)], dtype=torch.float64, device="cuda")
+        token = sample(logits, params, draws)
+        expected.append(int(token))
+        logits = runtime.decode(token, cache)
+    session = Session(runtime, lookahead=lookahead)
+    fields = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+    memory = []
+    for index, token_id in enumerate(session.generate_ids([1, 2, 3], steps + 1, eos_token_id=-1, **fields)):
+        assert index == steps or token_id == expected[index], f"token {index}"
+        memory.append(torch.cuda.memory_allocated())
+    assert memory[-1] == memory[10]
+    for a, b in zip(session.cache.tensors(), cache.tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loop_that_ran_ahead_stops_where_stepping_does(folder: Path) -> None:
+    runtime = opened(folder)
+    for count in (1, 5, 59, 60, 61, 62, 63, 64, 65, 66):  # the chunk of 64 ends at token 61
+        plain, ahead = Session(runtime, lookahead=0), Session(runtime, lookahead=3)
+        expected = list(plain.generate_ids([1, 2, 3], count, eos_token_id=-1, temperature=1.0))
+        generation = ahead.generate_ids([1, 2, 3], 200, eos_token_id=-1, temperature=1.0)
+        assert [next(generation) for _ in range(count)] == expected
+        generation.close()
+        assert ahead.snapshot().pending == plain.snapshot().pending
+        assert list(ahead.generate_ids([], 80, eos_token_id=-1)) == list(plain.generate_ids([], 80, eos_token_id=-1))
+
+
+def test_batches_of_one_size_are_captured_once(folder: Path) -> None:
+    session = Session(opened(folder), byte_tokenizer())
+    session.runtime.config.bos_token_id = 1
+    first = session.generate_batch(["", "", ""], 40, temperature=1.0)
+    loop = session._batch_loop
+    allocated = torch.cuda.memory_allocated()
+    for _ in range(3):
+        assert session.generate_batch(["", "", ""], 40, temperature=1.0) == first
+    assert session._batch_loop is loop
+    assert torch.cuda.memory_allocated() == allocated
 
 
 def test_capturing_leaves_the_cache_as_it_was(folder: Path) -> None:

@@ -10,7 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalodon_export.sampling import SamplingParams, exp_reproducible, sample, uniform
+from megalodon_export.sampling import (
+    Kind,
+    SamplingParams,
+    choose,
+    controls,
+    device_uniform,
+    exp_reproducible,
+    raise_faults,
+    sample,
+    uniform,
+    wrap,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -201,6 +212,54 @@ def test_uniform_is_splitmix64():
         uniform(0, -1)
 
 
+numbers = st.sampled_from([0, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1]) | st.integers(0, 2**64 - 1)
+
+
+@settings(deadline=None)
+@given(st.lists(numbers, min_size=1, max_size=5), numbers)
+def test_draws_on_the_device_are_uniform_bit_for_bit(seeds, index):
+    found = device_uniform(torch.tensor([wrap(seed) for seed in seeds]), torch.tensor(wrap(index)))
+    assert found.dtype == torch.float64
+    assert found.tolist() == [uniform(seed, index) for seed in seeds]
+
+
+def test_draws_of_many_rows_and_one_index_each():
+    seeds, indices = torch.arange(-500, 500), torch.arange(1000) * 7919
+    expected = [uniform(seed % 2**64, index) for seed, index in zip(seeds.tolist(), indices.tolist(), strict=True)]
+    assert device_uniform(seeds, indices).tolist() == expected
+
+
+def test_a_choice_flags_what_is_wrong_and_stays_in_the_vocabulary():
+    nan, inf = math.nan, math.inf
+    logits = torch.tensor([[0.0, 1, 2], [nan, nan, 0], [0, inf, nan], [0, inf, 1], [-inf] * 3, [0, 1, -inf], [0, 1, 2]])
+    uniforms = torch.tensor([0.99, 0.5, 0.5, 0.5, 0.5, 1.0, nan], dtype=torch.float64)
+    for params in (SamplingParams(), SamplingParams(1.0), SamplingParams(1.0, top_k=2, top_p=0.9, min_p=0.1)):
+        rows = [params] * 7
+        tokens, faults = choose(logits, Kind.of(rows), controls(rows), None if params.greedy else uniforms)
+        assert faults.bool().tolist() == [False, True, True, True, True, not params.greedy, not params.greedy]
+        assert tokens[1:5].tolist() == [0] * 4
+        assert tokens[0] == 2
+        for row, found in ((1, "NaN in 2 of 3"), (2, "NaN in 1 of 3"), (3, "[+]inf among"), (4, "-inf for every")):
+            with pytest.raises(ValueError, match=f"row 1 cannot be sampled: {found}"):
+                raise_faults([0, int(faults[row])], 3)
+    raise_faults([0, 0], 3)
+
+
+def test_rows_of_a_batch_may_differ_in_their_parameters():
+    logits = 4 * torch.randn(4, 300, generator=torch.Generator().manual_seed(1))
+    rows = [
+        *(SamplingParams(1.0), SamplingParams(0.5, top_k=3)),
+        *(SamplingParams(2.0, top_p=0.8), SamplingParams(1.1, top_k=400, top_p=0.9, min_p=0.01)),
+    ]
+    for index in range(50):
+        uniforms = draws_of(index, 4)
+        tokens, _ = choose(logits, Kind.of(rows), controls(rows), uniforms)
+        alone = [sample(logits[i : i + 1], row, uniforms[i : i + 1]).item() for i, row in enumerate(rows)]
+        assert tokens.tolist() == alone
+    with pytest.raises(ValueError, match="temperature is 0 for some rows"):
+        Kind.of([SamplingParams(), SamplingParams(1.0)])
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])
 def test_uniform_is_uniform_and_uncorrelated(seed):
     u = draws_of(seed, 50_000)
@@ -290,3 +349,9 @@ def test_cuda_chooses_the_same_tokens(vocab_size):
         assert torch.equal(tokens.cpu(), sample(logits, params, uniforms))
     x = -64 * torch.rand(100_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert torch.equal(exp_reproducible(x.cuda()).cpu(), exp_reproducible(x))
+
+
+@pytest.mark.cuda
+def test_cuda_draws_are_the_same():
+    seeds, index = torch.arange(-500, 500), torch.tensor(2**40)
+    assert torch.equal(device_uniform(seeds.cuda(), index.cuda()).cpu(), device_uniform(seeds, index))

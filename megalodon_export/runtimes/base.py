@@ -85,6 +85,14 @@ class Runtime(ABC):
         captured = CapturedDecode(self.run_decode, cache)
         return lambda token_ids: captured(self._checked(token_ids, cache, dims=1))
 
+    def check_range(self, low: int, high: int) -> None:
+        """ValueError unless the token ids from `low` to `high` are the model's."""
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"token ids must be in 0..{self.config.vocab_size - 1}, got {low}..{high}; "
+                "is this the model's tokenizer?"
+            )
+
     def _check_batch(self, batch: int) -> None:
         if not 1 <= batch <= self.limits.max_batch:
             raise ValueError(
@@ -115,9 +123,5 @@ class Runtime(ABC):
             raise ValueError(f"token_ids must be integers, got {token_ids.dtype}")
         if not token_ids.is_cuda:  # on a GPU the check would wait for it at every token
             low, high = token_ids.aminmax()
-            if int(low) < 0 or int(high) >= self.config.vocab_size:
-                raise ValueError(
-                    f"token ids must be in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}; "
-                    "is this the model's tokenizer?"
-                )
+            self.check_range(int(low), int(high))
         return token_ids.to(self.device, torch.int64).contiguous()  # programs read memory, not strides

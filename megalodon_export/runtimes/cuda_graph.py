@@ -1,8 +1,8 @@
-"""Decode as a CUDA graph: captured once for a cache, replayed for every token."""
+"""A step over a cache as a CUDA graph: captured once, replayed for every token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,26 +11,50 @@ from ..model import MegalodonCache
 from ..model.cache import copy_in_place
 
 
-class CapturedDecode:
-    """A decode program captured over one cache, whose tensors it updates at every replay."""
+class CapturedStep:
+    """A step that feeds one token to every row of a cache, captured; calling it replays it.
 
-    def __init__(self, run: Callable[[Tensor, MegalodonCache], Tensor], cache: MegalodonCache) -> None:
+    `step` may read and write tensors that stay where they are, and nothing else: the cache, and `others`. Capturing
+    leaves them as they were.
+    """
+
+    def __init__(self, step: Callable[[], object], cache: MegalodonCache, others: Sequence[Tensor] = ()) -> None:
         device = cache.position.device
-        self.token_ids = torch.zeros(cache.batch, dtype=torch.int64, device=device)
-        before = [tensor.clone() for tensor in cache.tensors()]
+        states = [*cache.states(), *others]
+        before = [tensor.clone() for tensor in states]
+        rows = torch.arange(cache.batch, device=device)
+        slots = cache.position % cache.rings()[0].shape[2]
+        overwritten = [ring[rows, :, slots] for ring in cache.rings()]  # not whole rings, which may fill the memory
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # warm-up: libraries allocate their workspaces outside the capture
             for _ in range(2):
-                run(self.token_ids, cache)
+                step()
+                copy_in_place(states, before)  # or the second one would write another slot
         torch.cuda.current_stream(device).wait_stream(stream)
-        copy_in_place(cache.tensors(), before)  # the warm-up moved the stream on
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = run(self.token_ids, cache)
+        for ring, old in zip(cache.rings(), overwritten, strict=True):
+            ring[rows, :, slots] = old
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            step()
+
+    def __call__(self) -> None:
+        """Run the step once."""
+        self._graph.replay()
+
+
+class CapturedDecode:
+    """A decode program captured over one cache."""
+
+    def __init__(self, run: Callable[[Tensor, MegalodonCache], Tensor], cache: MegalodonCache) -> None:
+        self.token_ids = torch.zeros(cache.batch, dtype=torch.int64, device=cache.position.device)
+        self._step = CapturedStep(lambda: self._decode(run, cache), cache)
+
+    def _decode(self, run: Callable[[Tensor, MegalodonCache], Tensor], cache: MegalodonCache) -> None:
+        self.logits = run(self.token_ids, cache)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Logits (B, V) in a buffer that the next call overwrites."""
         self.token_ids.copy_(token_ids)
-        self.graph.replay()
+        self._step()
         return self.logits

@@ -10,19 +10,18 @@ from torch import Tensor
 
 from ..checkpoints import DTYPES, load_model
 from ..exporters.programs import Limits
-from ..model import MegalodonCache, freeze_constants
+from ..model import MegalodonCache, MegalodonForCausalLM, freeze_constants
 from .base import Runtime
 
 
-class EagerRuntime(Runtime):
-    """Runs the modules themselves."""
+class ModelRuntime(Runtime):
+    """Runs the modules of a model in memory; freezes what it derives from its weights."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], device: str | None = None) -> None:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = DTYPES[manifest["dtype"]]
-        self.model = load_model(folder, dtype, chosen)
-        freeze_constants(self.model)
-        super().__init__(self.model.config, dtype, chosen, Limits.of(self.model.config, max_batch=2**16), False)
+    def __init__(self, model: MegalodonForCausalLM, limits: Limits | None = None) -> None:
+        self.model = model
+        freeze_constants(model)
+        limits = limits or Limits.of(model.config, max_batch=2**16)
+        super().__init__(model.config, model.dtype_of_weights, model.device, limits, False)
 
     @torch.no_grad()
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
@@ -33,3 +32,11 @@ class EagerRuntime(Runtime):
     def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """`MegalodonForCausalLM.decode`."""
         return self.model.decode(token_ids, cache)
+
+
+class EagerRuntime(ModelRuntime):
+    """Runs the modules on a bundle's weights."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], device: str | None = None) -> None:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        super().__init__(load_model(folder, DTYPES[manifest["dtype"]], chosen))

@@ -1,0 +1,88 @@
+"""Measurements of a bundle that need a run of their own: a fresh process's memory, a CUDA graph against none.
+
+python benchmarks/processes.py BUNDLE DEVICE     prints the memory that both programs add to this process
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalodon_export import bundle
+from megalodon_export.bench import median_seconds
+from megalodon_export.runtimes import Runtime, open_runtime
+from megalodon_export.snapshot import state_size
+
+
+def memory_of_a_process(folder: Path, device: str) -> dict[str, int]:
+    """Bytes that loading both programs and running each once adds to a fresh process, on the host and on a GPU.
+
+    `resident` less `private` are pages of the weight files, shared by every process that opens the bundle.
+    """
+    command = [sys.executable, __file__, str(folder), device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def resident_memory() -> dict[str, int]:
+    """Bytes of this process in memory: all of them, and those that are not pages of files."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return {"resident": sizes["Rss"], "private": sizes["Anonymous"]}
+
+
+def added_memory(folder: Path, device: str) -> dict[str, int]:
+    """In the fresh process: what loading and running adds."""
+    manifest = bundle.read(folder, check="sizes")
+    torch.zeros(1, device=device)
+    before = resident_memory()
+    runtime = open_runtime("aoti", folder, manifest, device)
+    cache = runtime.new_cache(1)
+    ids = torch.randint(runtime.config.vocab_size, (1, 64), device=runtime.device)
+    runtime.prefill(ids, torch.tensor([64]), cache)
+    runtime.decode(ids[:, 0], cache)
+    after = resident_memory()
+    added = {name: after[name] - before[name] for name in after}
+    weights = sum((folder / manifest[key]).stat().st_size for key in ("weights", "derived_constants"))
+    added |= {"weight_files": weights, "cache": state_size(runtime.config, runtime.dtype)}
+    if runtime.device.type == "cuda":
+        added["gpu"] = torch.cuda.max_memory_allocated()
+    return added
+
+
+def graph_against_none(runtime: Runtime, steps: int) -> dict[str, Any]:
+    """Greedy decode with a CUDA graph and without: equal tokens, GPU memory before and after, milliseconds a step."""
+    first = torch.tensor([7], device=runtime.device)
+
+    def run(step: Any) -> torch.Tensor:
+        token, tokens = first, []
+        for _ in range(steps):
+            token = step(token).argmax(-1)
+            tokens.append(token)
+        return torch.cat(tokens)
+
+    plain, graphed = runtime.new_cache(1), runtime.new_cache(1)
+    expected = run(lambda token: runtime.decode(token, plain))
+    replay = runtime.decoder(graphed)
+    replay(first)
+    graphed.reset()
+    before = torch.cuda.memory_allocated()
+    found = run(replay)
+    grown = torch.cuda.memory_allocated() - before - found.nbytes
+    return {
+        "steps": steps,
+        "equal_tokens": bool(torch.equal(expected, found)),
+        "gpu_bytes_grown": grown,
+        "graph_ms": median_seconds(lambda: replay(first), runtime.device, 200) * 1e3,
+        "no_graph_ms": median_seconds(lambda: runtime.decode(first, plain), runtime.device, 50) * 1e3,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(added_memory(Path(sys.argv[1]), sys.argv[2])))

@@ -1,0 +1,139 @@
+"""A speed report for readers: Markdown tables, and plots where matplotlib is installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Column = tuple[str, Callable[[Row], Any]]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The whole report as Markdown."""
+    config = found["config"]
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "cuda") if name in found["versions"])
+    lines = [
+        f"# {found['model']}, {found['dtype']}, {found['machine']}",
+        "",
+        f"`{found['command']}`",
+        "",
+        f"{found['date']}; {versions}; {found['threads']} threads on the host; "
+        f"{config.get('num_layers', 12)} layers, D {config.get('model_dim', 1024)}. Ceilings of this run: "
+        f"copy {found['copy_gigabytes_per_second']:,.1f} GB/s, matmul {found['matmul_teraflops']:,.3g} TFLOP/s. "
+        "Medians; a share is the floor over the time taken.",
+    ]
+    results = found["results"]
+    lines += _table("Prefill", [r for r in results if "prefill_seconds" in r], _PREFILL)
+    lines += _table("Decode (streams near the end of a chunk)", [r for r in results if "decode_seconds" in r], _DECODE)
+    lines += _table("Contexts, batch 1, streamed", [r for r in found["contexts"] if "error" not in r], _CONTEXTS)
+    lines += _table("Not measured", [r for r in results + found["contexts"] if "error" in r], _ERRORS)
+    for name in ("export_seconds", "process_memory", "cuda_graph"):
+        if name in found:
+            lines += ["", f"{name}: `{found[name]}`"]
+    return "\n".join(lines) + "\n"
+
+
+def plots(found: dict[str, Any], out: Path) -> None:
+    """context.png (rates and memory against the context), batch.png (share of the floor against the batch)."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plots: matplotlib is not installed; pip install 'megalodon-export[bench]'", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    title = f"{found['model']}, {found['dtype']}, {found['machine']}"
+    contexts = [r for r in found["contexts"] if "error" not in r]
+    if contexts:
+        figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))
+        for axis, key, label, scale in (
+            (axes[0], "prefill_tokens_per_second", "prefill, tokens/s", 1),
+            (axes[1], "decode_tokens_per_second", "decode, tokens/s", 1),
+            (axes[2], "memory_bytes", "memory, GB", 1e9),
+        ):
+            _lines(axis, contexts, "context_tokens", key, scale)
+            axis.set(xlabel="context, tokens", ylabel=label)
+        _save(pyplot, figure, title, out / "context.png")
+    decoded = [r for r in found["results"] if "decode_share" in r]
+    if decoded:
+        figure, axis = pyplot.subplots(figsize=(6, 4.5))
+        _lines(axis, decoded, "batch", "decode_share", 0.01)
+        axis.set(xlabel="batch", ylabel="decode, % of the floor")
+        _save(pyplot, figure, title, out / "batch.png")
+
+
+def _lines(axis: Any, rows: list[Row], x: str, y: str, scale: float) -> None:
+    rows = [row for row in rows if y in row]
+    for name in dict.fromkeys(row["runtime"] for row in rows):
+        points = [(row[x], row[y] / scale) for row in rows if row["runtime"] == name]
+        axis.plot(*zip(*points, strict=True), marker="o", label=name)
+    places = sorted({row[x] for row in rows})
+    axis.set_xscale("log")
+    axis.set_xticks(places, [f"{place:,}" for place in places])
+    axis.minorticks_off()
+    axis.set_ylim(0, 1.1 * max(row[y] / scale for row in rows))
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _save(pyplot: Any, figure: Any, title: str, path: Path) -> None:
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _number(key: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
+    return lambda row: format(row[key] / scale, form) if key in row else "-"
+
+
+def _table(title: str, rows: list[Row], columns: Iterable[Column]) -> list[str]:
+    if not rows:
+        return []
+    columns = list(columns)
+    header = "| " + " | ".join(name for name, _ in columns) + " |"
+    body = ["| " + " | ".join(str(value(row)) for _, value in columns) + " |" for row in rows]
+    return ["", f"## {title}", "", header, "|" + "---|" * len(columns), *body]
+
+
+_HEAD: list[Column] = [("runtime", lambda r: r["runtime"]), ("batch", lambda r: r.get("batch", "-"))]
+_MEMORY: list[Column] = [("memory GB", _number("memory_bytes", ".2f", 1e9))]
+_PREFILL: list[Column] = [
+    *_HEAD,
+    ("tokens", lambda r: r["prompt_tokens"]),
+    ("load s", _number("load_seconds", ".2f")),
+    ("prefill ms", _number("prefill_seconds", ",.2f", 1e-3)),
+    ("tokens/s", _number("prefill_tokens_per_second", ",.0f")),
+    ("TFLOP/s", _number("prefill_teraflops", ",.3g")),
+    ("of floor", _number("prefill_share", ".1%")),
+    ("first token ms", _number("first_token_seconds", ",.2f", 1e-3)),
+    *_MEMORY,
+]
+_DECODE: list[Column] = [
+    *_HEAD,
+    ("load s", _number("load_seconds", ".2f")),
+    ("decode ms", _number("decode_seconds", ",.3f", 1e-3)),
+    ("tokens/s", _number("decode_tokens_per_second", ",.0f")),
+    ("GB/s", _number("decode_gigabytes_per_second", ",.1f")),
+    ("of floor", _number("decode_share", ".1%")),
+    ("generate ms", _number("generate_seconds", ",.3f", 1e-3)),
+    *_MEMORY,
+]
+_CONTEXTS: list[Column] = [
+    ("runtime", lambda r: r["runtime"]),
+    ("context", lambda r: f"{r['context_tokens']:,}"),
+    ("prefill tokens/s", _number("prefill_tokens_per_second", ",.0f")),
+    ("of floor", _number("prefill_share", ".1%")),
+    ("decode ms", _number("decode_seconds", ",.3f", 1e-3)),
+    ("of floor", _number("decode_share", ".1%")),
+    *_MEMORY,
+]
+_ERRORS: list[Column] = [
+    *_HEAD,
+    ("tokens", lambda r: r.get("prompt_tokens", "-")),
+    ("why", lambda r: r["error"]),
+]

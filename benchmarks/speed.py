@@ -1,0 +1,218 @@
+"""Speed of a preset with random weights, per runtime: load, prefill, first token, decode and generation, each apart.
+
+    python benchmarks/speed.py --preset 200M --runtime eager compile aoti --batch 1 8 64 --prompt-tokens 128 2048 \\
+        --device cuda --dtype bfloat16 --out results/ [--context-tokens 2048 32768 262144 1048576] [--peer PATH]
+
+Writes DIR/speed.json after every runtime, and at the end DIR/speed.md and, with matplotlib, plots. Every figure stands
+beside the ceilings of the same run: a decode step cannot be faster than its bytes over the copy's rate, a prefill not
+than its operations over the matmul's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from engines import Subject, make_bundle, open_engine
+from peer import open_peer, time_peer
+from processes import graph_against_none, memory_of_a_process, resident_memory
+
+from megalodon_export import bundle
+from megalodon_export.bench import WARM_UP, Ceilings, machine, median_seconds, time_decode, time_prefill
+from megalodon_export.checkpoints import DTYPES
+from megalodon_export.export import default_device, versions
+from megalodon_export.floors import decode_bytes, prefill_flops, visible_tokens
+from megalodon_export.model import PRESETS, MegalodonConfig, preset
+from megalodon_export.runtimes import Runtime
+
+IN_MEMORY = ("eager", "compile")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="200M", choices=tuple(PRESETS))
+    parser.add_argument("--layers", type=int, help="another number of layers than the preset's")
+    parser.add_argument("--bundle", type=Path, help="measure this bundle, not a preset; made there if it is missing")
+    parser.add_argument("--runtime", nargs="+", default=["eager", "aoti"], help="eager, compile, aoti")
+    parser.add_argument("--from-config", action="store_true", help="aoti: bind weights on the device, write no bundle")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128, 2048])
+    parser.add_argument("--context-tokens", type=int, nargs="*", default=[], help="contexts to stream through, batch 1")
+    parser.add_argument("--steps", type=int, default=100, help="decode steps timed")
+    parser.add_argument("--repeats", type=int, default=5, help="prefills timed")
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--peer", type=Path, help="a checkout of megalodon-hf, timed on the same sizes")
+    parser.add_argument("--process-memory", action="store_true", help="also what a fresh process needs for the bundle")
+    parser.add_argument("--graph-steps", type=int, default=0, help="CUDA: greedy steps with a graph against none")
+    parser.add_argument("--out", type=Path, required=True, help="folder for speed.json, speed.md and plots")
+    args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    if args.process_memory and (args.from_config or not set(args.runtime) - set(IN_MEMORY)):
+        parser.error("--process-memory measures a bundle: ask for --runtime aoti without --from-config")
+    return args
+
+
+def main() -> None:
+    """Measure, write."""
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        subject, found = prepare(args, Path(scratch))
+        ceilings = Ceilings.of(torch.device(subject.device), DTYPES[subject.dtype])
+        found |= {"copy_gigabytes_per_second": ceilings.copy / 1e9, "matmul_teraflops": ceilings.matmul / 1e12}
+        for name in args.runtime:
+            print(f"{name}", file=sys.stderr, flush=True)
+            measure(name, subject, args, ceilings, found)
+            write(args.out, found)
+        if args.peer:
+            print("peer", file=sys.stderr, flush=True)
+            model = open_peer(args.peer, subject)
+            timed = time_peer(model, subject, args.batch, args.prompt_tokens, args.steps, ceilings)
+            found["results"] += guarded(timed, {"runtime": "megalodon-hf"}, subject.device)
+        if args.process_memory and subject.folder:
+            found["process_memory"] = memory_of_a_process(subject.folder, subject.device)
+    write(args.out, found)
+    (args.out / "speed.md").write_text(report.markdown(found))
+    report.plots(found, args.out)
+    print(report.markdown(found))
+
+
+def prepare(args: argparse.Namespace, scratch: Path) -> tuple[Subject, dict[str, Any]]:
+    """The model to measure, exported if a runtime asks for a bundle, and the head of the report."""
+    folder: Path | None = args.bundle
+    overrides = {"num_layers": args.layers} if args.layers else {}
+    subject = Subject(preset(args.preset, **overrides), args.device, args.dtype, max(64, *args.batch))
+    found: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(torch.device(args.device)),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "model": str(args.bundle) if args.bundle else args.preset,
+    }
+    wanted = bool(set(args.runtime) - set(IN_MEMORY)) and not args.from_config
+    if folder is None and wanted:
+        folder = scratch / "bundle"
+    if folder is not None and not bundle.is_bundle(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        make_bundle(subject, folder)
+        found["export_seconds"] = time.monotonic() - started
+    if folder is not None:
+        manifest = bundle.read(folder, check="sizes")
+        config = MegalodonConfig(**manifest["config"])
+        subject = Subject(config, args.device, manifest["dtype"], subject.max_batch, folder)
+        found["file_bytes"] = {name: entry["size"] for name, entry in manifest["files"].items()}
+    found |= {"dtype": subject.dtype, "config": subject.config.to_diff_dict(), "results": [], "contexts": []}
+    return subject, found
+
+
+def measure(name: str, subject: Subject, args: argparse.Namespace, ceilings: Ceilings, found: dict[str, Any]) -> None:
+    """All rows of one runtime, appended to the report; its memory is free again afterwards."""
+    device = torch.device(subject.device)
+    started = time.perf_counter()
+    runtime = open_engine(name, subject)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
+    # Random weights are made, not loaded, and programs compiled from the config at this moment.
+    head = {"runtime": name, ("load_seconds" if subject.folder else "made_seconds"): seconds}
+    repeats = (args.repeats, WARM_UP if device.type == "cuda" else 1)
+    for batch in args.batch:
+        row = {**head, "batch": batch}
+        for tokens in args.prompt_tokens:
+            calls = (time_prefill(runtime, batch, tokens, ceilings, *repeats) for _ in (0,))
+            found["results"] += guarded(calls, {**row, "prompt_tokens": tokens}, subject.device)
+        calls = (time_decode(runtime, batch, args.steps, ceilings) for _ in (0,))
+        found["results"] += guarded(calls, row, subject.device)
+    if args.context_tokens:
+        streamed = stream(runtime, sorted(args.context_tokens), args.steps, ceilings)
+        found["contexts"] += guarded(streamed, {"runtime": name}, subject.device)
+    if args.graph_steps and device.type == "cuda":
+        found.setdefault("cuda_graph", {})[name] = graph_against_none(runtime, args.graph_steps)
+
+
+def guarded(rows: Iterator[dict[str, Any]], head: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    """The rows with their peak memory; what does not fit ends them with a row that says so."""
+    done: list[dict[str, Any]] = []
+    while True:
+        gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            row = next(rows)
+        except StopIteration:
+            return done
+        except (torch.OutOfMemoryError, ValueError) as error:  # ValueError: outside the limits of the programs
+            reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
+            return [*done, {**head, "error": reason}]
+        on_gpu = device.startswith("cuda")
+        memory = torch.cuda.max_memory_allocated(device) if on_gpu else resident_memory()["resident"]
+        done.append({**head, **row, "memory_bytes": memory})
+        print(json.dumps(done[-1]), file=sys.stderr, flush=True)
+
+
+def stream(runtime: Runtime, contexts: Sequence[int], steps: int, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """One stream fed with random tokens up to each context in turn, a call of the prefill program's length at a time.
+
+    Per context: the rate since the context before, and a decode step there.
+    """
+    config, device, cache = runtime.config, runtime.device, runtime.new_cache(1)
+
+    def feed(tokens: int) -> None:
+        ids = torch.randint(config.vocab_size, (1, tokens), device=device)
+        runtime.prefill(ids, torch.tensor([tokens]), cache)
+
+    segment = runtime.limits.max_length
+    feed(segment)
+    step, token_ids = runtime.decoder(cache), torch.randint(config.vocab_size, (1,), device=device)
+    cache.reset()
+    for context in contexts:
+        start = int(cache.position[0])  # waits for the device
+        started, position = time.perf_counter(), start
+        while position < context:
+            feed(min(segment, context - position))
+            position += min(segment, context - position)
+        fed = int(cache.position[0]) - start
+        row: dict[str, Any] = {"context_tokens": context}
+        if fed:
+            seconds = time.perf_counter() - started
+            operations = prefill_flops(config, 1, fed, start, runtime.all_logits)
+            row |= {
+                "streamed_tokens": fed,
+                "prefill_tokens_per_second": fed / seconds,
+                "prefill_share": operations / ceilings.matmul / seconds,
+            }
+        seconds = median_seconds(lambda: step(token_ids), device, steps)
+        visible = visible_tokens(config, start + fed + WARM_UP, steps) / steps
+        moved = decode_bytes(config, runtime.dtype, 1, visible)
+        yield row | {
+            "decode_seconds": seconds,
+            "decode_tokens_per_second": 1 / seconds,
+            "decode_share": moved / ceilings.copy / seconds,
+        }
+
+
+def write(out: Path, found: dict[str, Any]) -> None:
+    """speed.json, whole or as it was."""
+    staged = out / ".speed.json"
+    staged.write_text(json.dumps(found, indent=1) + "\n")
+    staged.replace(out / "speed.json")
+
+
+if __name__ == "__main__":
+    main()
