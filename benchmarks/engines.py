@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export.pt2_archive._package import package_pt2
 from torch.fx.experimental import _config as symbolic_shapes
 
 from megalodon_export import bundle
 from megalodon_export.checkpoints import DTYPES
 from megalodon_export.export import export_aoti
 from megalodon_export.exporters import aoti, programs
-from megalodon_export.model import MegalodonCache, MegalodonConfig, MegalodonForCausalLM
+from megalodon_export.exporters.programs import Limits
+from megalodon_export.exporters.stages import LAYER_INDEX, export_stages
+from megalodon_export.model import (
+    MegalodonCache,
+    MegalodonConfig,
+    MegalodonForCausalLM,
+    freeze_constants,
+    use_kernels,
+)
 from megalodon_export.model.ema import ComplexEMA
 from megalodon_export.runtimes import RUNTIMES, Runtime, open_runtime
+from megalodon_export.runtimes.aoti import AotiRuntime
 from megalodon_export.runtimes.eager import ModelRuntime
 
 
@@ -109,52 +119,44 @@ def _vary(*inputs: Tensor, cache: MegalodonCache) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-class BoundPrograms(Runtime):
+class BoundPrograms(AotiRuntime):
     """AOTInductor programs bound to a model's weights where they are, without a file of them."""
 
-    def __init__(self, model: MegalodonForCausalLM, limits: programs.Limits, package: Path) -> None:
-        super().__init__(model.config, model.dtype_of_weights, model.device, limits, False)
+    def __init__(self, model: MegalodonForCausalLM, limits: Limits, stages: dict[str, Any], package: Path) -> None:
+        Runtime.__init__(self, model.config, model.dtype_of_weights, model.device, limits, False)
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         if model.config.share_emb:
             tensors["lm_head.weight"] = tensors["model.embed.weight"]
-        self._run: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {}
-        self._kept = tensors  # the programs point into them
-        for name in (programs.PREFILL, programs.DECODE):
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(package), name, True, 1, -1)
-            bound = {fqn: tensors[fqn.removeprefix("model.")] for fqn in loader.get_constant_fqns()}
-            loader.load_constants(bound, use_inactive=False, check_full_update=True, user_managed=True)
-            self._run[name] = loader.run
 
-    def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
-        """One call of the compiled prefill."""
-        return self._run[programs.PREFILL]([token_ids, lengths, *cache.tensors()])[0]
+        def bind(inputs: list[dict[str, Any]], layer: int) -> dict[str, Tensor]:
+            names = [one["name"] for one in inputs if one["kind"] == "weight"]
+            return {name: tensors[name.replace(LAYER_INDEX, str(layer))] for name in names}
 
-    def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
-        """One call of the compiled decode."""
-        return self._run[programs.DECODE]([token_ids, *cache.tensors()])[0]
+        self._load(package, stages, bind)
 
 
 def compile_from_config(subject: Subject) -> Runtime:
     """AOTInductor programs of a random model on the device, compiled in this process: no weights on host or disk.
 
-    The one place here that knows how `exporters.aoti` compiles; a bundle's way is `export_aoti`.
+    A bundle's way is `export_aoti`.
     """
-    from torch.export.pt2_archive._package import package_pt2
-
-    from megalodon_export.model import freeze_constants
-
-    model = random_model(subject)
-    freeze_constants(model)
-    limits = programs.Limits.of(subject.config, subject.max_batch)
+    one = random_model(replace(subject, config=MegalodonConfig(**{**subject.config.to_diff_dict(), "num_layers": 1})))
+    freeze_constants(one)
+    if one.device.type == "cuda":
+        use_kernels(one)
+    limits = Limits.of(subject.config, subject.max_batch)
     with tempfile.TemporaryDirectory() as scratch:
-        files = {}
+        compiled, files = {}, {}
         for name in (programs.PREFILL, programs.DECODE):
-            exported = programs.export_program(model, name, limits)
-            request = aoti.Request("", name, subject.device, subject.dtype, limits, False, False, scratch)
-            with torch.no_grad(), programs.sizes_of_one_are_not_special():
-                files[name] = torch._inductor.aot_compile(
-                    exported.module(), *exported.example_inputs, options=aoti.inductor_options(request)
-                )
+            folder = str(Path(scratch, name))
+            request = aoti.Request("", name, subject.device, subject.dtype, limits, False, False, folder)
+            compiled[name] = {
+                part: aoti.compile_stage(stage, aoti.inductor_options(request, stage.name))
+                for part, stage in export_stages(one, name, limits).items()
+            }
+            files |= {stage["name"]: stage.pop("files") for stage in compiled[name].values()}
         package = Path(scratch, "model.pt2")
-        package_pt2(str(package), aoti_files={name: [str(file) for file in paths] for name, paths in files.items()})
-        return BoundPrograms(model, limits, package)
+        package_pt2(str(package), aoti_files=files)
+        model = random_model(subject)
+        freeze_constants(model)
+        return BoundPrograms(model, limits, compiled, package)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants
+from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants, use_kernels
 from .programs import DECODE, PREFILL, Limits, sizes_of_one_are_not_special
 from .stages import Stage, export_stages
 from .workers import Worker, run_side_by_side, serve
@@ -80,6 +80,8 @@ def one_layer_model(request: Request) -> MegalodonForCausalLM:
     model = MegalodonForCausalLM.from_pretrained(request.checkpoint, config=config, dtype=dtype)
     model = model.eval().requires_grad_(False).to(request.device)
     freeze_constants(model)
+    if model.device.type == "cuda":
+        use_kernels(model)
     return model
 
 

@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .cache import CacheTensor, MegalodonCache, cache_layout, dimension_sizes
 from .config import PRESETS, MegalodonConfig, preset
 from .constants import freeze_constants, unfreeze_constants
+from .kernels import use_kernels
 from .modeling import MegalodonForCausalLM, MegalodonModel, check_dtype
 
 AutoConfig.register("megalodon", MegalodonConfig, exist_ok=True)
@@ -24,4 +25,5 @@ __all__ = [
     "freeze_constants",
     "preset",
     "unfreeze_constants",
+    "use_kernels",
 ]

@@ -48,9 +48,14 @@ class MegalodonBlock(nn.Module):
         super().__init__()
         self.attn = GatedAttention(config)
         self.ffn = FeedForward(config, layer)
+        self.kernels = False  # see `use_kernels`
 
     def forward(self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None) -> Tensor:
         """x (B, L, D) -> (B, L, D); the layer's cache is updated in place."""
+        if self.kernels and cache is not None and not self.training:
+            from .kernels.prefill import layer_prefill
+
+            return layer_prefill(self, x, plan.lengths, plan.position, rotary, cache)
         h, norm, ema = self.attn(x, plan, rotary, cache)
         if cache is not None:
             _store(cache, norm, ema)
@@ -58,6 +63,10 @@ class MegalodonBlock(nn.Module):
 
     def step(self, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> Tensor:
         """One token, x (B, D) -> (B, D); otherwise as `forward`."""
+        if self.kernels and not self.training:
+            from .kernels.step import layer_step
+
+            return layer_step(self, x, position, rotary, cache)
         h, norm, ema = self.attn.step(x, position, rotary, cache)
         _store(cache, norm, ema)
         return self.ffn(h, x)

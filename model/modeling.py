@@ -86,6 +86,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(config)
+        self.kernels = False  # see `use_kernels`
         self.embed = nn.Embedding(config.vocab_size, config.model_dim)
         self.rotary = RotaryTable(config.z_head_dim, config.chunk_size, config.rope_base)
         self.layers = nn.ModuleList(MegalodonBlock(config, i) for i in range(config.num_layers))
@@ -137,8 +138,13 @@ class MegalodonModel(MegalodonPreTrainedModel):
         """The last layer's x (B, L, D) -> hidden states; the cache's last tensors are updated in place."""
         if cache is None:
             return self.norm(x, plan, self.norm.initial_state(x.shape[0], x.device))[0]
-        x, state = self.norm(x, plan, NormState(cache.norm_mean, cache.norm_var))
-        state.store(cache)
+        if self.kernels and not self.training:
+            from .kernels.prefill import normed
+
+            x = normed(self.norm, x, plan.lengths, plan.position, cache.norm_mean, cache.norm_var)
+        else:
+            x, state = self.norm(x, plan, NormState(cache.norm_mean, cache.norm_var))
+            state.store(cache)
         cache.position.copy_(plan.position + plan.lengths)
         return x
 
@@ -247,6 +253,10 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: hidden states (..., D) -> float32 logits (..., V) (float64 of a float64 model)."""
+        if self.model.kernels and hidden.dim() == 2 and not self.training:  # a few rows: as fast as it can be read
+            from .kernels.step import linear
+
+            return linear(hidden, self.lm_head.weight, None, None, None, None, torch.float32)
         logits = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 

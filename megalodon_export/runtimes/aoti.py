@@ -25,26 +25,32 @@ class AotiRuntime(Runtime):
     """Runs `aoti/model.pt2`. The bundle's hashes must have been checked: this loads native code."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], device: str | None = None) -> None:
-        from torch._C._aoti import AOTIModelPackageLoader
-
         entry = manifest["programs"].get("aoti")
         if entry is None:
             raise RuntimeUnavailable(f"{folder} has no AOTInductor programs; make them: megalodon-export aoti")
         chosen = _check_target(entry["target"], manifest["versions"], device)
         config = MegalodonConfig(**manifest["config"])
         super().__init__(config, DTYPES[manifest["dtype"]], chosen, Limits(**entry["limits"]), entry["all_logits"])
-        package, index = str(folder / "aoti" / entry["package"]), chosen.index if chosen.type == "cuda" else None
-        store = WeightStore(folder, chosen)
-        layers = range(config.num_layers)
+        self._load(folder / "aoti" / entry["package"], entry["stages"], WeightStore(folder, chosen).bind)
+
+    def _load(
+        self,
+        package: Path,
+        stages: dict[str, dict[str, Any]],
+        bind: Callable[[list[dict[str, Any]], int], dict[str, Tensor]],
+    ) -> None:
+        """Load the stages of both programs; `bind` finds the weights among a stage's inputs, for a layer."""
+        from torch._C._aoti import AOTIModelPackageLoader
+
+        index = -1 if self.device.type != "cuda" or self.device.index is None else self.device.index
+        layers = range(self.config.num_layers)
 
         def stage(entry: dict[str, Any]) -> _Stage:
             # single-threaded: required for capture in a CUDA graph; this class is not for concurrent calls
-            loader = AOTIModelPackageLoader(package, entry["name"], True, 1, -1 if index is None else index)
-            return _Stage(loader.run, entry, [store.bind(entry["inputs"], layer) for layer in layers])
+            loader = AOTIModelPackageLoader(str(package), entry["name"], True, 1, index)
+            return _Stage(loader.run, entry, [bind(entry["inputs"], layer) for layer in layers])
 
-        self._programs = {
-            name: _Program(*(stage(stages[part]) for part in STAGES)) for name, stages in entry["stages"].items()
-        }
+        self._programs = {name: _Program(*(stage(parts[part]) for part in STAGES)) for name, parts in stages.items()}
 
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
         """One call of the compiled prefill."""

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..model import MegalodonCache
 from ..model.cache import copy_in_place
+from ..model.kernels import FEW
+from .programmatic import overlap_kernels
 
 
 class CapturedStep:
@@ -34,9 +36,12 @@ class CapturedStep:
         torch.cuda.current_stream(device).wait_stream(stream)
         for ring, old in zip(cache.rings(), overwritten, strict=True):
             ring[rows, :, slots] = old
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(self._graph):
             step()
+        if cache.batch <= FEW:  # larger tiles leave no room on a multiprocessor for the next kernel
+            overlap_kernels(self._graph)
+        self._graph.instantiate()
 
     def __call__(self) -> None:
         """Run the step once."""

@@ -1,8 +1,24 @@
 """The layer on a GPU: Triton kernels behind torch operators, which torch.export traces and AOTInductor compiles.
 
 The plain form in `model/` stays the reference, the form for training, and the one for every other device.
+`use_kernels` switches a model from one to the other.
 """
 
 from __future__ import annotations
 
+from torch import nn
+
 KERNEL_PREFIX = "megalodon_"  # of every kernel here: by it a captured graph tells those that wait from others
+FEW = 4  # rows of a batch up to which a decode step holds weights in registers and the rows take turns
+
+
+def use_kernels(model: nn.Module, enabled: bool = True) -> None:
+    """Run a model's inference on these kernels, or in its plain form again. They need a CUDA GPU and Triton.
+
+    float32 and bfloat16; passes without a cache, and training, keep the plain form. ImportError without Triton.
+    """
+    if enabled:
+        import triton  # noqa: F401 - fails here, with its own message, not in the middle of a pass
+    for module in model.modules():
+        if hasattr(module, "kernels"):
+            module.kernels = enabled

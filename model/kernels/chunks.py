@@ -85,7 +85,7 @@ def megalodon_scores(
     DZ_P: tl.constexpr,
     T: tl.constexpr,
     TILES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    IEEE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A tile of T queries and T keys -> weights (B, H, L, TILES T); peaks and totals (B, H, TILES, L) float32."""
@@ -104,7 +104,7 @@ def megalodon_scores(
         q = tl.load(q_ptr + (stream * L + query[:, None]) * DZ + d[None, :], mask=q_ok, other=0.0)
         rows, exists = key_rows(key, offset, L, ring_ptr + stream * (C * DZ), k_ptr + stream * L * DZ, DZ, DZ)
         k = tl.load(rows[None, :] + d[:, None], mask=exists[None, :] & (d < DZ)[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision=PRECISION)
+        scores = tl.dot(q, k, input_precision="ieee" if IEEE else "tf32")
         allowed = (key[None, :] <= u[:, None]) & (key[None, :] >= (u // C * C)[:, None])
         scores = tl.where(allowed, scores, float("-inf"))
         peak = tl.max(scores, 1)
@@ -136,7 +136,7 @@ def megalodon_weigh(
     T: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    IEEE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """softmax(scores) v times silu(r): T queries of a head, DV_BLOCK features; v, r, gated (B, L, H dv)."""
@@ -170,7 +170,7 @@ def megalodon_weigh(
         shrink = tl.exp(tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0) - peak)
         total += shrink * tl.load(totals_ptr + entry + tile * L, mask=row_ok, other=0.0)
         weights = (weights.to(tl.float32) * shrink[:, None]).to(v.dtype)
-        sums = tl.dot(weights, v, sums, input_precision=PRECISION)
+        sums = tl.dot(weights, v, sums, input_precision="ieee" if IEEE else "tf32")
     at = (b * L + query[:, None]) * (H * DV) + head * DV + feature[None, :]
     ok = row_ok[:, None] & feature_ok
     dtype = gated_ptr.dtype.element_ty

@@ -179,7 +179,6 @@ def megalodon_project(
     start(PDL)
     tile = tl.program_id(0)
     k = tl.arange(0, D_P)
-    Z_TILES: tl.constexpr = (Z + ROWS - 1) // ROWS
     E_TILES: tl.constexpr = (E + ROWS - 1) // ROWS
     D_TILES: tl.constexpr = (D + ROWS - 1) // ROWS
     if tile < E_TILES:
@@ -225,20 +224,6 @@ def rotated(lo, hi, gamma_ptr, beta_ptr, at, ok, cos, sin, HALF: tl.constexpr):
     a = lo * gamma_lo + tl.load(beta_ptr + at, mask=ok, other=0.0).to(tl.float32)
     c = hi * gamma_hi + tl.load(beta_ptr + at + HALF, mask=ok, other=0.0).to(tl.float32)
     return a * cos - c * sin, c * cos + a * sin
-
-
-@triton.jit
-def ring_block(
-    lows, values, block, last, seen, half_ok, feature_ok, HALF: tl.constexpr, DV: tl.constexpr, SLOTS: tl.constexpr
-):
-    """A block of SLOTS keys, in halves, and of values; zeros beyond `seen`, nothing from block `last` on."""
-    slots = block * SLOTS + tl.arange(0, SLOTS)
-    ok = ((slots < seen) & (block < last))[:, None]
-    keys = lows + slots[:, None] * (2 * HALF)
-    lo = tl.load(keys, mask=ok & half_ok[None, :], other=0.0)
-    hi = tl.load(keys + HALF, mask=ok & half_ok[None, :], other=0.0)
-    v = tl.load(values[None, :] + slots[:, None] * DV, mask=ok & feature_ok[None, :], other=0.0)
-    return lo, hi, v
 
 
 @triton.jit
@@ -314,21 +299,21 @@ def megalodon_attend(
     first = split * per_split
     last = tl.minimum(first + per_split, blocks)
     lows = keys + half[None, :]
-    # The next block is read while this one is summed: two are under way at any time.
-    lo, hi, v_tile = ring_block(lows, values, first, last, seen, half_ok, feature_ok, HALF, DV, SLOTS)
     for block in range(first, last):
-        next_lo, next_hi, next_v = ring_block(
-            lows, values, block + 1, last, seen, half_ok, feature_ok, HALF, DV, SLOTS
-        )
+        slots = block * SLOTS + slot
+        ok = slots < seen
+        key_ok = ok[:, None] & half_ok[None, :]
+        lo = tl.load(lows + slots[:, None] * (2 * HALF), mask=key_ok, other=0.0)
+        hi = tl.load(lows + slots[:, None] * (2 * HALF) + HALF, mask=key_ok, other=0.0)
+        v_tile = tl.load(values[None, :] + slots[:, None] * DV, mask=ok[:, None] & feature_ok[None, :], other=0.0)
         scores = tl.sum(lo.to(tl.float32) * q_lo[None, :] + hi.to(tl.float32) * q_hi[None, :], 1)
-        scores = tl.where(block * SLOTS + slot < seen, scores, float("-inf"))
+        scores = tl.where(ok, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 0))
         shrink = tl.exp(peak - new_peak)
         weights = tl.exp(scores - new_peak)
         total = total * shrink + tl.sum(weights, 0)
         sums = sums * shrink + weights[:, None] * v_tile.to(tl.float32)
         peak = new_peak
-        lo, hi, v_tile = next_lo, next_hi, next_v
     entry = stream * MAX_SPLITS + split
     tl.store(partial_ptr + entry * DV + feature, tl.sum(sums, 0), mask=feature_ok)
     if part == 0:

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 _CHANNELS = 32  # of the scan in one program: one warp, a thread a channel
 
 
-def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
 @triton_op("megalodon::timestep_norm", mutates_args={})
 def timestep_norm(
     x: Tensor,
@@ -139,9 +135,13 @@ def attend_chunks(
     peaks = z.new_empty(batch, heads, tiles, length, dtype=torch.float32)
     totals = torch.empty_like(peaks)
     query_tiles = (length + tile - 1) // tile
-    shape = {**per_head, "C": chunk, "T": tile, "TILES": tiles, "PRECISION": _precision(z)}
+    shape = {**per_head, "C": chunk, "T": tile, "TILES": tiles, "IEEE": z.dtype == torch.float32}
     kernel(chunks.megalodon_scores)[tiles, query_tiles, batch * heads](
-        *(q, k, key, position, weights, peaks, totals, length), DZ=dz, DZ_P=max(power_of_2(dz), 16), num_warps=4, **shape
+        *(q, k, key, position, weights, peaks, totals, length),
+        DZ=dz,
+        DZ_P=max(power_of_2(dz), 16),
+        num_warps=4,
+        **shape,
     )
     gated = torch.empty_like(r)
     dv_block = max(16, min(power_of_2(dv), 128 if z.dtype == torch.float32 else 256))
@@ -194,9 +194,7 @@ def layer_prefill(
     attn, ffn = block.attn, block.ffn
     c = attn.cema.constants()
     x_norm = normed(attn.timenorm, x, lengths, position, cache.norm_mean, cache.norm_var)
-    m = ema_scan(
-        *(x_norm, lengths, cache.ema_state, c["planes"], c["omega"], attn.rmsnorm.weight, attn.rmsnorm.eps)
-    )
+    m = ema_scan(*(x_norm, lengths, cache.ema_state, c["planes"], c["omega"], attn.rmsnorm.weight, attn.rmsnorm.eps))
     v = F.silu(attn.wv(x_norm))
     gated = attend_chunks(
         *(attn.wz(m), v, attn.wr(m), attn.gamma, attn.beta, lengths, position, *rotary),

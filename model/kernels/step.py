@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ..cache import LayerCache
-from . import decode, tiles
+from . import FEW, decode, tiles
 from .launch import kernel, power_of_2, programmatic
 
 if TYPE_CHECKING:
@@ -17,11 +17,8 @@ if TYPE_CHECKING:
     from ..blocks import MegalodonBlock
 
 _CHANNELS = 64  # of the EMA in one program: a few states a thread
-_MAX_SPLITS = 64  # of the ring's slots among programs
+_MAX_SPLITS = 32  # of the ring's slots among programs
 _PROGRAMS = 264  # that fill a GPU of 132 multiprocessors twice
-
-
-_FEW = 4  # rows of a batch up to which weights stay in registers and the rows take turns
 
 
 def in_turn(columns: int) -> dict[str, int]:
@@ -33,12 +30,12 @@ def in_tiles(rows: int, x: Tensor) -> dict[str, Any]:
     """Tiles of `tiles.py` for a weight with so many rows: enough of them to fill a GPU."""
     single = x.dtype == torch.float32
     shape = {"BATCH": 32, "ROWS": 16 if rows <= 4096 else 32, "COLUMNS": 64 if single else 128, "STAGES": 4}
-    return {**shape, "PRECISION": "ieee" if single else "tf32", "num_warps": 4}
+    return {**shape, "IEEE": single, "num_warps": 4}
 
 
 def few(batch: int) -> tuple[int, int]:
     """(1, 0) for a few rows, (0, 1) for more: factors of the grids, so that one of the two forms has nothing to do."""
-    many = torch.sym_min(1, (batch - 1) // _FEW)
+    many = torch.sym_min(1, (batch - 1) // FEW)
     return 1 - many, many
 
 
@@ -162,7 +159,7 @@ def attend(
         SLOTS=16,
         MAX_SPLITS=_MAX_SPLITS,
         PDL=pdl,
-        num_warps=8,
+        num_warps=4,
     )
     block = min(power_of_2(dv), 128)
     kernel(decode.megalodon_combine)[-(-dv // block), heads, batch](
@@ -197,13 +194,9 @@ def linear(
     sizes = {"ROWS_OF": rows, "K": columns, **{name: t is not None for name, t in given.items()}}
     sizes |= {"PDL": programmatic(x)}
     shape = in_turn(columns)
-    kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](
-        *tensors, **sizes, K_P=power_of_2(columns), **shape
-    )
+    kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](*tensors, **sizes, K_P=power_of_2(columns), **shape)
     shape = in_tiles(rows, x)
-    kernel(tiles.megalodon_linear_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](
-        *tensors, **sizes, **shape
-    )
+    kernel(tiles.megalodon_linear_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](*tensors, **sizes, **shape)
     return y
 
 

@@ -27,7 +27,7 @@ def tile_products(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    IEEE: tl.constexpr,
 ):
     """x (B, K) at rows b times a weight (ROWS_OF, K) at rows `row`: (BATCH, ROWS) float32."""
     sums = tl.zeros((BATCH, ROWS), tl.float32)
@@ -42,7 +42,7 @@ def tile_products(
             weight_ok = weight_ok & (k < K)[:, None]
         x = tl.load(x_rows + k[None, :], mask=x_ok, other=0.0)
         weight = tl.load(weight_rows + k[:, None], mask=weight_ok, other=0.0)
-        sums = tl.dot(x, weight, sums, input_precision=PRECISION)
+        sums = tl.dot(x, weight, sums, input_precision="ieee" if IEEE else "tf32")
     return sums
 
 
@@ -86,21 +86,20 @@ def megalodon_project_tiles(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    IEEE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """As `megalodon_project`."""
     start(PDL)
     tile = tl.program_id(0)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    Z_TILES: tl.constexpr = (Z + ROWS - 1) // ROWS
     E_TILES: tl.constexpr = (E + ROWS - 1) // ROWS
     D_TILES: tl.constexpr = (D + ROWS - 1) // ROWS
     b_ok = (b < B)[:, None]
     wait(PDL)
     if tile < E_TILES:
         row = tile * ROWS + tl.arange(0, ROWS)
-        v = tile_products(x_norm_ptr, wv_ptr, b, row, B, E, D, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+        v = tile_products(x_norm_ptr, wv_ptr, b, row, B, E, D, BATCH, ROWS, COLUMNS, STAGES, IEEE)
         v = silu(v + bias_rows(bv_ptr, row, E)[None, :])
         slot = tl.load(position_ptr + b, mask=b < B, other=0) % C
         DV: tl.constexpr = E // H
@@ -110,20 +109,20 @@ def megalodon_project_tiles(
     elif tile < 2 * E_TILES:
         row = (tile - E_TILES) * ROWS + tl.arange(0, ROWS)
         factor = row_factors(squares_ptr, b, B, eps, D, PARTS, PARTS_P)
-        r = tile_products(scaled_ptr, wr_ptr, b, row, B, E, D, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+        r = tile_products(scaled_ptr, wr_ptr, b, row, B, E, D, BATCH, ROWS, COLUMNS, STAGES, IEEE)
         r = silu(r * factor[:, None] + bias_rows(br_ptr, row, E)[None, :])
         at = b[:, None] * E + row[None, :]
         tl.store(r_ptr + at, r.to(r_ptr.dtype.element_ty), mask=b_ok & (row < E)[None, :])
     elif tile < 2 * E_TILES + D_TILES:
         row = (tile - 2 * E_TILES) * ROWS + tl.arange(0, ROWS)
         factor = row_factors(squares_ptr, b, B, eps, D, PARTS, PARTS_P)
-        h = tile_products(scaled_ptr, wh_ptr, b, row, B, D, D, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+        h = tile_products(scaled_ptr, wh_ptr, b, row, B, D, D, BATCH, ROWS, COLUMNS, STAGES, IEEE)
         h = h * factor[:, None] + bias_rows(bh_ptr, row, D)[None, :]
         tl.store(h_ptr + b[:, None] * D + row[None, :], h, mask=b_ok & (row < D)[None, :])
     else:
         row = (tile - 2 * E_TILES - D_TILES) * ROWS + tl.arange(0, ROWS)
         factor = row_factors(squares_ptr, b, B, eps, D, PARTS, PARTS_P)
-        z = tile_products(scaled_ptr, wz_ptr, b, row, B, Z, D, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+        z = tile_products(scaled_ptr, wz_ptr, b, row, B, Z, D, BATCH, ROWS, COLUMNS, STAGES, IEEE)
         z = z * factor[:, None] + bias_rows(bz_ptr, row, Z)[None, :]
         tl.store(z_ptr + b[:, None] * Z + row[None, :], z, mask=b_ok & (row < Z)[None, :])
 
@@ -148,7 +147,7 @@ def megalodon_linear_tiles(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    IEEE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """As `megalodon_linear`."""
@@ -157,7 +156,7 @@ def megalodon_linear_tiles(
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     ok = (b < B)[:, None] & (row < ROWS_OF)[None, :]
     wait(PDL)
-    y = tile_products(x_ptr, weight_ptr, b, row, B, ROWS_OF, K, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+    y = tile_products(x_ptr, weight_ptr, b, row, B, ROWS_OF, K, BATCH, ROWS, COLUMNS, STAGES, IEEE)
     if BIAS:
         y += bias_rows(bias_ptr, row, ROWS_OF)[None, :]
     if ALPHA:
@@ -208,7 +207,7 @@ def megalodon_feed_up_tiles(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    IEEE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """As `megalodon_feed_up`, from x (B, D) normalised already."""
@@ -216,12 +215,12 @@ def megalodon_feed_up_tiles(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     wait(PDL)
-    y = tile_products(x_ptr, w1_ptr, b, row, B, F, D, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+    y = tile_products(x_ptr, w1_ptr, b, row, B, F, D, BATCH, ROWS, COLUMNS, STAGES, IEEE)
     if BIAS:
         y += bias_rows(b1_ptr, row, F)[None, :]
     y = silu(y)
     if SWIGLU:
-        gate = tile_products(x_ptr, w3_ptr, b, row, B, F, D, BATCH, ROWS, COLUMNS, STAGES, PRECISION)
+        gate = tile_products(x_ptr, w3_ptr, b, row, B, F, D, BATCH, ROWS, COLUMNS, STAGES, IEEE)
         if BIAS:
             gate += bias_rows(b3_ptr, row, F)[None, :]
         y *= gate
