@@ -12,12 +12,14 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._higher_order_ops.triton_kernel_wrap as triton_kernel_wrap
 from transformers.utils import logging
 
 from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants, use_kernels
@@ -71,6 +73,25 @@ def _widen_inductor_caches() -> None:
             setattr(sizevars, name, functools.cache(original))
 
 
+@contextmanager
+def waits_are_understood() -> Iterator[None]:
+    """Inductor finds what a Triton kernel writes by reading its code, and gives up at the wait, which is assembly.
+
+    It would then copy every input of the kernel, weights included. The same kernel without the wait writes the same.
+    """
+    module = triton_kernel_wrap
+    original = module.identify_mutated_tensors
+
+    def without_wait(kernel: Any, kwargs: dict[str, Any], *others: Any) -> list[str]:
+        return original(kernel, {**kwargs, "PDL": False} if "PDL" in kwargs else kwargs, *others)
+
+    module.identify_mutated_tensors = without_wait
+    try:
+        yield
+    finally:
+        module.identify_mutated_tensors = original
+
+
 def one_layer_model(request: Request) -> MegalodonForCausalLM:
     """The checkpoint's first layer, embedding and head: all that a program's stages can depend on."""
     config = MegalodonConfig.from_pretrained(request.checkpoint)
@@ -100,7 +121,7 @@ def compile_program(request: Request, note: Callable[[str], None]) -> dict[str, 
 
 def compile_stage(stage: Stage, options: dict[str, Any]) -> dict[str, Any]:
     """Compile one stage: its entry in the manifest, and the `files` that AOTInductor made, without sources."""
-    with torch.no_grad(), sizes_of_one_are_not_special():
+    with torch.no_grad(), sizes_of_one_are_not_special(), waits_are_understood():
         files = torch._inductor.aot_compile(stage.graph, stage.examples, options=options)
     # Sources name paths of the build machine, and a loader that misses the library would try to compile them.
     paths = [str(file) for file in files]  # type: ignore[union-attr]

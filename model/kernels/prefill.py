@@ -1,4 +1,4 @@
-"""Operators of a prefill (`torch.ops.megalodon.*`) over the kernels of `scan.py` and `chunks.py`, and the layer of them.
+"""Operators of a prefill (`torch.ops.megalodon.*`) over the kernels of `scan.py` and `chunks.py`, and their layer.
 
 The matrix products stay torch's: a GPU's own library is at its best there.
 """

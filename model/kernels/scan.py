@@ -7,8 +7,8 @@
     scan      y from there, and the state after a row's last token
     rms       m = RMSNorm(y)
 
-The recurrence runs as it is written, h <- q h + p x, a thread a channel: 6 instructions a mode and token, no powers of q
-but q^S, which comes from magnitude and phase. Steps at or beyond a row's length change nothing and give zeros.
+The recurrence runs as it is written, h <- q h + p x, a thread a channel: 7 instructions a mode and token, no powers of
+q but q^S, which comes from magnitude and phase. Steps at or beyond a row's length change nothing and give zeros.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Operators of one decode step (`torch.ops.megalodon.*`) over the kernels of `decode.py`, and the layer made of them."""
+"""Operators of one decode step (`torch.ops.megalodon.*`) over `decode.py` and `tiles.py`, and the layer of them."""
 
 from __future__ import annotations
 
