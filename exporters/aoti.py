@@ -79,17 +79,19 @@ def waits_are_understood() -> Iterator[None]:
 
     It would then copy every input of the kernel, weights included. The same kernel without the wait writes the same.
     """
-    module = triton_kernel_wrap
-    original = module.identify_mutated_tensors
+    names = ("identify_mutated_tensors", "identify_accessed_tensors")  # in torch 2.11, and later
+    originals = {name: getattr(triton_kernel_wrap, name) for name in names if hasattr(triton_kernel_wrap, name)}
 
-    def without_wait(kernel: Any, kwargs: dict[str, Any], *others: Any) -> list[str]:
+    def without_wait(original: Any, kernel: Any, kwargs: dict[str, Any], *others: Any) -> Any:
         return original(kernel, {**kwargs, "PDL": False} if "PDL" in kwargs else kwargs, *others)
 
-    module.identify_mutated_tensors = without_wait
+    for name, original in originals.items():
+        setattr(triton_kernel_wrap, name, functools.partial(without_wait, original))
     try:
         yield
     finally:
-        module.identify_mutated_tensors = original
+        for name, original in originals.items():
+            setattr(triton_kernel_wrap, name, original)
 
 
 def one_layer_model(request: Request) -> MegalodonForCausalLM:
@@ -123,15 +125,25 @@ def compile_stage(stage: Stage, options: dict[str, Any]) -> dict[str, Any]:
     """Compile one stage: its entry in the manifest, and the `files` that AOTInductor made, without sources."""
     with torch.no_grad(), sizes_of_one_are_not_special(), waits_are_understood():
         files = torch._inductor.aot_compile(stage.graph, stage.examples, options=options)
-    # Sources name paths of the build machine, and a loader that misses the library would try to compile them.
     paths = [str(file) for file in files]  # type: ignore[union-attr]
     return {
         "name": stage.name,
         "library": f"{stage.name}.so",
         "inputs": [{k: v for k, v in asdict(i).items() if v is not None} for i in stage.inputs],
         "outputs": list(stage.outputs),
-        "files": [path for path in paths if not path.endswith((".cpp", ".h", ".hpp"))],
+        "files": [path for path in paths if not path.endswith((".cpp", ".h", ".hpp"))] + _stand_ins(paths),
     }
+
+
+def _stand_ins(paths: list[str]) -> list[str]:
+    """Empty files in the place of the sources, which name paths of the build machine.
+
+    torch 2.11 finds a program's metadata by the name of its source, although it has the library and compiles nothing.
+    """
+    sources = [Path(path.removesuffix("_metadata.json") + ".cpp") for path in paths if path.endswith("_metadata.json")]
+    for source in sources:
+        source.write_text("// compiled: the library is beside this file\n")
+    return [str(source) for source in sources]
 
 
 def build(

@@ -136,7 +136,7 @@ def compare(candidate: Runtime, reference: Runtime, case: Case) -> tuple[float, 
         compared += pair[0].shape[0]
     cache_difference = max(
         _difference(a, b, max(float(b.abs().max()), 1e-6))
-        for a, b in zip(_visible(caches[0]), _visible(caches[1]), strict=True)
+        for a, b in zip(visible(caches[0]), visible(caches[1]), strict=True)
     )
     return worst, cache_difference, equal / compared
 
@@ -150,7 +150,7 @@ def last_logits(runtime: Runtime, token_ids: Tensor, lengths: Tensor, cache: Meg
     return logits[rows, (lengths.to(logits.device) - 1).clamp(min=0)]
 
 
-def _visible(cache: MegalodonCache) -> Iterator[Tensor]:
+def visible(cache: MegalodonCache) -> Iterator[Tensor]:
     """The cache as a stream can see it: slots of the rings that hold no token of the chunk are zeroed."""
     chunk = cache.layers[0].key.shape[2]
     valid = torch.arange(chunk, device=cache.position.device) < (cache.position % chunk)[:, None]

@@ -80,7 +80,7 @@ def ema_scan(
     m = torch.empty_like(x)
     pdl = programmatic(x)
     grid = (-(-dim // _CHANNELS), segments, batch)
-    sizes: dict[str, Any] = {"D": dim, "N": ndim, "N_P": power_of_2(ndim), "CHANNELS": _CHANNELS, "UNROLL": 8}
+    sizes: dict[str, Any] = {"D": dim, "N": ndim, "N_P": power_of_2(ndim), "CHANNELS": _CHANNELS, "UNROLL": 4}
     sizes |= {"S": SEGMENT, "PDL": pdl, "num_warps": 1}
     kernel(scan.megalodon_local)[grid](x, lengths, planes, states, length, **sizes)
     kernel(scan.megalodon_carry)[-(-dim * ndim // 128), batch](

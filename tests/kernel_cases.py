@@ -1,0 +1,69 @@
+"""Run under Triton's interpreter, in a process of its own: the kernels of a layer against its plain form, in float32.
+
+    TRITON_INTERPRET=1 python kernel_cases.py CASE
+
+Each case is a variant of the small model and a batch; rows are ragged, calls cross chunks, empty rows stay as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import triton_interpreter  # noqa: F401 - before the kernels
+import torch
+from small_models import VARIANTS, make_model, random_tokens
+
+from megalodon_export.model import MegalodonCache, freeze_constants, use_kernels
+from megalodon_export.model.kernels import step
+from megalodon_export.verify import visible
+
+# name -> variant, rows, lengths of prefill calls, decode steps. Five rows take the tiles, three take turns.
+CASES = {
+    "plain": ("plain", 3, (7, 0, 12), 3),
+    "all flags": ("all flags", 3, (9,), 2),
+    "no affine": ("no affine", 2, (6,), 2),
+    "megalodon-hf": ("megalodon-hf", 2, (6, 3), 2),
+    "one head": ("one head", 2, (6,), 2),
+    "chunk 1": ("chunk 1", 2, (3,), 2),
+    "segments": ("chunk 16", 1, (70, 1), 1),
+    "tiles": ("all flags", 5, (3,), 2),
+}
+BOUND = 2e-5
+
+
+def run(name: str) -> float:
+    """Largest difference of logits and visible cache between both forms."""
+    variant, batch, calls, steps = CASES[name]
+    step._PROGRAMS = 8  # a GPU's worth of programs takes minutes here
+    plain, fast = (make_model(torch.float32, **VARIANTS[variant]) for _ in range(2))
+    for model in (plain, fast):
+        freeze_constants(model)
+    use_kernels(fast)
+    caches = [plain.new_cache(batch), fast.new_cache(batch)]
+    worst = 0.0
+    with torch.no_grad():
+        for index, length in enumerate(calls):
+            ids = random_tokens(batch, max(length, 1), seed=index)
+            lengths = torch.tensor([length, length // 2, 0, length, 1][:batch]).clamp(max=length)
+            pair = [m.prefill(ids, lengths, c) for m, c in zip((plain, fast), caches, strict=True)]
+            worst = max(worst, difference(pair[0][lengths > 0], pair[1][lengths > 0]))
+        for index in range(steps):
+            ids = random_tokens(batch, seed=100 + index)
+            pair = [m.decode(ids, c) for m, c in zip((plain, fast), caches, strict=True)]
+            worst = max(worst, difference(*pair))
+    return max(worst, cache_difference(*caches))
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest |a - b|; infinite if there is no number."""
+    largest = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+    return largest if largest == largest else float("inf")
+
+
+def cache_difference(a: MegalodonCache, b: MegalodonCache) -> float:
+    """Largest difference in what a stream can see of its cache."""
+    return max(difference(x, y) for x, y in zip(visible(a), visible(b), strict=True))
+
+
+if __name__ == "__main__":
+    print(run(sys.argv[1]))

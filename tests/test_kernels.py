@@ -1,0 +1,81 @@
+"""The Triton kernels against the plain form: under Triton's interpreter on a CPU, compiled on a GPU (`-m cuda`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import VARIANTS, make_model, random_tokens
+
+from megalodon_export.model import MegalodonForCausalLM, freeze_constants, use_kernels
+from megalodon_export.verify import visible
+
+HERE = Path(__file__).parent
+CASES = ("plain", "all flags", "no affine", "megalodon-hf", "one head", "chunk 1", "segments", "tiles")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted_kernels_equal_the_plain_form(case: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "kernel_cases.py"), case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout.split()[-1]) < 2e-5
+
+
+def pair(dtype: torch.dtype, **sizes: object) -> tuple[MegalodonForCausalLM, MegalodonForCausalLM]:
+    """The same model twice on the GPU, the second on the kernels."""
+    models = []
+    for _ in range(2):
+        model = make_model(dtype, **sizes).cuda()
+        for layer in model.model.layers:
+            layer.attn.cema.float()
+        freeze_constants(model)
+        models.append(model)
+    use_kernels(models[1])
+    return models[0], models[1]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("batch", [1, 3, 5, 17])
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_compiled_kernels_equal_the_plain_form(name: str, batch: int) -> None:
+    plain, fast = pair(torch.float32, **VARIANTS[name])
+    caches = [plain.new_cache(batch), fast.new_cache(batch)]
+    for index, length in enumerate((7, 3, 70, 1)):
+        ids = random_tokens(batch, length, seed=index).cuda()
+        lengths = torch.randint(1, length + 1, (batch,), generator=torch.Generator().manual_seed(index)).cuda()
+        a, b = (m.prefill(ids, lengths, c) for m, c in zip((plain, fast), caches, strict=True))
+        assert (a - b).abs().max() < 1e-4
+    for index in range(8):
+        ids = random_tokens(batch, seed=index).cuda()
+        a, b = (m.decode(ids, c) for m, c in zip((plain, fast), caches, strict=True))
+        assert (a - b).abs().max() < 1e-4
+    for x, y in zip(*(visible(c) for c in caches), strict=True):
+        assert (x - y).abs().max() <= 1e-4 * max(1.0, float(x.abs().max()))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [3, 9])
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_company_and_runs_are_equal(dtype: torch.dtype, batch: int) -> None:
+    _, model = pair(dtype, chunk_size=64)
+    ids = random_tokens(batch, 90).cuda()
+    other = random_tokens(batch, 90, seed=1).cuda()
+    other[0] = ids[0]
+    lengths = torch.full((batch,), 90, device="cuda")
+    found = []
+    for tokens in (ids, ids, other):
+        cache = model.new_cache(batch)
+        model.prefill(tokens, lengths, cache)
+        found.append(torch.stack([model.decode(tokens[:, i], cache) for i in range(5)]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0][:, 0], found[2][:, 0])
