@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
-import triton_interpreter  # noqa: F401 - before the kernels
 import torch
+import triton_interpreter  # noqa: F401 - before the kernels
 from small_models import VARIANTS, make_model, random_tokens
 
 from megalodon_export.model import MegalodonCache, freeze_constants, use_kernels

@@ -16,7 +16,7 @@ from megalodon_export import Session, Snapshot
 from megalodon_export.decode_loop import padded_batch
 from megalodon_export.model import MegalodonCache
 from megalodon_export.session import SessionError
-from megalodon_export.verify import visible
+from megalodon_export.verify import visible as visible_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -350,7 +350,7 @@ def short_chunks(short_chunk_bundle: Path) -> Session:
 
 def visible(session: Session) -> list[Tensor]:
     """All that the stream's future depends on."""
-    return [t.clone() for t in visible(session.cache)]
+    return [t.clone() for t in visible_cache(session.cache)]
 
 
 @pytest.mark.parametrize("lookahead", [1, 3, 9, 20])
