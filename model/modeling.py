@@ -182,7 +182,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 lengths = torch.full_like(input_ids[:, 0], input_ids.shape[1])
             hidden = self.prefill(input_ids, lengths, cache)
         # transformers types the field as its own Cache, which holds keys and values alone
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)  # type: ignore[arg-type,call-arg,unused-ignore]
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         x = self.embed(token_ids)
@@ -249,7 +249,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+        past = out.past_key_values
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)  # type: ignore[call-arg,unused-ignore]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: hidden states (..., D) -> float32 logits (..., V) (float64 of a float64 model)."""
