@@ -46,12 +46,16 @@ def open_engine(name: str, subject: Subject) -> Runtime:
     """A runtime by name; ValueError for one that the subject cannot have."""
     if name == "compile":
         return CompiledRuntime(loaded_model(subject))
+    if name == "kernels":
+        model = loaded_model(subject)
+        use_kernels(model)
+        return ModelRuntime(model)
     if name == "aoti" and subject.folder is None:
         return compile_from_config(subject)
     if name == "eager" and subject.folder is None:
         return ModelRuntime(random_model(subject))
     if name not in RUNTIMES or subject.folder is None:
-        raise ValueError(f"no runtime {name!r} to measure; there are {', '.join([*RUNTIMES, 'compile'])}")
+        raise ValueError(f"no runtime {name!r} to measure; there are {', '.join([*RUNTIMES, 'compile', 'kernels'])}")
     return open_runtime(name, subject.folder, bundle.read(subject.folder, check="sizes"), subject.device)
 
 

@@ -36,7 +36,7 @@ from megalodon_export.floors import decode_bytes, prefill_flops, visible_tokens
 from megalodon_export.model import PRESETS, MegalodonConfig, preset
 from megalodon_export.runtimes import Runtime
 
-IN_MEMORY = ("eager", "compile")
+IN_MEMORY = ("eager", "compile", "kernels")
 
 
 def arguments() -> argparse.Namespace:
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--preset", default="200M", choices=tuple(PRESETS))
     parser.add_argument("--layers", type=int, help="another number of layers than the preset's")
     parser.add_argument("--bundle", type=Path, help="measure this bundle, not a preset; made there if it is missing")
-    parser.add_argument("--runtime", nargs="+", default=["eager", "aoti"], help="eager, compile, aoti")
+    parser.add_argument("--runtime", nargs="+", default=["eager", "aoti"], help="eager, compile, kernels, aoti")
     parser.add_argument("--from-config", action="store_true", help="aoti: bind weights on the device, write no bundle")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128, 2048])
