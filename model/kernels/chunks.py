@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import rotated
 from .launch import silu, start, wait
+from .ring import rotated
 
 
 @triton.jit

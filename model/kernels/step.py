@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ..cache import LayerCache
-from . import FEW, decode, tiles
+from . import FEW, decode, ring, tiles
 from .launch import kernel, power_of_2, programmatic
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def attend(
     statistics = z.new_empty(batch, heads, _MAX_SPLITS, 2)
     gated = torch.empty_like(r)
     pdl = programmatic(z)
-    kernel(decode.megalodon_attend)[dv_blocks * splits, heads, batch](
+    kernel(ring.megalodon_attend)[dv_blocks * splits, heads, batch](
         *(z, gamma, beta, position, cos, sin, key, value, partial, statistics, splits, eps),
         H=heads,
         C=chunk,
@@ -162,7 +162,7 @@ def attend(
         num_warps=4,
     )
     block = min(power_of_2(dv), 128)
-    kernel(decode.megalodon_combine)[-(-dv // block), heads, batch](
+    kernel(ring.megalodon_combine)[-(-dv // block), heads, batch](
         *(partial, statistics, r, gated, splits),
         H=heads,
         DV=dv,
