@@ -28,7 +28,6 @@ CASES = {
     "segments": ("chunk 16", 1, (70, 1), 1),
     "tiles": ("all flags", 5, (3,), 2),
 }
-BOUND = 2e-5
 
 
 def run(name: str) -> float:
