@@ -17,7 +17,6 @@ from megalodon_export.checkpoints import DTYPES
 from megalodon_export.export import export_aoti
 from megalodon_export.exporters import aoti, programs
 from megalodon_export.exporters.programs import Limits
-from megalodon_export.exporters.stages import LAYER_INDEX, export_stages
 from megalodon_export.model import (
     MegalodonCache,
     MegalodonConfig,
@@ -29,6 +28,7 @@ from megalodon_export.model.ema import ComplexEMA
 from megalodon_export.runtimes import RUNTIMES, Runtime, open_runtime
 from megalodon_export.runtimes.aoti import AotiRuntime
 from megalodon_export.runtimes.eager import ModelRuntime
+from megalodon_export.weights import numbered
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,11 @@ class BoundPrograms(AotiRuntime):
 
     def __init__(self, model: MegalodonForCausalLM, limits: Limits, stages: dict[str, Any], package: Path) -> None:
         Runtime.__init__(self, model.config, model.dtype_of_weights, model.device, limits, False)
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        if model.config.share_emb:
-            tensors["lm_head.weight"] = tensors["model.embed.weight"]
+        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
         def bind(inputs: list[dict[str, Any]], layer: int) -> dict[str, Tensor]:
             names = [one["name"] for one in inputs if one["kind"] == "weight"]
-            return {name: tensors[name.replace(LAYER_INDEX, str(layer))] for name in names}
+            return {name: tensors[numbered(name, layer)] for name in names}
 
         self._load(package, stages, bind)
 
@@ -146,18 +144,13 @@ def compile_from_config(subject: Subject) -> Runtime:
     """
     one = random_model(replace(subject, config=MegalodonConfig(**{**subject.config.to_diff_dict(), "num_layers": 1})))
     freeze_constants(one)
-    if one.device.type == "cuda":
-        use_kernels(one)
     limits = Limits.of(subject.config, subject.max_batch)
     with tempfile.TemporaryDirectory() as scratch:
         compiled, files = {}, {}
         for name in (programs.PREFILL, programs.DECODE):
             folder = str(Path(scratch, name))
             request = aoti.Request("", name, subject.device, subject.dtype, limits, False, False, folder)
-            compiled[name] = {
-                part: aoti.compile_stage(stage, aoti.inductor_options(request, stage.name))
-                for part, stage in export_stages(one, name, limits).items()
-            }
+            compiled[name] = aoti.compile_stages(one, request)
             files |= {stage["name"]: stage.pop("files") for stage in compiled[name].values()}
         package = Path(scratch, "model.pt2")
         package_pt2(str(package), aoti_files=files)

@@ -13,6 +13,7 @@ import torch
 from engines import Subject
 
 from megalodon_export.bench import WARM_UP, Ceilings, median_seconds
+from megalodon_export.checkpoints import DTYPES
 from megalodon_export.floors import decode_bytes, prefill_flops, visible_tokens
 
 NAME = "megalodon-hf"
@@ -30,7 +31,7 @@ def open_peer(path: Path, subject: Subject) -> torch.nn.Module:
     torch.manual_seed(0)
     with torch.device(subject.device):
         model = package.MegalodonForCausalLM(package.MegalodonConfig(**fields))
-    return model.to(getattr(torch, subject.dtype)).eval().requires_grad_(False)
+    return model.to(DTYPES[subject.dtype]).eval().requires_grad_(False)
 
 
 def time_peer(
@@ -40,7 +41,7 @@ def time_peer(
 
     The floors are those of the task, though its prefill computes the logits of every token.
     """
-    config, device, dtype = subject.config, torch.device(subject.device), getattr(torch, subject.dtype)
+    config, device, dtype = subject.config, torch.device(subject.device), DTYPES[subject.dtype]
 
     @torch.no_grad()
     def run(ids: torch.Tensor, **options: Any) -> Any:

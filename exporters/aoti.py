@@ -103,15 +103,25 @@ def one_layer_model(request: Request) -> MegalodonForCausalLM:
     model = MegalodonForCausalLM.from_pretrained(request.checkpoint, config=config, dtype=dtype)
     model = model.eval().requires_grad_(False).to(request.device)
     freeze_constants(model)
-    if model.device.type == "cuda":
-        use_kernels(model)
     return model
 
 
 def compile_program(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
-    """Export and compile the stages of one program in this process; for each, its boundary and AOTInductor's files."""
+    """Compile the stages of one program of a checkpoint in this process; see `compile_stages`."""
+    return compile_stages(one_layer_model(request), request, note)
+
+
+def compile_stages(
+    model: MegalodonForCausalLM, request: Request, note: Callable[[str], None] = lambda message: None
+) -> dict[str, Any]:
+    """Export and compile the stages of one program of a frozen model of one layer, on the kernels where it is on a GPU.
+
+    For each stage, its boundary and AOTInductor's files.
+    """
+    if model.device.type == "cuda":
+        use_kernels(model)
     started = time.monotonic()
-    stages = export_stages(one_layer_model(request), request.program, request.limits, request.all_logits)
+    stages = export_stages(model, request.program, request.limits, request.all_logits)
     nodes = sum(len(stage.graph.graph.nodes) for stage in stages.values())
     note(f"exported in {time.monotonic() - started:.1f} s, {nodes} nodes; compiling")
     _widen_inductor_caches()

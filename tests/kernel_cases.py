@@ -10,11 +10,9 @@ from __future__ import annotations
 import sys
 
 import torch
-import triton_interpreter  # noqa: F401 - before the kernels
 from small_models import VARIANTS, make_model, random_tokens
 
 from megalodon_export.model import MegalodonCache, freeze_constants, use_kernels
-from megalodon_export.model.kernels import step
 from megalodon_export.verify import visible
 
 # name -> variant, rows, lengths of prefill calls, decode steps. Five rows take the tiles, three take turns.
@@ -33,6 +31,10 @@ CASES = {
 def run(name: str) -> float:
     """Largest difference of logits and visible cache between both forms."""
     variant, batch, calls, steps = CASES[name]
+    import triton_interpreter  # noqa: F401 - before the kernels, which the test that names the cases does not need
+
+    from megalodon_export.model.kernels import step
+
     step._PROGRAMS = 8  # a GPU's worth of programs takes minutes here
     plain, fast = (make_model(torch.float32, **VARIANTS[variant]) for _ in range(2))
     for model in (plain, fast):

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import CASES
 from small_models import VARIANTS, make_model, random_tokens
 
 from megalodon_export.model import MegalodonForCausalLM, freeze_constants, use_kernels
 from megalodon_export.verify import BOUNDS, visible
 
 HERE = Path(__file__).parent
-CASES = ("plain", "all flags", "no affine", "megalodon-hf", "one head", "chunk 1", "segments", "tiles")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")

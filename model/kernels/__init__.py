@@ -6,6 +6,7 @@ The plain form in `model/` stays the reference, the form for training, and the o
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 KERNEL_PREFIX = "megalodon_"  # of every kernel here: by it a captured graph tells those that wait from others
@@ -15,9 +16,13 @@ FEW = 4  # rows of a batch up to which a decode step holds weights in registers 
 def use_kernels(model: nn.Module, enabled: bool = True) -> None:
     """Run a model's inference on these kernels, or in its plain form again. They need a CUDA GPU and Triton.
 
-    float32 and bfloat16; passes without a cache, and training, keep the plain form. ImportError without Triton.
+    Passes without a cache, and training, keep the plain form. ImportError without Triton, TypeError for a model that is
+    not in float32 or bfloat16.
     """
     if enabled:
+        wrong = {p.dtype for p in model.parameters()} - {torch.float32, torch.bfloat16}
+        if wrong:
+            raise TypeError(f"the kernels compute in float32 and bfloat16, not in {wrong.pop()}; use the plain form")
         import triton  # noqa: F401 - fails here, with its own message, not in the middle of a pass
     for module in model.modules():
         if hasattr(module, "kernels"):

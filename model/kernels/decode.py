@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .launch import silu, start, wait
+from .norms import layer_norm
 
 
 @triton.jit
@@ -256,19 +257,6 @@ def megalodon_linear(
 
 
 @triton.jit
-def layer_norm(x_ptr, k, eps, weight_ptr, bias_ptr, K: tl.constexpr, AFFINE: tl.constexpr):
-    """LayerNorm of one row x (K) float32, scale weight + 1."""
-    ok = k < K
-    x = tl.load(x_ptr + k, mask=ok, other=0.0)
-    centred = tl.where(ok, x - tl.sum(x, 0) / K, 0.0)
-    y = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / K + eps))
-    if AFFINE:
-        y = y * (tl.load(weight_ptr + k, mask=ok, other=0.0).to(tl.float32) + 1.0)
-        y += tl.load(bias_ptr + k, mask=ok, other=0.0).to(tl.float32)
-    return y
-
-
-@triton.jit
 def megalodon_feed_up(
     h_ptr,
     norm_weight_ptr,
@@ -299,7 +287,8 @@ def megalodon_feed_up(
         w3 = weight_rows(w3_ptr, row, k, F, D)
     wait(PDL)
     for b in range(B):
-        x = layer_norm(h_ptr + b * D, k, eps, norm_weight_ptr, norm_bias_ptr, D, AFFINE).to(dtype).to(tl.float32)
+        x = tl.load(h_ptr + b * D + k, mask=k < D, other=0.0)
+        x = layer_norm(x, k, eps, norm_weight_ptr, norm_bias_ptr, D, AFFINE).to(dtype).to(tl.float32)
         y = tl.sum(w1.to(tl.float32) * x[None, :], 1)
         if BIAS:
             y += bias_rows(b1_ptr, row, F)

@@ -1,8 +1,8 @@
 """How the Triton kernels are launched: traceable by torch.export, and on a CPU under Triton's interpreter.
 
 Every kernel of this folder begins with `start` and touches nothing that an earlier kernel of the stream wrote before
-`wait`. Where kernels are linked by programmatic edges (`runtimes/cuda_graph.py`), that lets one load its weights while
-the one before it still runs; everywhere else both are free.
+`wait`. Where kernels are linked by programmatic edges (`runtimes/programmatic.py` of the package), that lets one load
+its weights while the one before it still runs; everywhere else both are free.
 """
 
 from __future__ import annotations
@@ -51,3 +51,11 @@ def programmatic(x: Tensor) -> bool:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n: tiles have such sizes, the rest is masked."""
     return triton.next_power_of_2(n)
+
+
+def group_sizes(dim: int, groups: int) -> dict[str, int]:
+    """Sizes of a kernel that takes whole groups of a TimestepNorm: some 64 channels a program."""
+    group = dim // groups
+    padded = power_of_2(group)
+    per_program = min(max(64 // padded, 1), power_of_2(groups))
+    return {"G": groups, "GROUP": group, "GROUP_P": padded, "GROUPS": per_program}

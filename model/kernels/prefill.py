@@ -1,4 +1,4 @@
-"""Operators of a prefill (`torch.ops.megalodon.*`) over the kernels of `scan.py` and `chunks.py`, and their layer.
+"""Operators of a prefill (`torch.ops.megalodon.*`) over `scan.py`, `chunks.py` and `norms.py`, and their layer.
 
 The matrix products stay torch's: a GPU's own library is at its best there.
 """
@@ -14,8 +14,8 @@ from torch.library import triton_op
 
 from ..cache import LayerCache
 from ..plan import SEGMENT
-from . import chunks, scan
-from .launch import kernel, power_of_2, programmatic
+from . import chunks, norms, scan
+from .launch import group_sizes, kernel, power_of_2, programmatic
 
 if TYPE_CHECKING:
     from ..attention import Rotary
@@ -40,17 +40,14 @@ def timestep_norm(
     """TimestepNorm of x (B, L, D) from statistics (B, G): x_norm, zeros where not valid, and the new statistics."""
     batch, length, dim = x.shape
     groups = mean.shape[1]
-    group = dim // groups
-    group_p = power_of_2(group)
-    per_program = min(max(64 // group_p, 1), power_of_2(groups))
+    group = group_sizes(dim, groups)
     segments = (length + SEGMENT - 1) // SEGMENT
     mu = x.new_empty(batch, length, groups, dtype=torch.float32)
     within = torch.empty_like(mu)
     sums = x.new_empty(batch, segments, 2, groups, dtype=torch.float64)
     y, new_mean, new_var = torch.empty_like(x), mean.clone(), var.clone()
-    grid = (segments, -(-groups // per_program), batch)
-    sizes: dict[str, Any] = {"G": groups, "GROUP": group, "GROUP_P": group_p, "GROUPS": per_program}
-    sizes |= {"HF": hf_statistics, "S": SEGMENT, "PDL": programmatic(x), "num_warps": 4}
+    grid = (segments, -(-groups // group["GROUPS"]), batch)
+    sizes: dict[str, Any] = {**group, "HF": hf_statistics, "S": SEGMENT, "PDL": programmatic(x), "num_warps": 4}
     kernel(scan.megalodon_moments)[grid](x, lengths, mu, within, sums, length, **sizes)
     kernel(scan.megalodon_norm)[grid](
         *(x, lengths, position, mean, var, new_mean, new_var, mu, within, sums, weight, bias, y, length, eps), **sizes
@@ -87,7 +84,7 @@ def ema_scan(
         *(states, state, lengths, planes, segments), D=dim, N=ndim, BLOCK=128, S=SEGMENT, PDL=pdl, num_warps=4
     )
     kernel(scan.megalodon_scan)[grid](x, lengths, planes, omega, states, y, state, length, **sizes)
-    kernel(scan.megalodon_rms)[length, batch](
+    kernel(norms.megalodon_rms)[length, batch](
         *(y, lengths, y if scale is None else scale, m, length, eps),
         D=dim,
         D_P=power_of_2(dim),
@@ -166,10 +163,11 @@ def sum_norm(
     """LayerNorm(first + second + third) of (B, L, D), scale weight + 1, in the dtype of `first`."""
     batch, length, dim = first.shape
     y = torch.empty_like(first)
-    kernel(scan.megalodon_sum_norm)[(batch * length,)](
+    kernel(norms.megalodon_layer_norm)[(batch * length,)](
         *(first, second, third, *(first if t is None else t for t in (weight, bias)), y, eps),
         D=dim,
         D_P=power_of_2(dim),
+        SUM=True,
         AFFINE=weight is not None,
         PDL=programmatic(first),
         num_warps=4,

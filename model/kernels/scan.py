@@ -5,7 +5,6 @@
     local     what each segment adds to the EMA's state, from nothing
     carry     the state at the start of every segment, one after the other, by q^S
     scan      y from there, and the state after a row's last token
-    rms       m = RMSNorm(y)
 
 The recurrence runs as it is written, h <- q h + p x, a thread a channel: 7 instructions a mode and token, no powers of
 q but q^S, which comes from magnitude and phase. Steps at or beyond a row's length change nothing and give zeros.
@@ -193,6 +192,7 @@ def megalodon_local(
     start(PDL)
     segment = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
+    wait(PDL)
     length = tl.load(lengths_ptr + b)
     channel = channels_of(tl.program_id(0), length, CHANNELS)
     ok = channel < D
@@ -202,7 +202,6 @@ def megalodon_local(
     q_im = modes(planes_ptr + 2 * PLANE, channel, ok, D, N, N_P)
     re = tl.zeros((N_P, CHANNELS), tl.float32)
     im = tl.zeros((N_P, CHANNELS), tl.float32)
-    wait(PDL)
     if (segment + 1) * S <= length:
         rows = x_ptr + (b * L + segment * S) * D + channel
         for step in range(0, S, UNROLL):
@@ -291,6 +290,7 @@ def megalodon_scan(
     start(PDL)
     segment = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
+    wait(PDL)
     length = tl.load(lengths_ptr + b)
     channel = channels_of(tl.program_id(0), length, CHANNELS)
     ok = channel < D
@@ -301,7 +301,6 @@ def megalodon_scan(
     g_re = modes(planes_ptr + 3 * PLANE, channel, ok, D, N, N_P)
     g_im = modes(planes_ptr + 4 * PLANE, channel, ok, D, N, N_P)
     omega = tl.load(omega_ptr + channel, mask=ok, other=0.0)
-    wait(PDL)
     steps = tl.minimum(length - segment * S, S).to(tl.int32)
     if steps > 0:
         states = states_ptr + (b * tl.num_programs(1) + segment) * (2 * PLANE)
@@ -325,64 +324,3 @@ def megalodon_scan(
             pair_ok = (mode < N)[:, None] & ok[None, :]
             tl.store(pair, re, mask=pair_ok)
             tl.store(pair + 1, im, mask=pair_ok)
-
-
-@triton.jit
-def megalodon_rms(
-    y_ptr,
-    lengths_ptr,
-    weight_ptr,
-    m_ptr,
-    L,
-    eps,
-    D: tl.constexpr,
-    D_P: tl.constexpr,
-    AFFINE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """m (B, L, D) = RMSNorm of y (B, L, D) float32, zeros where not valid."""
-    start(PDL)
-    token = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    k = tl.arange(0, D_P)
-    ok = k < D
-    scale = tl.full((D_P,), 1.0, tl.float32)
-    if AFFINE:
-        scale += tl.load(weight_ptr + k, mask=ok, other=0.0).to(tl.float32)
-    wait(PDL)
-    valid = token < tl.load(lengths_ptr + b)
-    at = (b * L + token) * D + k
-    y = tl.load(y_ptr + at, mask=ok & valid, other=0.0)
-    m = y * (1.0 / tl.sqrt(tl.sum(y * y, 0) / D + eps)) * scale
-    tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def megalodon_sum_norm(
-    first_ptr,
-    second_ptr,
-    third_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    eps,
-    D: tl.constexpr,
-    D_P: tl.constexpr,
-    AFFINE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """y (rows, D) = LayerNorm(first + second + third), each (rows, D), one row a program."""
-    start(PDL)
-    k = tl.arange(0, D_P)
-    ok = k < D
-    at = tl.program_id(0).to(tl.int64) * D + k
-    wait(PDL)
-    x = tl.load(first_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    x += tl.load(second_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    x += tl.load(third_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    centred = tl.where(ok, x - tl.sum(x, 0) / D, 0.0)
-    y = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps))
-    if AFFINE:
-        y = y * (tl.load(weight_ptr + k, mask=ok, other=0.0).to(tl.float32) + 1.0)
-        y += tl.load(bias_ptr + k, mask=ok, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)

@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ..cache import LayerCache
-from . import FEW, decode, ring, tiles
-from .launch import kernel, power_of_2, programmatic
+from . import FEW, decode, norms, ring, tiles
+from .launch import group_sizes, kernel, power_of_2, programmatic
 
 if TYPE_CHECKING:
     from ..attention import Rotary
     from ..blocks import MegalodonBlock
 
-_CHANNELS = 64  # of the EMA in one program: a few states a thread
 _MAX_SPLITS = 32  # of the ring's slots among programs
 _PROGRAMS = 264  # that fill a GPU of 132 multiprocessors twice
 
@@ -62,19 +61,14 @@ def ema_step(
     """
     batch, dim = x.shape
     groups, ndim = norm_mean.shape[1], p.shape[1]
-    group = dim // groups
-    group_p = power_of_2(group)
-    per_program = min(max(_CHANNELS // group_p, 1), power_of_2(groups))
-    parts = -(-groups // per_program)
+    group = group_sizes(dim, groups)
+    parts = -(-groups // group["GROUPS"])
     x_norm, scaled = torch.empty_like(x), torch.empty_like(x)
     squares = x.new_empty(batch, parts, dtype=torch.float32)
     kernel(decode.megalodon_ema_step)[batch, parts](
         *(x, position, norm_mean, norm_var, ema_state, weight, bias, p, q, gamma, omega),
         *(weight if scale is None else scale, x_norm, scaled, squares, eps),
-        G=groups,
-        GROUP=group,
-        GROUP_P=group_p,
-        GROUPS=per_program,
+        **group,
         N=ndim,
         N_P=power_of_2(ndim),
         HF=hf_statistics,
@@ -226,7 +220,7 @@ def feed_up(
         *(h, *norm, *weights, hidden, batch, eps), **sizes, **up, **shape
     )
     normed = w1.new_empty(batch, dim)
-    kernel(tiles.megalodon_layer_norm)[(batch * tile,)](h, *norm, normed, eps, **sizes, num_warps=4)
+    kernel(norms.megalodon_layer_norm)[(batch * tile,)](h, h, h, *norm, normed, eps, **sizes, SUM=False, num_warps=4)
     shape = in_tiles(rows, normed)
     kernel(tiles.megalodon_feed_up_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](
         *(normed, *weights, hidden, batch), D=dim, PDL=sizes["PDL"], **up, **shape

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import bias_rows, layer_norm
+from .decode import bias_rows
 from .launch import silu, start, wait
 
 
@@ -167,27 +167,6 @@ def megalodon_linear_tiles(
     if SECOND:
         y += tl.load(second_ptr + at, mask=ok, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def megalodon_layer_norm(
-    h_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    eps,
-    D: tl.constexpr,
-    D_P: tl.constexpr,
-    AFFINE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """y (rows, D) = LayerNorm of h (rows, D) float32, one row a program."""
-    start(PDL)
-    k = tl.arange(0, D_P)
-    b = tl.program_id(0).to(tl.int64)
-    wait(PDL)
-    y = layer_norm(h_ptr + b * D, k, eps, weight_ptr, bias_ptr, D, AFFINE)
-    tl.store(y_ptr + b * D + k, y.to(y_ptr.dtype.element_ty), mask=k < D)
 
 
 @triton.jit
