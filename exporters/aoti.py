@@ -23,8 +23,9 @@ import torch._higher_order_ops.triton_kernel_wrap as triton_kernel_wrap
 from transformers.utils import logging
 
 from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants, use_kernels
-from .programs import DECODE, PREFILL, Limits, sizes_of_one_are_not_special
+from .programs import DECODE, DECODE_ONE, PREFILL, Limits, sizes_of_one_are_not_special
 from .stages import Stage, export_stages
+from .streaming import stream_products
 from .workers import Worker, run_side_by_side, serve
 
 PACKAGE = "model.pt2"
@@ -122,6 +123,10 @@ def compile_stages(
         use_kernels(model)
     started = time.monotonic()
     stages = export_stages(model, request.program, request.limits, request.all_logits)
+    if request.program == DECODE_ONE:
+        for stage in stages.values():
+            stream_products(stage.graph.graph)
+            stage.graph.recompile()
     nodes = sum(len(stage.graph.graph.nodes) for stage in stages.values())
     note(f"exported in {time.monotonic() - started:.1f} s, {nodes} nodes; compiling")
     _widen_inductor_caches()
@@ -172,16 +177,17 @@ def build(
     """
     from torch.export.pt2_archive._package import package_pt2
 
+    programs = (PREFILL, DECODE, *([DECODE_ONE] if torch.device(device).type == "cpu" else []))
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=directory) as scratch:
         workers = []
-        for name in (PREFILL, DECODE):
+        for name in programs:
             folder = Path(scratch, name)
             request = Request(str(checkpoint), name, device, dtype, limits, all_logits, portable, str(folder))
             workers.append(Worker(name, __name__, asdict(request), folder))
-        report(f"exporting and compiling {PREFILL} and {DECODE} for {device}, side by side")
+        report(f"exporting and compiling {', '.join(programs)} for {device}, side by side")
         compiled: dict[str, dict[str, Any]] = run_side_by_side(workers, report)
-        stages = [stage for name in (PREFILL, DECODE) for stage in compiled[name].values()]
+        stages = [stage for name in programs for stage in compiled[name].values()]
         files: dict[str, list[str]] = {stage["name"]: stage.pop("files") for stage in stages}
         package_pt2(str(directory / PACKAGE), aoti_files={name: list(paths) for name, paths in files.items()})
         for name, paths in files.items():

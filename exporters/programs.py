@@ -17,6 +17,7 @@ from ..model import MegalodonConfig, cache_layout, dimension_sizes
 from ..model.ema import BLOCK
 
 PREFILL, DECODE = "prefill", "decode"
+DECODE_ONE = "decode_one"  # decode once more, for a batch of 1 alone: a form of its own is several times as fast
 
 
 @dataclass(frozen=True)

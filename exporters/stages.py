@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ..model import MegalodonForCausalLM
 from ..model.cache import FinalCache, LayerCache
 from ..model.modeling import last_valid
 from ..model.plan import BLOCK
-from .programs import DECODE, PREFILL, Limits, dtype_name, sizes_of_one_are_not_special
+from .programs import DECODE_ONE, PREFILL, Limits, dtype_name, sizes_of_one_are_not_special
 from .structures import dimension, flatten_all, rebuild, root_of
 
 BEGIN, LAYER, END = STAGES = ("begin", "layer", "end")
@@ -97,12 +97,14 @@ def decode_stages(model: MegalodonForCausalLM) -> dict[str, Run]:
 
 
 def export_stages(model: MegalodonForCausalLM, name: str, limits: Limits, all_logits: bool = False) -> dict[str, Stage]:
-    """torch.export of the stages of a program (prefill or decode), batch and length dynamic within `limits`.
+    """torch.export of the stages of a program (PREFILL, DECODE, DECODE_ONE), batch and length dynamic within `limits`.
 
     `model` is frozen and has one layer, which stands for all; its weights are examples.
     """
     if len(model.model.layers) != 1:
         raise ValueError(f"stages are exported from a model of one layer, not of {len(model.model.layers)}")
+    if name == DECODE_ONE:
+        limits = replace(limits, max_batch=1)
     tracer = _Tracer(model, *_examples(model, name, limits))
     runs = prefill_stages(model, limits.max_length, all_logits) if name == PREFILL else decode_stages(model)
     begin = tracer.trace(runs[BEGIN])
@@ -124,7 +126,7 @@ def _examples(
     blocks = limits.max_length // limits.granule
     # Not the largest length, which may equal another size, and no size inside the graph may be 1 in the example.
     example = limits.granule * (blocks - 1 if blocks > 3 else blocks)
-    shape = (batch_size,) if name == DECODE else (batch_size, example)
+    shape = (batch_size,) if name != PREFILL else (batch_size, example)
     values = {
         "token_ids": torch.randint(vocabulary, shape, device=device),
         "lengths": torch.full((batch_size,), example - 1, device=device),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoints import DTYPES
 from ..exporters.aoti import cpu_features
-from ..exporters.programs import DECODE, PREFILL, Limits
+from ..exporters.programs import DECODE, DECODE_ONE, PREFILL, Limits
 from ..exporters.stages import LAYER_INDEX, STAGES
 from ..model import MegalodonCache, MegalodonConfig
 from ..model.cache import LayerCache
@@ -57,8 +57,9 @@ class AotiRuntime(Runtime):
         return self._programs[PREFILL](cache, {"token_ids": token_ids, "lengths": lengths})
 
     def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
-        """One call of the compiled decode."""
-        return self._programs[DECODE](cache, {"token_ids": token_ids})
+        """One call of the compiled decode, or of that for one stream."""
+        one = cache.batch == 1 and DECODE_ONE in self._programs
+        return self._programs[DECODE_ONE if one else DECODE](cache, {"token_ids": token_ids})
 
 
 class _Stage:
