@@ -15,8 +15,8 @@ from torch.fx.experimental import _config as symbolic_shapes
 from megalodon_export import bundle
 from megalodon_export.checkpoints import DTYPES
 from megalodon_export.export import export_aoti
-from megalodon_export.exporters import aoti, programs
-from megalodon_export.exporters.programs import Limits
+from megalodon_export.exporters import aoti
+from megalodon_export.exporters.programs import Limits, programs_for
 from megalodon_export.model import (
     MegalodonCache,
     MegalodonConfig,
@@ -147,7 +147,7 @@ def compile_from_config(subject: Subject) -> Runtime:
     limits = Limits.of(subject.config, subject.max_batch)
     with tempfile.TemporaryDirectory() as scratch:
         compiled, files = {}, {}
-        for name in (programs.PREFILL, programs.DECODE):
+        for name in programs_for(subject.device):
             folder = str(Path(scratch, name))
             request = aoti.Request("", name, subject.device, subject.dtype, limits, False, False, folder)
             compiled[name] = aoti.compile_stages(one, request)

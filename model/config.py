@@ -61,6 +61,9 @@ class MegalodonConfig(PreTrainedConfig):
         init_mode: str = "he",
         ema_prefill: EMAForm = "blocked",
         use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         foreign = [key for key in _MEGALODON_HF_KEYS if key in kwargs]
@@ -95,6 +98,7 @@ class MegalodonConfig(PreTrainedConfig):
         self.init_mode = init_mode
         self.ema_prefill = ema_prefill
         self.use_cache = use_cache
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self._check()
         kwargs["tie_word_embeddings"] = share_emb
         super().__init__(**kwargs)
