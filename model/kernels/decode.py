@@ -87,6 +87,7 @@ def megalodon_ema_step(
     mean_in = tl.load(mean_ptr + b * G + group, mask=group_ok, other=0.0)
     var_in = tl.load(var_ptr + b * G + group, mask=group_ok, other=1.0)
     count = tl.load(position_ptr + b).to(tl.float32)
+    tl.debug_barrier()  # where threads hold copies of a state, none may write it before all have read it
     mu = tl.sum(x, 1) / GROUP
     within = tl.where(ok, x - mu[:, None], 0.0)
     share = 1.0 / (count + 1.0)

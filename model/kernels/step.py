@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..attention import Rotary
     from ..blocks import MegalodonBlock
 
-_MAX_SPLITS = 32  # of the ring's slots among programs
-_PROGRAMS = 264  # that fill a GPU of 132 multiprocessors twice
+_MAX_SPLITS = 128  # of the ring's slots among programs
+_PROGRAMS = 528  # of attention: four for each multiprocessor of a large GPU
 
 
 def in_turn(columns: int) -> dict[str, int]:
@@ -74,7 +74,7 @@ def ema_step(
         HF=hf_statistics,
         AFFINE=scale is not None,
         PDL=programmatic(x),
-        num_warps=4,
+        num_warps=4 if group["GROUPS"] * group["GROUP_P"] * power_of_2(ndim) >= 512 else 1,
     )
     return x_norm, scaled, squares
 
@@ -138,8 +138,9 @@ def attend(
     dv_block = min(power_of_2(dv), 512)
     dv_blocks = -(-dv // dv_block)
     splits = torch.sym_max(1, torch.sym_min(_MAX_SPLITS, _PROGRAMS // (batch * heads * dv_blocks)))
-    partial = z.new_empty(batch, heads, _MAX_SPLITS, dv)
-    statistics = z.new_empty(batch, heads, _MAX_SPLITS, 2)
+    entries = batch * heads + _PROGRAMS // dv_blocks  # at least batch heads splits
+    partial = z.new_empty(entries, dv)
+    statistics = z.new_empty(entries, 2)
     gated = torch.empty_like(r)
     pdl = programmatic(z)
     kernel(ring.megalodon_attend)[dv_blocks * splits, heads, batch](
@@ -151,17 +152,17 @@ def attend(
         DV=dv,
         DV_BLOCK=dv_block,
         SLOTS=16,
-        MAX_SPLITS=_MAX_SPLITS,
         PDL=pdl,
         num_warps=4,
     )
-    block = min(power_of_2(dv), 128)
+    block = min(power_of_2(dv), 64)
     kernel(ring.megalodon_combine)[-(-dv // block), heads, batch](
         *(partial, statistics, r, gated, splits),
         H=heads,
         DV=dv,
         DV_BLOCK=block,
         MAX_SPLITS=_MAX_SPLITS,
+        SPLITS=32,
         PDL=pdl,
         num_warps=4,
     )
