@@ -119,7 +119,8 @@ def attend_chunks(
     q = z.new_empty(batch, heads, length, dz)
     k = torch.empty_like(q)
     single = z.dtype == torch.float32
-    pdl, queries, keys = programmatic(z), 64 if single else 128, 64
+    # Large tiles read v less often, small ones leave nobody idle where there is one head of one row.
+    pdl, queries, keys = programmatic(z), 64 if single or heads < 4 else 128, 64
     tiles = -(-chunk // keys) + queries // keys  # a tile of queries may reach into the next chunk
     per_head = {"H": heads, "PDL": pdl}
     kernel(chunks.megalodon_rotate)[length, heads, batch](
@@ -142,13 +143,13 @@ def attend_chunks(
         **shape,
     )
     gated = torch.empty_like(r)
-    dv_block = max(16, min(power_of_2(dv), 128 if single else 256))
+    dv_block = max(16, min(power_of_2(dv), 2 * queries))
     kernel(chunks.megalodon_weigh)[-(-dv // dv_block), query_tiles, batch * heads](
         *(weights, peaks, totals, v, value, position, r, gated, length, query_tiles),
         DV=dv,
         DV_BLOCK=dv_block,
         STAGES=3,
-        num_warps=8,
+        num_warps=8 if single or queries == 128 else 4,
         **shape,
     )
     kernel(chunks.megalodon_store)[length, heads, batch](

@@ -13,6 +13,50 @@ from .launch import start, wait
 
 
 @triton.jit
+def prefetch(address, size):
+    """Have `size` bytes from an address (multiples of 16; nothing if 0) read into the second-level cache."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred wanted;
+        setp.ne.u32 wanted, $2, 0;
+        @wanted cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [address.to(tl.int64), size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_ring(
+    key_ptr,
+    value_ptr,
+    position_ptr,
+    stream,
+    first,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    DZ: tl.constexpr,
+    DV: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Keys and values of the valid ones among SLOTS slots of a stream's ring, a slot's in four pieces."""
+    PIECES: tl.constexpr = 4
+    size: tl.constexpr = key_ptr.dtype.element_ty.primitive_bitwidth // 8
+    seen = tl.load(position_ptr + stream // H) % C
+    item = tl.arange(0, SLOTS * PIECES)
+    slot, piece = first + item // PIECES, item % PIECES
+    valid = slot < seen
+    key = key_ptr + (stream * C + slot) * DZ + piece * (DZ // PIECES)
+    value = value_ptr + (stream * C + slot) * DV + piece * (DV // PIECES)
+    prefetch(key, tl.where(valid, DZ // PIECES * size, 0))
+    prefetch(value, tl.where(valid, DV // PIECES * size, 0))
+
+
+@triton.jit
 def rotated(lo, hi, gamma_ptr, beta_ptr, at, ok, cos, sin, HALF: tl.constexpr):
     """One head's query or key from its normalised z, in halves: times gamma + 1 over sqrt(dz), plus beta, turned."""
     root: tl.constexpr = (2 * HALF) ** -0.5
@@ -138,29 +182,24 @@ def megalodon_combine(
     DV: tl.constexpr,
     DV_BLOCK: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """softmax-weighted sum over the splits, SPLITS at a time, times r: gated (B, E), in the order of the heads."""
+    """softmax-weighted sum over the splits, times r: gated (B, E), in the order of the heads."""
     start(PDL)
     stream = tl.program_id(2).to(tl.int64) * H + tl.program_id(1)
     feature = tl.program_id(0) * DV_BLOCK + tl.arange(0, DV_BLOCK)
     feature_ok = feature < DV
-    every = tl.arange(0, MAX_SPLITS)
-    some = tl.arange(0, SPLITS)
+    split = tl.arange(0, MAX_SPLITS)
+    used = split < splits
+    entry = stream * splits + split
     wait(PDL)
-    statistics = statistics_ptr + stream * splits * 2
-    peaks = tl.load(statistics + every * 2, mask=every < splits, other=float("-inf"))
-    totals = tl.load(statistics + every * 2 + 1, mask=every < splits, other=0.0)
-    peak = tl.max(peaks, 0)
-    total = tl.sum(totals * tl.exp(peaks - peak), 0)
-    sums = tl.zeros((SPLITS, DV_BLOCK), tl.float32)
-    for first in range(0, splits, SPLITS):
-        used = first + some < splits
-        weights = tl.exp(tl.load(statistics + (first + some) * 2, mask=used, other=float("-inf")) - peak)
-        rows = partial_ptr + (stream * splits + first + some)[:, None] * DV + feature[None, :]
-        sums += weights[:, None] * tl.load(rows, mask=used[:, None] & feature_ok[None, :], other=0.0)
+    peaks = tl.load(statistics_ptr + entry * 2, mask=used, other=float("-inf"))
+    totals = tl.load(statistics_ptr + entry * 2 + 1, mask=used, other=0.0)
+    weights = tl.exp(peaks - tl.max(peaks, 0))
+    partials = tl.load(
+        partial_ptr + entry[:, None] * DV + feature[None, :], mask=used[:, None] & feature_ok[None, :], other=0.0
+    )
     dtype = gated_ptr.dtype.element_ty
-    o = (tl.sum(sums, 0) / total).to(dtype)
+    o = (tl.sum(partials * weights[:, None], 0) / tl.sum(totals * weights, 0)).to(dtype)
     r = tl.load(r_ptr + stream * DV + feature, mask=feature_ok, other=0.0)
     tl.store(gated_ptr + stream * DV + feature, o.to(tl.float32) * r.to(tl.float32), mask=feature_ok)

@@ -229,14 +229,10 @@ def megalodon_local(
     im = tl.zeros((N_P, CHANNELS), tl.float32)
     if (segment + 1) * S <= length:
         rows = x_ptr + (b * L + segment * S) * D + channel
-        a0, a1, a2, a3 = four_tokens(rows, ok, 0, S, D)
         for step in range(0, S, 4):
-            b0, b1, b2, b3 = four_tokens(rows, ok, step + 4, S, D)  # on their way while these four are computed
-            re, im = advance(a0, re, im, p, q_re, q_im)
-            re, im = advance(a1, re, im, p, q_re, q_im)
-            re, im = advance(a2, re, im, p, q_re, q_im)
-            re, im = advance(a3, re, im, p, q_re, q_im)
-            a0, a1, a2, a3 = b0, b1, b2, b3
+            for i in tl.static_range(4):
+                x = tl.load(rows + (step + i) * D, mask=ok, other=0.0)
+                re, im = advance(x, re, im, p, q_re, q_im)
         states = states_ptr + (b * tl.num_programs(1) + segment) * (2 * PLANE)
         mode = tl.arange(0, N_P)
         at = mode[:, None] * D + channel[None, :]

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from ..attention import Rotary
     from ..blocks import MegalodonBlock
 
-_MAX_SPLITS = 128  # of the ring's slots among programs
-_PROGRAMS = 528  # of attention: four for each multiprocessor of a large GPU
+_MAX_SPLITS = 64  # of the ring's slots among programs
+_NEAR = 32 * 2**20  # bytes that stay in the second-level cache (H100: 50 MB)
+_FETCH = 32  # slots of a ring that one program prefetches: four pieces each, one for each of its threads
+_PROGRAMS = 264  # of attention: two for each multiprocessor of a large GPU
 
 
 def in_turn(columns: int) -> dict[str, int]:
@@ -28,7 +30,12 @@ def in_turn(columns: int) -> dict[str, int]:
 def in_tiles(rows: int, x: Tensor) -> dict[str, Any]:
     """Tiles of `tiles.py` for a weight with so many rows: enough of them to fill a GPU."""
     single = x.dtype == torch.float32
-    shape = {"BATCH": 32, "ROWS": 16 if rows <= 4096 else 32, "COLUMNS": 64 if single else 128, "STAGES": 4}
+    shape = {
+        "BATCH": 32 if single else 64,
+        "ROWS": 16 if rows < 2048 else 32,
+        "COLUMNS": 64 if single else 128,
+        "STAGES": 4,
+    }
     return {**shape, "IEEE": single, "num_warps": 4}
 
 
@@ -36,6 +43,15 @@ def few(batch: int) -> tuple[int, int]:
     """(1, 0) for a few rows, (0, 1) for more: factors of the grids, so that one of the two forms has nothing to do."""
     many = torch.sym_min(1, (batch - 1) // FEW)
     return 1 - many, many
+
+
+def worth_fetching(x: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a row's ring, and the weights that are read before it, stay in the second-level cache."""
+    _, heads, chunk, dz = key.shape
+    dim, row = x.shape[1], heads * (dz + value.shape[3])
+    size = (row * chunk + (row + heads * value.shape[3] + dim) * dim) * key.element_size()
+    whole = all(n * key.element_size() % 64 == 0 for n in (dz, value.shape[3]))  # four pieces of 16 bytes
+    return programmatic(x) and whole and size <= _NEAR
 
 
 @triton_op("megalodon::ema_step", mutates_args={"norm_mean", "norm_var", "ema_state"})
@@ -52,10 +68,12 @@ def ema_step(
     gamma: Tensor,
     omega: Tensor,
     scale: Tensor | None,
+    key: Tensor,
+    value: Tensor,
     eps: float,
     hf_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """TimestepNorm and complex EMA of one token a row; their states change in place.
+    """TimestepNorm and complex EMA of one token a row; their states change in place. The rings are only prefetched.
 
     -> x_norm (B, D), the EMA's output times `scale` + 1 (B, D), and partial sums of the output's squares (B, parts).
     """
@@ -65,10 +83,18 @@ def ema_step(
     parts = -(-groups // group["GROUPS"])
     x_norm, scaled = torch.empty_like(x), torch.empty_like(x)
     squares = x.new_empty(batch, parts, dtype=torch.float32)
-    kernel(decode.megalodon_ema_step)[batch, parts](
+    heads, chunk, dz, dv = *key.shape[1:], value.shape[3]
+    fetch = _FETCH if worth_fetching(x, key, value) else 0
+    fetchers = few(batch)[0] * heads * -(-chunk // fetch) if fetch else 0
+    kernel(decode.megalodon_ema_step)[batch, parts + fetchers](
         *(x, position, norm_mean, norm_var, ema_state, weight, bias, p, q, gamma, omega),
-        *(weight if scale is None else scale, x_norm, scaled, squares, eps),
+        *(weight if scale is None else scale, key, value, x_norm, scaled, squares, eps),
         **group,
+        H=heads,
+        C=chunk,
+        DZ=dz,
+        DV=dv,
+        FETCH=fetch,
         N=ndim,
         N_P=power_of_2(ndim),
         HF=hf_statistics,
@@ -162,7 +188,6 @@ def attend(
         DV=dv,
         DV_BLOCK=block,
         MAX_SPLITS=_MAX_SPLITS,
-        SPLITS=32,
         PDL=pdl,
         num_warps=4,
     )
@@ -244,7 +269,8 @@ def layer_step(block: MegalodonBlock, x: Tensor, position: Tensor, rotary: Rotar
     norm = attn.timenorm
     x_norm, scaled, squares = ema_step(
         *(x, position, cache.norm_mean, cache.norm_var, cache.ema_state, norm.weight, norm.bias),
-        *(c["p"], c["q"], c["gamma"], c["omega"], attn.rmsnorm.weight, norm.eps, norm.statistics == "megalodon-hf"),
+        *(c["p"], c["q"], c["gamma"], c["omega"], attn.rmsnorm.weight, cache.key, cache.value),
+        *(norm.eps, norm.statistics == "megalodon-hf"),
     )
     z, r, h1 = project(
         *(x_norm, scaled, squares, position, attn.wz.weight, attn.wz.bias, attn.wr.weight, attn.wr.bias),
