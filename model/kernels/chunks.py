@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import silu, start, wait
-from .ring import rotated
+from .ring import rotated, turn_of
 
 
 @triton.jit
@@ -47,12 +47,12 @@ def megalodon_rotate(
     row = (b * L + token) * (2 * HALF * H)
     lo = tl.load(z_ptr + row + at, mask=ok, other=0.0).to(tl.float32)
     hi = tl.load(z_ptr + row + at + HALF, mask=ok, other=0.0).to(tl.float32)
-    factor = 1.0 / tl.sqrt((tl.sum(lo * lo, 0) + tl.sum(hi * hi, 0)) / (2 * HALF) + eps)
+    factor = 1.0 / tl.sqrt(tl.sum(lo * lo + hi * hi, 0) / (2 * HALF) + eps)
     cos = tl.load(cos_ptr + (b * L + token) * HALF + half, mask=ok, other=0.0)
     sin = tl.load(sin_ptr + (b * L + token) * HALF + half, mask=ok, other=0.0)
     Z: tl.constexpr = 2 * HALF * H
-    q_lo, q_hi = rotated(lo * factor, hi * factor, gamma_ptr, beta_ptr, at, ok, cos, sin, HALF)
-    k_lo, k_hi = rotated(lo * factor, hi * factor, gamma_ptr + Z, beta_ptr + Z, at, ok, cos, sin, HALF)
+    q_lo, q_hi = rotated(lo * factor, hi * factor, turn_of(gamma_ptr, beta_ptr, at, ok, HALF), cos, sin)
+    k_lo, k_hi = rotated(lo * factor, hi * factor, turn_of(gamma_ptr + Z, beta_ptr + Z, at, ok, HALF), cos, sin)
     out = ((b * H + head) * L + token) * (2 * HALF) + half
     dtype = q_ptr.dtype.element_ty
     tl.store(q_ptr + out, q_lo.to(dtype), mask=ok)

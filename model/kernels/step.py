@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from ..attention import Rotary
     from ..blocks import MegalodonBlock
 
-_MAX_SPLITS = 64  # of the ring's slots among programs
+_FEATURES = 1024  # of the values that a program of attention adds up: eight a thread, for all slots
+_SLOTS = 16  # of a ring that a program of attention reads at a time
+_MAX_SPLITS = 128  # of the ring's slots among programs
 _NEAR = 32 * 2**20  # bytes that stay in the second-level cache (H100: 50 MB)
 _FETCH = 32  # slots of a ring that one program prefetches: four pieces each, one for each of its threads
 _PROGRAMS = 264  # of attention: two for each multiprocessor of a large GPU
@@ -161,7 +163,7 @@ def attend(
     """
     batch, heads, chunk, dv = value.shape
     half = key.shape[3] // 2
-    dv_block = min(power_of_2(dv), 512)
+    dv_block = min(power_of_2(dv), _FEATURES)
     dv_blocks = -(-dv // dv_block)
     splits = torch.sym_max(1, torch.sym_min(_MAX_SPLITS, _PROGRAMS // (batch * heads * dv_blocks)))
     entries = batch * heads + _PROGRAMS // dv_blocks  # at least batch heads splits
@@ -177,11 +179,11 @@ def attend(
         HALF_P=power_of_2(half),
         DV=dv,
         DV_BLOCK=dv_block,
-        SLOTS=16,
+        SLOTS=_SLOTS,
         PDL=pdl,
-        num_warps=4,
+        num_warps=max(dv_block // 256, 1),
     )
-    block = min(power_of_2(dv), 64)
+    block = min(power_of_2(dv), 32)
     kernel(ring.megalodon_combine)[-(-dv // block), heads, batch](
         *(partial, statistics, r, gated, splits),
         H=heads,
@@ -214,7 +216,9 @@ def linear(
     sizes = {"ROWS_OF": rows, "K": columns, **{name: t is not None for name, t in given.items()}}
     sizes |= {"PDL": programmatic(x)}
     shape = in_turn(columns)
-    kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](*tensors, **sizes, K_P=power_of_2(columns), **shape)
+    head = 1 << (columns.bit_length() - 1)
+    tail = {"HEAD": head, "TAIL_P": power_of_2(columns - head) if columns > head else 0}
+    kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](*tensors, **sizes, **tail, **shape)
     shape = in_tiles(rows, x)
     kernel(tiles.megalodon_linear_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](*tensors, **sizes, **shape)
     return y
