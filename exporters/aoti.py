@@ -75,20 +75,19 @@ def _widen_inductor_caches() -> None:
 
 
 @contextmanager
-def kernels_are_understood() -> Iterator[None]:
-    """Inductor finds what a Triton kernel writes by reading its code, and gives up at waits and prefetches: assembly.
+def waits_are_understood() -> Iterator[None]:
+    """Inductor finds what a Triton kernel writes by reading its code, and gives up at the wait, which is assembly.
 
-    It would then copy every input of the kernel, weights included. The same kernel without them writes the same.
+    It would then copy every input of the kernel, weights included. The same kernel without the wait writes the same.
     """
     names = ("identify_mutated_tensors", "identify_accessed_tensors")  # in torch 2.11, and later
     originals = {name: getattr(triton_kernel_wrap, name) for name in names if hasattr(triton_kernel_wrap, name)}
 
-    def without_assembly(original: Any, kernel: Any, kwargs: dict[str, Any], *others: Any) -> Any:
-        off = {"PDL": False, "FETCH": 0}
-        return original(kernel, {name: off.get(name, value) for name, value in kwargs.items()}, *others)
+    def without_wait(original: Any, kernel: Any, kwargs: dict[str, Any], *others: Any) -> Any:
+        return original(kernel, {**kwargs, "PDL": False} if "PDL" in kwargs else kwargs, *others)
 
     for name, original in originals.items():
-        setattr(triton_kernel_wrap, name, functools.partial(without_assembly, original))
+        setattr(triton_kernel_wrap, name, functools.partial(without_wait, original))
     try:
         yield
     finally:
@@ -139,7 +138,7 @@ def compile_stages(
 
 def compile_stage(stage: Stage, options: dict[str, Any]) -> dict[str, Any]:
     """Compile one stage: its entry in the manifest, and the `files` that AOTInductor made, without sources."""
-    with torch.no_grad(), sizes_of_one_are_not_special(), kernels_are_understood():
+    with torch.no_grad(), sizes_of_one_are_not_special(), waits_are_understood():
         files = torch._inductor.aot_compile(stage.graph, stage.examples, options=options)
     paths = [str(file) for file in files]  # type: ignore[union-attr]
     return {

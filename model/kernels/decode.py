@@ -20,7 +20,6 @@ import triton.language as tl
 
 from .launch import silu, start, wait
 from .norms import layer_norm, scale_and_shift
-from .ring import prefetch_ring
 
 
 @triton.jit
@@ -37,8 +36,6 @@ def megalodon_ema_step(
     gamma_ptr,
     omega_ptr,
     scale_ptr,
-    key_ptr,
-    value_ptr,
     x_norm_ptr,
     scaled_ptr,
     squares_ptr,
@@ -51,28 +48,13 @@ def megalodon_ema_step(
     N_P: tl.constexpr,
     HF: tl.constexpr,
     AFFINE: tl.constexpr,
-    H: tl.constexpr,
-    C: tl.constexpr,
-    DZ: tl.constexpr,
-    DV: tl.constexpr,
-    FETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row, GROUPS groups of GROUP channels: x (B, D) -> x_norm, EMA output times RMSNorm's scale, squares' sum.
-
-    Programs beyond the last group have the ring's valid slots brought near, FETCH at a time, while memory is idle.
-    """
+    """One row, GROUPS groups of GROUP channels: x (B, D) -> x_norm, EMA output times RMSNorm's scale, squares' sum."""
     start(PDL)
-    PARTS: tl.constexpr = (G + GROUPS - 1) // GROUPS
     D: tl.constexpr = G * GROUP
     CHANNELS: tl.constexpr = GROUPS * GROUP_P
     b = tl.program_id(0).to(tl.int64)
-    if FETCH > 0:  # noqa: SIM102 - known to the compiler, what follows is not
-        if tl.program_id(1) >= PARTS:
-            block = tl.program_id(1) - PARTS
-            blocks: tl.constexpr = (C + FETCH - 1) // FETCH
-            stream, first = b * H + block // blocks, block % blocks * FETCH
-            prefetch_ring(key_ptr, value_ptr, position_ptr, stream, first, H, C, DZ, DV, FETCH)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     inside = tl.arange(0, GROUP_P)
     group_ok = group < G
@@ -131,7 +113,7 @@ def megalodon_ema_step(
     y = tl.sum(g_re * new_re - g_im * new_im, 1) + omega * u
     y = tl.where(flat_ok, y, 0.0)
     tl.store(scaled_ptr + b * D + flat, (y * scale).to(scaled_ptr.dtype.element_ty), mask=flat_ok)
-    tl.store(squares_ptr + b * PARTS + tl.program_id(1), tl.sum(y * y, 0), mask=tl.program_id(1) < PARTS)
+    tl.store(squares_ptr + b * tl.num_programs(1) + tl.program_id(1), tl.sum(y * y, 0))
 
 
 @triton.jit

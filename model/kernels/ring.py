@@ -13,50 +13,6 @@ from .launch import start, wait
 
 
 @triton.jit
-def prefetch(address, size):
-    """Have `size` bytes from an address (multiples of 16; nothing if 0) read into the second-level cache."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred wanted;
-        setp.ne.u32 wanted, $2, 0;
-        @wanted cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [address.to(tl.int64), size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def prefetch_ring(
-    key_ptr,
-    value_ptr,
-    position_ptr,
-    stream,
-    first,
-    H: tl.constexpr,
-    C: tl.constexpr,
-    DZ: tl.constexpr,
-    DV: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """Keys and values of the valid ones among SLOTS slots of a stream's ring, a slot's in four pieces."""
-    PIECES: tl.constexpr = 4
-    size: tl.constexpr = key_ptr.dtype.element_ty.primitive_bitwidth // 8
-    seen = tl.load(position_ptr + stream // H) % C
-    item = tl.arange(0, SLOTS * PIECES)
-    slot, piece = first + item // PIECES, item % PIECES
-    valid = slot < seen
-    key = key_ptr + (stream * C + slot) * DZ + piece * (DZ // PIECES)
-    value = value_ptr + (stream * C + slot) * DV + piece * (DV // PIECES)
-    prefetch(key, tl.where(valid, DZ // PIECES * size, 0))
-    prefetch(value, tl.where(valid, DV // PIECES * size, 0))
-
-
-@triton.jit
 def turn_of(gamma_ptr, beta_ptr, at, ok, HALF: tl.constexpr):
     """gamma + 1 over sqrt(dz), and beta, of one head's queries or keys, in halves."""
     root: tl.constexpr = (2 * HALF) ** -0.5

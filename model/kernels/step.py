@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from ..attention import Rotary
     from ..blocks import MegalodonBlock
 
-_FEATURES = 1024  # of the values that a program of attention adds up: eight a thread, for all slots
+_FEATURE_BYTES = 2048  # of a slot's value that a program of attention takes: 16 a thread, for all slots
 _SLOTS = 16  # of a ring that a program of attention reads at a time
 _MAX_SPLITS = 128  # of the ring's slots among programs
-_NEAR = 32 * 2**20  # bytes that stay in the second-level cache (H100: 50 MB)
-_FETCH = 32  # slots of a ring that one program prefetches: four pieces each, one for each of its threads
 _PROGRAMS = 264  # of attention: two for each multiprocessor of a large GPU
 
 
 def in_turn(columns: int) -> dict[str, int]:
     """Rows of a weight in one program and its warps, so that a thread holds some 32 to 128 of its numbers."""
+    if columns <= 1024:
+        return {"ROWS": 4, "num_warps": 2}
     return {"ROWS": 2, "num_warps": 2} if columns <= 2560 else {"ROWS": 4, "num_warps": 8}
 
 
@@ -47,15 +47,6 @@ def few(batch: int) -> tuple[int, int]:
     return 1 - many, many
 
 
-def worth_fetching(x: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether a row's ring, and the weights that are read before it, stay in the second-level cache."""
-    _, heads, chunk, dz = key.shape
-    dim, row = x.shape[1], heads * (dz + value.shape[3])
-    size = (row * chunk + (row + heads * value.shape[3] + dim) * dim) * key.element_size()
-    whole = all(n * key.element_size() % 64 == 0 for n in (dz, value.shape[3]))  # four pieces of 16 bytes
-    return programmatic(x) and whole and size <= _NEAR
-
-
 @triton_op("megalodon::ema_step", mutates_args={"norm_mean", "norm_var", "ema_state"})
 def ema_step(
     x: Tensor,
@@ -70,12 +61,10 @@ def ema_step(
     gamma: Tensor,
     omega: Tensor,
     scale: Tensor | None,
-    key: Tensor,
-    value: Tensor,
     eps: float,
     hf_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """TimestepNorm and complex EMA of one token a row; their states change in place. The rings are only prefetched.
+    """TimestepNorm and complex EMA of one token a row; their states change in place.
 
     -> x_norm (B, D), the EMA's output times `scale` + 1 (B, D), and partial sums of the output's squares (B, parts).
     """
@@ -85,18 +74,10 @@ def ema_step(
     parts = -(-groups // group["GROUPS"])
     x_norm, scaled = torch.empty_like(x), torch.empty_like(x)
     squares = x.new_empty(batch, parts, dtype=torch.float32)
-    heads, chunk, dz, dv = *key.shape[1:], value.shape[3]
-    fetch = _FETCH if worth_fetching(x, key, value) else 0
-    fetchers = few(batch)[0] * heads * -(-chunk // fetch) if fetch else 0
-    kernel(decode.megalodon_ema_step)[batch, parts + fetchers](
+    kernel(decode.megalodon_ema_step)[batch, parts](
         *(x, position, norm_mean, norm_var, ema_state, weight, bias, p, q, gamma, omega),
-        *(weight if scale is None else scale, key, value, x_norm, scaled, squares, eps),
+        *(weight if scale is None else scale, x_norm, scaled, squares, eps),
         **group,
-        H=heads,
-        C=chunk,
-        DZ=dz,
-        DV=dv,
-        FETCH=fetch,
         N=ndim,
         N_P=power_of_2(ndim),
         HF=hf_statistics,
@@ -163,7 +144,7 @@ def attend(
     """
     batch, heads, chunk, dv = value.shape
     half = key.shape[3] // 2
-    dv_block = min(power_of_2(dv), _FEATURES)
+    dv_block = min(power_of_2(dv), _FEATURE_BYTES // r.element_size())
     dv_blocks = -(-dv // dv_block)
     splits = torch.sym_max(1, torch.sym_min(_MAX_SPLITS, _PROGRAMS // (batch * heads * dv_blocks)))
     entries = batch * heads + _PROGRAMS // dv_blocks  # at least batch heads splits
@@ -181,7 +162,7 @@ def attend(
         DV_BLOCK=dv_block,
         SLOTS=_SLOTS,
         PDL=pdl,
-        num_warps=max(dv_block // 256, 1),
+        num_warps=max(dv_block * r.element_size() // 512, 1),
     )
     block = min(power_of_2(dv), 32)
     kernel(ring.megalodon_combine)[-(-dv // block), heads, batch](
@@ -273,8 +254,7 @@ def layer_step(block: MegalodonBlock, x: Tensor, position: Tensor, rotary: Rotar
     norm = attn.timenorm
     x_norm, scaled, squares = ema_step(
         *(x, position, cache.norm_mean, cache.norm_var, cache.ema_state, norm.weight, norm.bias),
-        *(c["p"], c["q"], c["gamma"], c["omega"], attn.rmsnorm.weight, cache.key, cache.value),
-        *(norm.eps, norm.statistics == "megalodon-hf"),
+        *(c["p"], c["q"], c["gamma"], c["omega"], attn.rmsnorm.weight, norm.eps, norm.statistics == "megalodon-hf"),
     )
     z, r, h1 = project(
         *(x_norm, scaled, squares, position, attn.wz.weight, attn.wz.bias, attn.wr.weight, attn.wr.bias),
