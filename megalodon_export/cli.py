@@ -68,9 +68,16 @@ def _add_aoti(commands: Any) -> None:
     command.add_argument(
         "--checkpoint", type=Path, help="a folder that from_pretrained loads (default: the one included)"
     )
-    command.add_argument("--out", type=Path, help="the bundle's folder (default: artifacts/NAME-aoti-DEVICE)")
+    command.add_argument("--out", type=Path, help="the bundle's folder (default: artifacts/NAME-aoti-DEVICE[-FORMAT])")
     command.add_argument("--device", help="cpu or cuda (default: this machine's best)")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
+    command.add_argument(
+        "--weight-format",
+        choices=("int8", "int4"),
+        default="float",
+        help="quantise linear layers, with torchao (default: weights in --dtype); int4 keeps the head in int8",
+    )
+    command.add_argument("--group-size", type=int, help="int4: features of a row that share a scale (default 32)")
     command.add_argument("--max-batch", type=int, default=64, help="largest batch the programs take (default 64)")
     command.add_argument("--max-length", type=int, help="most tokens in one prefill call (default: one chunk)")
     command.add_argument(
@@ -139,10 +146,13 @@ def _aoti(args: argparse.Namespace) -> None:
     device = args.device or default_device()
     _set_threads(args, checkpoint)
     name = "default" if args.checkpoint is None else checkpoint.resolve().name
-    destination = args.out or Path("artifacts") / f"{name}-aoti-{device.replace(':', '')}"
+    suffix = "" if args.weight_format == "float" else f"-{args.weight_format}"
+    destination = args.out or Path("artifacts") / f"{name}-aoti-{device.replace(':', '')}{suffix}"
     manifest = export_aoti(
         *(checkpoint, destination, device, args.dtype, args.max_batch, args.max_length, args.all_logits, args.portable),
         report=progress(time.monotonic()),
+        weight_format=args.weight_format,
+        group_size=args.group_size,
     )
     total = sum(entry["size"] for entry in manifest["files"].values())
     if args.json:
