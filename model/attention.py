@@ -26,7 +26,7 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
-PARTS = 8  # of the queries of a prefill: 9/16 of all pairs of new tokens are computed, of which half are visible
+PARTS = 4  # of the queries of a prefill: 5/8 of all pairs of new tokens are computed, of which half are visible
 MIN_SCORE = -1e30  # for masked scores: finite, so that a row without any valid key stays finite
 
 
