@@ -9,14 +9,23 @@ Each case is a variant of the small model and a batch; rows are ragged, calls cr
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from small_models import VARIANTS, make_model, random_tokens
 
-from megalodon_export.model import MegalodonCache, freeze_constants, use_kernels
+from megalodon_export.model import (
+    MegalodonCache,
+    MegalodonForCausalLM,
+    QuantizedLinear,
+    freeze_constants,
+    use_kernels,
+)
+from megalodon_export.model.quantized import empty_quantized, replace_linear_layers
 from megalodon_export.verify import visible
 
-# name -> variant, rows, lengths of prefill calls, decode steps. Five rows take the tiles, three take turns.
+# name -> variant, rows, lengths of prefill calls, decode steps. Five rows take the tiles, three take turns. A name that
+# begins with int8 or int4 has such weights.
 CASES = {
     "plain": ("plain", 3, (7, 0, 12), 3),
     "all flags": ("all flags", 3, (9,), 2),
@@ -26,6 +35,10 @@ CASES = {
     "chunk 1": ("chunk 1", 2, (3,), 2),
     "segments": ("chunk 16", 1, (70, 1), 1),
     "tiles": ("all flags", 5, (3,), 2),
+    "int8": ("all flags", 2, (3,), 2),
+    "int8 tiles": ("megalodon-hf", 5, (), 2),
+    "int4": ("all flags", 2, (3,), 2),
+    "int4 tiles": ("megalodon-hf", 5, (), 2),
 }
 
 
@@ -41,7 +54,8 @@ def interpret() -> None:
 def run(name: str, device: str = "cpu") -> float:
     """Largest difference of logits and visible cache between both forms."""
     variant, batch, calls, steps = CASES[name]
-    plain, fast = (make_model(torch.float32, **VARIANTS[variant]).to(device) for _ in range(2))
+    weights = name.split()[0] if name.startswith("int") else "float"
+    plain, fast = (make(weights, VARIANTS[variant]).to(device) for _ in range(2))
     for model in (plain, fast):
         freeze_constants(model)
     use_kernels(fast)
@@ -58,6 +72,21 @@ def run(name: str, device: str = "cpu") -> float:
             pair = [m.decode(ids, c) for m, c in zip((plain, fast), caches, strict=True)]
             worst = max(worst, difference(*pair))
     return max(worst, cache_difference(*caches))
+
+
+def make(weights: str, variant: dict[str, Any]) -> MegalodonForCausalLM:
+    """A small model; its int8 or int4 weights are random, so that no library has to quantise."""
+    model = make_model(torch.float32, **variant)
+    if weights != "float":
+        generator = torch.Generator().manual_seed(0)
+        replace_linear_layers(model, weights, empty_quantized(2))
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear):
+                largest = 256 if layer.weight.dtype == torch.uint8 else 127
+                layer.weight.copy_(torch.randint(0, largest, layer.weight.shape, generator=generator))
+                layer.scale.copy_(torch.rand(layer.scale.shape, generator=generator) / (8 if largest == 256 else 127))
+        model.config.weight_format = weights
+    return model
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

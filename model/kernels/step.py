@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import triton_op
 
 from ..cache import LayerCache
@@ -95,12 +95,16 @@ def project(
     squares: Tensor,
     position: Tensor,
     wz: Tensor,
+    sz: Tensor | None,
     bz: Tensor,
     wr: Tensor,
+    sr: Tensor | None,
     br: Tensor,
     wh1: Tensor,
+    sh1: Tensor | None,
     bh1: Tensor,
     wv: Tensor,
+    sv: Tensor | None,
     bv: Tensor,
     value: Tensor,
     eps: float,
@@ -112,13 +116,16 @@ def project(
     h = x_norm.new_empty(batch, dim, dtype=torch.float32)
     r = x_norm.new_empty(batch, value_dim)
     turn, tile = few(batch)
-    tensors = (x_norm, scaled, squares, position, wz, bz, wr, br, wh1, bh1, wv, bv, z, r, h, value, batch, eps)
+    weights = [x_norm if t is None else t for t in (wz, sz, bz, wr, sr, br, wh1, sh1, bh1, wv, sv, bv)]
+    tensors = (x_norm, scaled, squares, position, *weights, z, r, h, value, batch, eps)
     sizes = {"D": dim, "Z": z_dim, "E": value_dim, "H": heads, "C": chunk, "PARTS": squares.shape[1]}
-    sizes |= {"PARTS_P": power_of_2(squares.shape[1]), "PDL": programmatic(x_norm)}
+    sizes |= {"PARTS_P": power_of_2(squares.shape[1]), "PDL": programmatic(x_norm), **format_of(wz, sz, dim)}
     rows = (value_dim, value_dim, dim, z_dim)
     shape = in_turn(dim)
     programs = sum(_tiles(n, shape) for n in rows)
-    kernel(decode.megalodon_project)[(programs * turn,)](*tensors, **sizes, D_P=power_of_2(dim), **shape)
+    kernel(decode.megalodon_project)[(programs * turn,)](
+        *tensors, **sizes, WIDTH=power_of_2(stored(dim, sizes)), **shape
+    )
     shape = in_tiles(sum(rows), x_norm)
     programs = sum(_tiles(n, shape) for n in rows)
     kernel(tiles.megalodon_project_tiles)[programs * tile, _batches(batch, shape)](*tensors, **sizes, **shape)
@@ -181,6 +188,7 @@ def attend(
 def linear(
     x: Tensor,
     weight: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     alpha: Tensor | None,
     first: Tensor | None,
@@ -192,13 +200,14 @@ def linear(
     rows = weight.shape[0]
     y = x.new_empty(batch, rows, dtype=dtype)
     turn, tile = few(batch)
-    tensors = (x, weight, *(x if t is None else t for t in (bias, alpha, first, second)), y, batch)
+    tensors = (x, weight, *(x if t is None else t for t in (scale, bias, alpha, first, second)), y, batch)
     given = {"BIAS": bias, "ALPHA": alpha, "FIRST": first, "SECOND": second}
     sizes = {"ROWS_OF": rows, "K": columns, **{name: t is not None for name, t in given.items()}}
-    sizes |= {"PDL": programmatic(x)}
+    sizes |= {"PDL": programmatic(x), **format_of(weight, scale, columns)}
     shape = in_turn(columns)
-    head = 1 << (columns.bit_length() - 1)
-    tail = {"HEAD": head, "TAIL_P": power_of_2(columns - head) if columns > head else 0}
+    head = 1 << (stored(columns, sizes).bit_length() - 1)
+    rest = stored(columns, sizes) - head
+    tail = {"HEAD": head, "TAIL_P": power_of_2(rest) if rest else 0}
     kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](*tensors, **sizes, **tail, **shape)
     shape = in_tiles(rows, x)
     kernel(tiles.megalodon_linear_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](*tensors, **sizes, **shape)
@@ -211,32 +220,52 @@ def feed_up(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     w1: Tensor,
+    s1: Tensor | None,
     b1: Tensor | None,
     w3: Tensor | None,
+    s3: Tensor | None,
     b3: Tensor | None,
     eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The feed-forward's hidden layer (B, F) from h (B, D) float32: LayerNorm, fc1, silu, and fc3 with swiglu."""
+    """The feed-forward's hidden layer (B, F) in `dtype` from h (B, D) float32: LayerNorm, fc1 (fc3), silu."""
     batch, dim = h.shape
     rows = w1.shape[0]
-    hidden = w1.new_empty(batch, rows)
-    affine = norm_weight is not None and norm_bias is not None
+    hidden, normed = h.new_empty(batch, rows, dtype=dtype), h.new_empty(batch, dim, dtype=dtype)
+    affine, pdl = norm_weight is not None and norm_bias is not None, programmatic(h)
     turn, tile = few(batch)
     norm = [h if t is None else t for t in (norm_weight, norm_bias)]
-    weights = [h if t is None else t for t in (w1, b1, w3, b3)]
-    sizes = {"D": dim, "D_P": power_of_2(dim), "AFFINE": affine, "PDL": programmatic(h)}
-    up = {"F": rows, "BIAS": b1 is not None, "SWIGLU": w3 is not None}
+    weights = [h if t is None else t for t in (w1, s1, b1, w3, s3, b3)]
+    up = {"F": rows, "D": dim, "BIAS": b1 is not None, "SWIGLU": w3 is not None, "PDL": pdl, **format_of(w1, s1, dim)}
+    apart = 1 if up["BITS"] == 4 else tile  # whether a kernel of its own normalises
+    kernel(norms.megalodon_layer_norm)[(batch * apart,)](
+        *(h, h, h, *norm, normed, eps), D=dim, D_P=power_of_2(dim), AFFINE=affine, SUM=False, PDL=pdl, num_warps=4
+    )
     shape = in_turn(dim)
     kernel(decode.megalodon_feed_up)[(_tiles(rows, shape) * turn,)](
-        *(h, *norm, *weights, hidden, batch, eps), **sizes, **up, **shape
+        *(normed if up["BITS"] == 4 else h, *norm, *weights, hidden, batch, eps),
+        **up,
+        WIDTH=power_of_2(stored(dim, up)),
+        AFFINE=affine,
+        **shape,
     )
-    normed = w1.new_empty(batch, dim)
-    kernel(norms.megalodon_layer_norm)[(batch * tile,)](h, h, h, *norm, normed, eps, **sizes, SUM=False, num_warps=4)
     shape = in_tiles(rows, normed)
     kernel(tiles.megalodon_feed_up_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](
-        *(normed, *weights, hidden, batch), D=dim, PDL=sizes["PDL"], **up, **shape
+        *(normed, *weights, hidden, batch), **up, **shape
     )
     return hidden
+
+
+def format_of(weight: Tensor, scale: Tensor | None, columns: int) -> dict[str, Any]:
+    """How a weight is stored, as the kernels are told: see `weights.py`."""
+    if scale is None:
+        return {"BITS": 0, "GROUP": 0}
+    return {"BITS": 8, "GROUP": 0} if weight.dtype == torch.int8 else {"BITS": 4, "GROUP": columns // scale.shape[1]}
+
+
+def stored(columns: int, sizes: dict[str, Any]) -> int:
+    """Columns of a weight as it is stored: those of int4 are bytes."""
+    return columns // 2 if sizes["BITS"] == 4 else columns
 
 
 def _tiles(rows: int, shape: dict[str, Any]) -> int:
@@ -257,12 +286,19 @@ def layer_step(block: MegalodonBlock, x: Tensor, position: Tensor, rotary: Rotar
         *(c["p"], c["q"], c["gamma"], c["omega"], attn.rmsnorm.weight, norm.eps, norm.statistics == "megalodon-hf"),
     )
     z, r, h1 = project(
-        *(x_norm, scaled, squares, position, attn.wz.weight, attn.wz.bias, attn.wr.weight, attn.wr.bias),
-        *(attn.wh1.weight, attn.wh1.bias, attn.wv.weight, attn.wv.bias, cache.value, attn.rmsnorm.eps),
+        *(x_norm, scaled, squares, position, *parts(attn.wz), *parts(attn.wr), *parts(attn.wh1), *parts(attn.wv)),
+        *(cache.value, attn.rmsnorm.eps),
     )
     cos, sin = rotary
     gated = attend(z, r, attn.gamma, attn.beta, position, cos, sin, cache.key, cache.value, attn.znorm.eps)
-    h = linear(gated, attn.wh2.weight, attn.wh2.bias, None, h1, x, torch.float32)
-    w3, b3 = (None, None) if ffn.fc3 is None else (ffn.fc3.weight, ffn.fc3.bias)
-    hidden = feed_up(h, ffn.norm.weight, ffn.norm.bias, ffn.fc1.weight, ffn.fc1.bias, w3, b3, ffn.norm.eps)
-    return linear(hidden, ffn.fc2.weight, ffn.fc2.bias, ffn.alpha, x, None, x.dtype)
+    h = linear(gated, *parts(attn.wh2), None, h1, x, torch.float32)
+    hidden = feed_up(
+        *(h, ffn.norm.weight, ffn.norm.bias, *parts(ffn.fc1), *parts(ffn.fc3), ffn.norm.eps, x.dtype),
+    )
+    return linear(hidden, *parts(ffn.fc2), ffn.alpha, x, None, x.dtype)
+
+
+def parts(layer: nn.Module | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Weight, scale and bias of a linear layer, quantised or not; what it has not is None."""
+    weight, scale, bias = (getattr(layer, name, None) for name in ("weight", "scale", "bias"))
+    return weight, scale, bias
