@@ -29,16 +29,13 @@ def in_turn(columns: int) -> dict[str, int]:
     return {"ROWS": 2, "num_warps": 2} if columns <= 2560 else {"ROWS": 4, "num_warps": 8}
 
 
-def in_tiles(rows: int, x: Tensor) -> dict[str, Any]:
-    """Tiles of `tiles.py` for a weight with so many rows: enough of them to fill a GPU."""
+def in_tiles(rows: int, x: Tensor, bits: int) -> dict[str, Any]:
+    """Tiles of `tiles.py` for a weight with so many rows: enough of them to fill a GPU, small enough for its memory."""
     single = x.dtype == torch.float32
-    shape = {
-        "BATCH": 32 if single else 64,
-        "ROWS": 16 if rows < 2048 else 32,
-        "COLUMNS": 64 if single else 128,
-        "STAGES": 4,
-    }
-    return {**shape, "IEEE": single, "num_warps": 4}
+    shape = {"BATCH": 32 if single else 64, "ROWS": 16 if rows < 2048 else 32, "COLUMNS": 64 if single else 128}
+    if bits == 4:  # two halves of x, and scales for every byte
+        shape |= {"COLUMNS": 64, "STAGES": 3}
+    return {"STAGES": 4, **shape, "IEEE": single, "num_warps": 4}
 
 
 def few(batch: int) -> tuple[int, int]:
@@ -126,7 +123,7 @@ def project(
     kernel(decode.megalodon_project)[(programs * turn,)](
         *tensors, **sizes, WIDTH=power_of_2(stored(dim, sizes)), **shape
     )
-    shape = in_tiles(sum(rows), x_norm)
+    shape = in_tiles(sum(rows), x_norm, sizes["BITS"])
     programs = sum(_tiles(n, shape) for n in rows)
     kernel(tiles.megalodon_project_tiles)[programs * tile, _batches(batch, shape)](*tensors, **sizes, **shape)
     return z, r, h
@@ -209,7 +206,7 @@ def linear(
     rest = stored(columns, sizes) - head
     tail = {"HEAD": head, "TAIL_P": power_of_2(rest) if rest else 0}
     kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](*tensors, **sizes, **tail, **shape)
-    shape = in_tiles(rows, x)
+    shape = in_tiles(rows, x, sizes["BITS"])
     kernel(tiles.megalodon_linear_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](*tensors, **sizes, **shape)
     return y
 
@@ -249,7 +246,7 @@ def feed_up(
         AFFINE=affine,
         **shape,
     )
-    shape = in_tiles(rows, normed)
+    shape = in_tiles(rows, normed, up["BITS"])
     kernel(tiles.megalodon_feed_up_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](
         *(normed, *weights, hidden, batch), **up, **shape
     )
