@@ -24,6 +24,7 @@ from megalodon_export.model import (
     MegalodonCache,
     MegalodonConfig,
     MegalodonForCausalLM,
+    QuantizedLinear,
     freeze_constants,
     use_kernels,
 )
@@ -76,6 +77,10 @@ def random_model(subject: Subject) -> MegalodonForCausalLM:
     for module in model.modules():
         if isinstance(module, ComplexEMA) and subject.dtype == "bfloat16":
             module.float()  # as it is loaded from a checkpoint
+        if isinstance(module, QuantizedLinear):
+            bounds = (-127, 128) if module.weight.dtype == torch.int8 else (0, 256)
+            module.weight.random_(*bounds)
+            module.scale.fill_(module.in_features**-0.5 / (64 if module.weight.dtype == torch.int8 else 4))
     return model.eval().requires_grad_(False)
 
 
