@@ -74,9 +74,9 @@ def run(name: str, device: str = "cpu") -> float:
     return max(worst, cache_difference(*caches))
 
 
-def make(weights: str, variant: dict[str, Any]) -> MegalodonForCausalLM:
+def make(weights: str, variant: dict[str, Any], dtype: torch.dtype = torch.float32) -> MegalodonForCausalLM:
     """A small model; its int8 or int4 weights are random, so that no library has to quantise."""
-    model = make_model(torch.float32, **variant)
+    model = make_model(dtype, **variant)
     if weights != "float":
         generator = torch.Generator().manual_seed(0)
         replace_linear_layers(model, weights, empty_quantized(2))
