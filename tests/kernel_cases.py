@@ -1,7 +1,7 @@
 """The kernels of a layer against its plain form, in float32, in a process of its own: interpreted, or on a GPU.
 
     TRITON_INTERPRET=1 python kernel_cases.py CASE              prints the largest difference
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python kernel_cases.py --cuda    all cases
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python kernel_cases.py --cuda [CASE ...]
 
 Each case is a variant of the small model and a batch; rows are ragged, calls cross chunks, empty rows stay as they are.
 """
@@ -102,7 +102,7 @@ def cache_difference(a: MegalodonCache, b: MegalodonCache) -> float:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--cuda":
-        for case in CASES:
+        for case in sys.argv[2:] or CASES:
             print(case, run(case, "cuda"), flush=True)
     else:
         interpret()
