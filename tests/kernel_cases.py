@@ -82,9 +82,12 @@ def make(weights: str, variant: dict[str, Any], dtype: torch.dtype = torch.float
         replace_linear_layers(model, weights, empty_quantized(2))
         for layer in model.modules():
             if isinstance(layer, QuantizedLinear):
-                largest = 256 if layer.weight.dtype == torch.uint8 else 127
-                layer.weight.copy_(torch.randint(0, largest, layer.weight.shape, generator=generator))
-                layer.scale.copy_(torch.rand(layer.scale.shape, generator=generator) / (8 if largest == 256 else 127))
+                packed = layer.weight.dtype == torch.uint8
+                low, high = (0, 256) if packed else (-128, 128)
+                layer.weight.copy_(torch.randint(low, high, layer.weight.shape, generator=generator))
+                layer.scale.copy_(torch.rand(layer.scale.shape, generator=generator) / (8 if packed else 128))
+                if layer.bias is not None:
+                    layer.bias.data = torch.rand(layer.bias.shape, generator=generator).to(dtype)
         model.config.weight_format = weights
     return model
 

@@ -24,8 +24,6 @@ _PROGRAMS = 264  # of attention: two for each multiprocessor of a large GPU
 
 def in_turn(columns: int) -> dict[str, int]:
     """Rows of a weight in one program and its warps, so that a thread holds some 32 to 128 of its numbers."""
-    if columns <= 1024:
-        return {"ROWS": 4, "num_warps": 2}
     return {"ROWS": 2, "num_warps": 2} if columns <= 2560 else {"ROWS": 4, "num_warps": 8}
 
 
