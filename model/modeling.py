@@ -14,11 +14,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .attention import GatedAttention, Rotary, RotaryTable
 from .blocking import first, padding_to
-from .blocks import FeedForward, MegalodonBlock
+from .blocks import MegalodonBlock
 from .cache import FinalCache, MegalodonCache
 from .config import MegalodonConfig
 from .constants import unfreeze_constants
 from .ema import ComplexEMA
+from .feed_forward import FeedForward
 from .norm import NormState, TimestepNorm
 from .plan import BLOCK, PrefillPlan
 from .quantized import empty_quantized, replace_linear_layers

@@ -17,8 +17,8 @@ from megalodon_export.model.attention import (
     attend_step,
     write_ring,
 )
-from megalodon_export.model.blocks import FeedForward
 from megalodon_export.model.cache import LayerCache, copy_in_place
+from megalodon_export.model.feed_forward import FeedForward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = ("blocked", "fft")

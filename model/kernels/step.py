@@ -13,8 +13,8 @@ from . import FEW, decode, norms, ring, tiles
 from .launch import group_sizes, kernel, power_of_2, programmatic
 
 if TYPE_CHECKING:
-    from ..attention import Rotary
-    from ..blocks import MegalodonBlock
+    from ..attention import GatedAttention, Rotary
+    from ..feed_forward import FeedForward
 
 _FEATURE_BYTES = 2048  # of a slot's value that a program of attention takes: 16 a thread, for all slots
 _SLOTS = 16  # of a ring that a program of attention reads at a time
@@ -271,9 +271,10 @@ def _batches(batch: int, shape: dict[str, Any]) -> int:
     return (batch + shape["BATCH"] - 1) // shape["BATCH"]
 
 
-def layer_step(block: MegalodonBlock, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> Tensor:
+def layer_step(
+    attn: GatedAttention, ffn: FeedForward, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache
+) -> Tensor:
     """One token a row through a layer, x (B, D) -> (B, D); the layer's cache changes in place."""
-    attn, ffn = block.attn, block.ffn
     c = attn.cema.constants()
     norm = attn.timenorm
     x_norm, scaled, squares = ema_step(
