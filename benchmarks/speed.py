@@ -34,6 +34,7 @@ from megalodon_export.checkpoints import DTYPES
 from megalodon_export.export import default_device, versions
 from megalodon_export.floors import decode_bytes, prefill_flops, visible_tokens
 from megalodon_export.model import PRESETS, MegalodonConfig, preset
+from megalodon_export.model.config import QUANTIZED_FORMATS
 from megalodon_export.runtimes import Runtime
 
 IN_MEMORY = ("eager", "compile", "kernels")
@@ -54,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="prefills timed")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--weight-format", choices=QUANTIZED_FORMATS, default="float", help="of a bundle made here")
     parser.add_argument("--peer", type=Path, help="a checkout of megalodon-hf, timed on the same sizes")
     parser.add_argument("--process-memory", action="store_true", help="also what a fresh process needs for the bundle")
     parser.add_argument("--graph-steps", type=int, default=0, help="CUDA: greedy steps with a graph against none")
@@ -62,6 +64,8 @@ def arguments() -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.process_memory and (args.from_config or not set(args.runtime) - set(IN_MEMORY)):
         parser.error("--process-memory measures a bundle: ask for --runtime aoti without --from-config")
+    if args.weight_format != "float" and (args.from_config or not set(args.runtime) - set(IN_MEMORY)):
+        parser.error("--weight-format is that of a bundle: ask for --runtime aoti without --from-config")
     return args
 
 
@@ -94,7 +98,8 @@ def prepare(args: argparse.Namespace, scratch: Path) -> tuple[Subject, dict[str,
     """The model to measure, exported if a runtime asks for a bundle, and the head of the report."""
     folder: Path | None = args.bundle
     overrides = {"num_layers": args.layers} if args.layers else {}
-    subject = Subject(preset(args.preset, **overrides), args.device, args.dtype, max(64, *args.batch))
+    config, most = preset(args.preset, **overrides), max(64, *args.batch)
+    subject = Subject(config, args.device, args.dtype, most, weight_format=args.weight_format)
     found: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
