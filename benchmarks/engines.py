@@ -28,6 +28,7 @@ from megalodon_export.model import (
     freeze_constants,
     use_kernels,
 )
+from megalodon_export.model.config import WeightFormat
 from megalodon_export.model.ema import ComplexEMA
 from megalodon_export.runtimes import RUNTIMES, Runtime, open_runtime
 from megalodon_export.runtimes.aoti import AotiRuntime
@@ -45,6 +46,7 @@ class Subject:
     max_batch: int
     programs: Path  # where AOTInductor programs that belong to no bundle are kept
     folder: Path | None = None
+    weight_format: WeightFormat = "float"
 
 
 def open_engine(name: str, subject: Subject) -> Runtime:
@@ -97,7 +99,8 @@ def make_bundle(subject: Subject, destination: Path) -> None:
     """Export a random model to a bundle, by way of a checkpoint that is deleted afterwards."""
     with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
         random_model(subject).save_pretrained(scratch)
-        export_aoti(Path(scratch), destination, subject.device, subject.dtype, subject.max_batch)
+        target = destination, subject.device, subject.dtype, subject.max_batch
+        export_aoti(Path(scratch), *target, weight_format=subject.weight_format)
 
 
 class CompiledRuntime(ModelRuntime):

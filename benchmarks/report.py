@@ -37,7 +37,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _numbers(found: dict[str, Any]) -> str:
-    weights = found.get("weights", "float")
+    weights = found.get("weight_format", "float")
     return found["dtype"] if weights == "float" else f"{found['dtype']} with {weights} weights"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -268,7 +269,7 @@ def test_a_quantised_bundle_in_daily_use(
     assert run(["bench", str(folder), "--batch", "1", "--tokens", "2", "--prompt-tokens", "4"]) == 0
     capsys.readouterr()
     assert run(["inspect", str(folder)]) == 0
-    assert "linear     int8" in capsys.readouterr().out
+    assert re.search(r"linear +int8", capsys.readouterr().out)
     assert "int8" in (folder / "README.md").read_text()
     again = ["aoti", "--checkpoint", str(folder), "--weight-format", "int4", "--out", str(tmp_path / "again")]
     assert run([*again, "--device", "cpu"]) == 1
