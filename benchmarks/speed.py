@@ -45,7 +45,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="200M", choices=tuple(PRESETS))
     parser.add_argument("--layers", type=int, help="another number of layers than the preset's")
-    parser.add_argument("--weight-format", choices=("float", "int8", "int4"), default="float", help="what linear layers hold")
+    parser.add_argument(
+        "--weight-format", choices=("float", "int8", "int4"), default="float", help="what linear layers hold"
+    )
     parser.add_argument("--bundle", type=Path, help="measure this bundle, not a preset; made there if it is missing")
     parser.add_argument("--runtime", nargs="+", default=["eager", "aoti"], help="eager, compile, kernels, aoti")
     parser.add_argument("--from-config", action="store_true", help="aoti: bind weights on the device, write no bundle")
