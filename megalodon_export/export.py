@@ -84,7 +84,6 @@ def export_aoti(
     model = load_model(checkpoint, DTYPES[dtype])
     if weight_format != "float":
         quantize(model, weight_format, group_size)
-    _check_quantized(model.config, device)
     limits = Limits.of(model.config, max_batch, max_length)
     with bundle.staged(destination) as staging:
         write_checkpoint(model, checkpoint, staging)
@@ -99,13 +98,6 @@ def export_aoti(
         bundle.update_parity(staging, parity)
     report(f"wrote {destination}")
     return sealed
-
-
-def _check_quantized(config: MegalodonConfig, device: str) -> None:
-    if config.weight_format != "float" and device.startswith("cuda"):
-        raise ValueError(
-            f"{config.weight_format} weights run on a CPU alone so far; use --device cpu, or export float weights"
-        )
 
 
 def write_checkpoint(model: MegalodonForCausalLM, checkpoint: Path, folder: Path) -> None:

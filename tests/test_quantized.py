@@ -23,7 +23,6 @@ import megalodon_export
 import megalodon_export.model as m
 from megalodon_export import bundle
 from megalodon_export.cli import run
-from megalodon_export.export import export_aoti
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.exporters.stages import export_stages
 from megalodon_export.exporters.streaming import quantized_linear, stream_products
@@ -299,12 +298,10 @@ def test_what_cannot_be_quantised_is_refused(monkeypatch: pytest.MonkeyPatch, tm
     m.quantize(model, "int8")
     with pytest.raises(ValueError, match="are int8 already"):
         m.quantize(model, "int8")
-    with pytest.raises(TypeError, match="no int8 or int4 weights yet"):
-        m.use_kernels(model)
-    model.save_pretrained(tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="int8 weights run on a CPU alone"):
-        export_aoti(tmp_path / "checkpoint", tmp_path / "out", "cuda")
-    assert not (tmp_path / "out").exists()
+    thirds = make_model(ffn_hidden_dim=24)
+    m.quantize(thirds, "int4", 3)
+    with pytest.raises(TypeError, match="in groups of a power of two, not of 3"):
+        m.use_kernels(thirds.float())
 
 
 # ---- floors ----------------------------------------------------------------------------------------------------------
