@@ -123,7 +123,7 @@ def compile_stages(
         use_kernels(model)
     started = time.monotonic()
     stages = export_stages(model, request.program, request.limits, request.all_logits)
-    if request.program == DECODE_ONE:
+    if request.program != PREFILL and model.device.type == "cpu":
         for stage in stages.values():
             stream_products(stage.graph.graph)
             stage.graph.recompile()

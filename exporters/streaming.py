@@ -2,8 +2,8 @@
 
 A decode step of one stream is bound by reading every matrix once. The libraries behind torch.mm and torch.bmm are not
 made for that: they read on one thread (float32), or slower still (bfloat16). These functions compute the same
-products, accumulated in float32 or better; `stream_products` puts them in the place of the libraries' calls. They are
-for a batch that is 1 in the graph: with a symbolic one Inductor takes the batch for the dimension to share out.
+products, accumulated in float32 or better; `stream_products` puts them in the place of the libraries' calls. With a
+symbolic batch Inductor shares out the batch: good for attention, whose rows have keys of their own, not for weights.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ def mixture(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def stream_products(graph: fx.Graph) -> None:
-    """Replace linear layers of (B, K) and batched products of one row in a traced decode stage."""
+    """Replace batched products of one row, and linear layers of one row, in a traced decode stage."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        if node.args[0].meta["val"].dim() == 2:
-            x, weight, *bias = node.args
+        x, weight, *bias = node.args
+        rows = x.meta["val"].shape[0]
+        if isinstance(rows, int) and rows == 1:
             stored = _stored(weight)
             node.target, node.args = (quantized_linear if len(stored) > 1 else linear), (x, *stored, *bias)
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default):

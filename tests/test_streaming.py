@@ -40,15 +40,17 @@ def test_products_are_those_of_the_libraries(dtype: torch.dtype, n: int, k: int,
     assert_close(mixture(weights, values), torch.bmm(weights, values))
 
 
-def test_a_decode_step_of_one_stream_has_no_library_product_left() -> None:
+@pytest.mark.parametrize(("program", "left"), [("decode_one", 0), ("decode", 8)])
+def test_products_of_one_row_are_left_to_no_library(program: str, left: int) -> None:
     model = make_model(torch.float32, num_layers=1)
     m.freeze_constants(model)
     libraries = {torch.ops.aten.linear.default, torch.ops.aten.bmm.default}
-    found = []
-    for stage in export_stages(model, "decode_one", Limits.of(model.config)).values():
+    before, after = [], []
+    for stage in export_stages(model, program, Limits.of(model.config)).values():
         graph = stage.graph.graph
-        found += [node.target for node in graph.nodes if node.target in libraries]
+        before += [node.target for node in graph.nodes if node.target in libraries]
         stream_products(graph)
         stage.graph.recompile()
-        assert not [node for node in graph.nodes if node.target in libraries]
-    assert len(found) == 10  # wz wv wr wh1 wh2, scores and mixture, fc1 fc2, head
+        after += [node.target for node in graph.nodes if node.target in libraries]
+    assert len(before) == 10  # wz wv wr wh1 wh2, scores and mixture, fc1 fc2, head
+    assert after == [torch.ops.aten.linear.default] * left
