@@ -1,0 +1,177 @@
+"""ONNX: prefill and decode as two graphs for all layers, over the weights in the bundle's own safetensors files.
+
+The stages that every exporter works from are traced once and written once for each layer, so that only writing takes
+longer for a deeper model. The graphs lie beside `model.safetensors`, since ONNX refers to files of the same folder
+alone, and hold no weights: an initializer is a place (offset, length) in that file or in the derived constants.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import sympy
+import torch
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnx_ir.tensor_adapters import from_torch_dtype
+from safetensors import safe_open
+from torch import Tensor
+
+from ..model import MegalodonConfig, MegalodonForCausalLM
+from .aoti import Request, one_layer_model
+from .onnx_graph import BATCH, GRANULES, OPSET, Const, Expr, GraphBuilder, Operand, Val
+from .onnx_ops import Translator
+from .programs import DECODE, PREFILL, Limits, ProgramSpec, TensorSpec, program_specs, static_sizes
+from .stages import BEGIN, END, LAYER, LAYER_INDEX, Stage, export_stages
+
+FOLD_LIMIT = 1 << 16  # bytes
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+
+
+def past_name(name: str) -> str:
+    """The graphs' name of an input: as optimum and onnxruntime-genai name it, derived from the cache's."""
+    return "input_ids" if name == "token_ids" else f"past_key_values.{_short(name)}" if "." in name else name
+
+
+def present_name(name: str) -> str:
+    """The graphs' name of an output."""
+    return f"present.{_short(name)}" if "." in name else name
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("layers.")
+
+
+class WeightFiles:
+    """The tensors of a bundle's safetensors files, as values and as places in the files."""
+
+    def __init__(self, folder: Path, files: tuple[str, ...]) -> None:
+        self._opened = {file: safe_open(folder / file, framework="pt") for file in files}
+        self._entries = {name: (file, e) for file in files for name, e in _places(folder / file).items()}
+        self._folder = folder
+        tied = dict(MegalodonForCausalLM._tied_weights_keys)
+        self._alias = tied | {source: name for name, source in tied.items()}  # a file holds one of the two
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight's value, mapped from the file."""
+        name = self._stored(name)
+        return self._opened[self._entries[name][0]].get_tensor(name)
+
+    def external(self, name: str) -> ir.ExternalTensor:
+        """A weight as ONNX refers to it."""
+        file, (dtype, shape, start, end) = self._entries[self._stored(name)]
+        kind = from_torch_dtype(getattr(torch, _DTYPES[dtype]))
+        return ir.ExternalTensor(
+            file, start, end - start, kind, shape=ir.Shape(shape), name=name, base_dir=self._folder
+        )
+
+    def _stored(self, name: str) -> str:
+        found = name if name in self._entries else self._alias.get(name)
+        if found not in self._entries:
+            raise KeyError(f"the program's input {name} is in none of the bundle's files {', '.join(self._opened)}")
+        return found  # type: ignore[return-value]
+
+
+def _places(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """dtype, shape, first and last byte of every tensor of a safetensors file."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    start = 8 + size
+    return {n: (e["dtype"], e["shape"], *(start + at for at in e["data_offsets"])) for n, e in header.items()}
+
+
+def build(
+    folder: Path,
+    files: tuple[str, ...],
+    dtype: str,
+    limits: Limits,
+    report: Callable[[str], None],
+    all_logits: bool = False,
+) -> dict[str, Any]:
+    """Write prefill.onnx and decode.onnx beside the checkpoint in `folder`; returns the manifest's entry about them."""
+    config = MegalodonConfig.from_pretrained(folder)
+    weights = WeightFiles(folder, files)
+    request = Request(str(folder), "", "cpu", dtype, limits, all_logits, False, "")
+    model = one_layer_model(request)
+    specs = program_specs(config, getattr(torch, dtype), all_logits)
+    programs = {}
+    for name in (PREFILL, DECODE):
+        started = time.monotonic()
+        stages = export_stages(model, name, limits, all_logits)
+        graph = build_graph(specs[name], stages, config, weights, limits)
+        save(graph, folder / f"{name}.onnx")
+        report(f"{name}.onnx: {len(graph)} nodes in {time.monotonic() - started:.1f} s")
+        programs[name] = boundary(specs[name])
+    return {"limits": asdict(limits), "opset": OPSET, "all_logits": all_logits, "graphs": programs}
+
+
+def boundary(spec: ProgramSpec) -> dict[str, Any]:
+    """A graph's file, and its inputs and outputs in order, with the names that the rest of the manifest uses."""
+
+    def entries(specs: tuple[TensorSpec, ...], name: Callable[[str], str]) -> list[dict[str, Any]]:
+        return [{"name": name(s.name), "tensor": s.name, "dims": list(s.dims), "dtype": s.dtype} for s in specs]
+
+    return {
+        "file": f"{spec.name}.onnx",
+        "inputs": entries(spec.inputs, past_name),
+        "outputs": entries(spec.outputs + spec.cache, present_name),
+    }
+
+
+def build_graph(
+    spec: ProgramSpec,
+    stages: dict[str, Stage],
+    config: MegalodonConfig,
+    weights: WeightFiles,
+    limits: Limits,
+    fold_limit: int = FOLD_LIMIT,
+) -> ir.Graph:
+    """A program's stages as one graph, the layer's once for each layer."""
+    sizes = static_sizes(config)
+    largest = {BATCH: limits.max_batch, GRANULES: limits.max_length // limits.granule}
+    graph = GraphBuilder(limits.granule, largest, weights.external, fold_limit)
+    if limits.max_length == limits.granule:  # the one length there is, which tracing takes for a number
+        graph.length = sympy.Integer(limits.granule)
+    letters: dict[str, Expr] = {"B": BATCH, "L": graph.length} | {k: sympy.Integer(v) for k, v in sizes.items()}
+
+    def dims(one: TensorSpec) -> list[Expr]:
+        return [letters[d] if d in letters else sympy.Integer(d) for d in one.dims]
+
+    tensors: dict[str, Operand] = {
+        one.name: graph.input(past_name(one.name), dims(one), getattr(torch, one.dtype)) for one in spec.inputs
+    }
+    constant = cache(lambda name: Const(weights.tensor(name), name))
+
+    def run(stage: Stage, layer: int = 0) -> None:
+        def numbered(name: str) -> str:
+            return name.replace(LAYER_INDEX, str(layer))
+
+        inputs = {
+            one.name: constant(numbered(one.name)) if one.kind == "weight" else tensors[numbered(one.name)]
+            for one in stage.inputs
+        }
+        results = Translator(graph, stage, inputs).run()
+        tensors.update({numbered(name): tensor for name, tensor in results.items()})
+
+    run(stages[BEGIN])
+    for layer in range(config.num_layers):
+        run(stages[LAYER], layer)
+    run(stages[END])
+    outputs = {present_name(one.name): graph.val(tensors[one.name]) for one in spec.outputs + spec.cache}
+    return graph.graph(f"megalodon_{spec.name}", outputs)
+
+
+def save(graph: ir.Graph, path: Path) -> None:
+    """Write a graph without the weights it refers to, and without nodes that nothing needs or that are there twice."""
+    model = ir.Model(graph, ir_version=11, producer_name="megalodon-export")
+    RemoveUnusedNodesPass()(model)
+    CommonSubexpressionEliminationPass()(model)
+    ir.save(model, path)
