@@ -55,7 +55,9 @@ def _kernel_problem(node: ir.Node, opsets: dict[str, int]) -> str | None:
     if name == "TensorScatter":
         name = f"TensorScatter-{node.attributes['mode'].as_string()}"
     versions = {int(version): entry for version, entry in kernels().get(name, {}).items()}
-    around = [versions[opset]] if opset in versions else [v for o, v in versions.items() if o in _around(versions, opset)]
+    around = (
+        [versions[opset]] if opset in versions else [v for o, v in versions.items() if o in _around(versions, opset)]
+    )
     if not around:
         return f"{name} of opset {opset} is not in the table of CUDA kernels"
     if any(dtype not in entry.get("CUDA", ()) for entry in around):

@@ -104,7 +104,9 @@ class GraphBuilder:
 
     # ---- nodes and values
 
-    def op(self, kind: str, *inputs: ir.Value, dtype: torch.dtype | None = None, count: int = 1, **attributes: Any) -> Any:
+    def op(
+        self, kind: str, *inputs: ir.Value, dtype: torch.dtype | None = None, count: int = 1, **attributes: Any
+    ) -> Any:
         """Add a node; its output (a tuple if `count` > 1) has the given dtype, or the first input's."""
         of = from_torch_dtype(dtype) if dtype is not None else inputs[0].dtype
         outputs = [ir.Value(name=f"{kind.lower()}_{len(self.nodes)}_{i}", type=ir.TensorType(of)) for i in range(count)]
@@ -179,7 +181,9 @@ class GraphBuilder:
             kept = axis < len(own) and own[axis] == dim
             target.append(int(dim) if dim.is_number else 0 if kept else -1)
         if target.count(-1) > 1:
-            raise ValueError(f"no constant target for a Reshape of {own} to {dims}: two sizes would have to be computed")
+            raise ValueError(
+                f"no constant target for a Reshape of {own} to {dims}: two sizes would have to be computed"
+            )
         return Val(self.op("Reshape", x.value, self.constant(target)), result)
 
     def size(self, dim: Expr) -> ir.Value:

@@ -433,10 +433,12 @@ def _embedding(t: Translator, node: fx.Node, table: Operand, ids: Operand) -> Va
 
 @handles(aten.linear.default)
 def _linear(t: Translator, node: fx.Node, x: Operand, weight: Operand, bias: Operand | None = None) -> Val:
-    """Transpose and MatMul, which ONNX Runtime joins to one product that reads the weight as it is stored."""
-    columns = t.graph.op("Transpose", t.graph.value(weight), perm=[1, 0])
-    product = t.op(node, "MatMul", t.graph.value(x), columns)
-    return product if bias is None else t.op(node, "Add", product.value, t.graph.value(bias))
+    """Reads the weight as it is stored: Gemm for rows (B, K), else a product that ONNX Runtime joins to a Transpose."""
+    rows, matrix, added = t.graph.value(x), t.graph.value(weight), [] if bias is None else [t.graph.value(bias)]
+    if node.meta["val"].dim() == 2:
+        return t.op(node, "Gemm", rows, matrix, *added, transB=1)
+    product = t.op(node, "MatMul", rows, t.graph.op("Transpose", matrix, perm=[1, 0]))
+    return t.op(node, "Add", product.value, *added) if added else product
 
 
 @handles(aten.mm.default)
@@ -452,12 +454,31 @@ def _bmm(t: Translator, node: fx.Node, a: Operand, b: Operand) -> Val:
     left, right = _whole(t, t.graph.val(a), 2), _whole(t, _whole(t, t.graph.val(b), 1), 2)
     if left.groups[0] != right.groups[0]:
         left, right = _whole(t, left, 0), _whole(t, right, 0)
+    if left.groups[1] == (sympy.Integer(1),) and _is_transposed(right):
+        return _one_row(t, left, right)
     rows, repeated = left.groups[1], right.value
     if len(rows) > 1:
         start = len(left.groups[0])
         repeated = t.graph.op("Unsqueeze", repeated, t.graph.constant([start + i for i in range(len(rows) - 1)]))
     value = t.graph.op("MatMul", left.value, repeated)
     return Val(value, (left.groups[0], rows, (t.dims(node)[-1],)))
+
+
+def _is_transposed(val: Val) -> bool:
+    producer = val.value.producer()
+    if producer is None or producer.op_type != "Transpose":
+        return False
+    perm = list(producer.attributes["perm"].as_ints())
+    return perm == [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2]
+
+
+def _one_row(t: Translator, left: Val, right: Val) -> Val:
+    """One row times a transposed matrix, as the matrix times a column: a ring of keys is not copied to turn it."""
+    (batch, (one,), (inner,)), (columns,) = left.groups, right.groups[2]
+    column = t.graph.reshape(left, (*batch, inner, one))
+    product = t.graph.op("MatMul", right.value.producer().inputs[0], column.value)  # type: ignore[union-attr]
+    groups = (batch, (one,), (columns,))
+    return t.graph.reshape(Val.of(product, (*batch, columns, one)), (*batch, one, columns), groups)
 
 
 @handles(aten.baddbmm.default)
@@ -559,7 +580,7 @@ def _add_in_place(t: Translator, node: fx.Node, x: Operand, y: Any) -> Operand:
 def _store(t: Translator, node: fx.Node, new: Any) -> Any:
     """From here on, the tensor that was written to is the new one."""
     written = node.args[0]
-    assert isinstance(written, fx.Node) and written.op == "placeholder"
+    assert isinstance(written, fx.Node)
+    assert written.op == "placeholder"
     t.env[written] = new
     return new
-
