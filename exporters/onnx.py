@@ -2,11 +2,13 @@
 
 The stages that every exporter works from are traced once and written once for each layer, so that only writing takes
 longer for a deeper model. The graphs lie beside `model.safetensors`, since ONNX refers to files of the same folder
-alone, and hold no weights: an initializer is a place (offset, length) in that file or in the derived constants.
+alone, and hold no weights: an initializer is a place (offset, length) in that file or in one of derived constants.
+Everything that depends on weights alone is computed at export; `onnx_constants.safetensors` has what is large of it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -19,18 +21,21 @@ import onnx_ir as ir
 import sympy
 import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
-from onnx_ir.tensor_adapters import from_torch_dtype
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..model import MegalodonConfig, MegalodonForCausalLM
 from .aoti import Request, one_layer_model
-from .onnx_graph import BATCH, GRANULES, OPSET, Const, Expr, GraphBuilder, Operand, Val
+from .onnx_check import require
+from .onnx_graph import BATCH, GRANULES, OPSET, Const, Expr, GraphBuilder, Operand
 from .onnx_ops import Translator
 from .programs import DECODE, PREFILL, Limits, ProgramSpec, TensorSpec, program_specs, static_sizes
 from .stages import BEGIN, END, LAYER, LAYER_INDEX, Stage, export_stages
 
-FOLD_LIMIT = 1 << 16  # bytes
+CONSTANTS = "onnx_constants.safetensors"
+_SMALL = 1 << 16  # bytes; larger constants are in the file of that name
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 
 
@@ -101,16 +106,41 @@ def build(
     weights = WeightFiles(folder, files)
     request = Request(str(folder), "", "cpu", dtype, limits, all_logits, False, "")
     model = one_layer_model(request)
+    model.model.supported_dtypes += (torch.float16,)
     specs = program_specs(config, getattr(torch, dtype), all_logits)
-    programs = {}
+    graphs = {}
     for name in (PREFILL, DECODE):
         started = time.monotonic()
         stages = export_stages(model, name, limits, all_logits)
-        graph = build_graph(specs[name], stages, config, weights, limits)
+        graphs[name] = build_graph(specs[name], stages, config, weights, limits)
+        report(f"{name}: {len(graphs[name])} nodes in {time.monotonic() - started:.1f} s")
+    move_large_constants(list(graphs.values()), folder)
+    for name, graph in graphs.items():
+        require(graph)
         save(graph, folder / f"{name}.onnx")
-        report(f"{name}.onnx: {len(graph)} nodes in {time.monotonic() - started:.1f} s")
-        programs[name] = boundary(specs[name])
-    return {"limits": asdict(limits), "opset": OPSET, "all_logits": all_logits, "graphs": programs}
+    return {
+        "limits": asdict(limits),
+        "opset": OPSET,
+        "all_logits": all_logits,
+        "files": [f"{name}.onnx" for name in graphs] + [CONSTANTS],
+        "graphs": {name: boundary(specs[name]) for name in graphs},
+    }
+
+
+def move_large_constants(graphs: list[ir.Graph], folder: Path) -> None:
+    """Write the large constants of graphs to one file, equal ones once, and let the graphs refer to it."""
+    places: dict[str, list[ir.Value]] = {}
+    tensors: dict[str, Tensor] = {}
+    for value in (value for graph in graphs for value in graph.initializers.values()):
+        constant = value.const_value
+        if isinstance(constant, TorchTensor) and constant.nbytes > _SMALL:
+            name = hashlib.sha256(constant.tobytes() + str(constant.shape).encode()).hexdigest()[:16]
+            tensors[name] = constant.raw
+            places.setdefault(name, []).append(value)
+    save_file(tensors, folder / CONSTANTS)
+    stored = WeightFiles(folder, (CONSTANTS,))
+    for name, value in ((name, value) for name, values in places.items() for value in values):
+        value.const_value = stored.external(name)
 
 
 def boundary(spec: ProgramSpec) -> dict[str, Any]:
@@ -132,12 +162,11 @@ def build_graph(
     config: MegalodonConfig,
     weights: WeightFiles,
     limits: Limits,
-    fold_limit: int = FOLD_LIMIT,
 ) -> ir.Graph:
     """A program's stages as one graph, the layer's once for each layer."""
     sizes = static_sizes(config)
     largest = {BATCH: limits.max_batch, GRANULES: limits.max_length // limits.granule}
-    graph = GraphBuilder(limits.granule, largest, weights.external, fold_limit)
+    graph = GraphBuilder(limits.granule, largest, weights.external)
     if limits.max_length == limits.granule:  # the one length there is, which tracing takes for a number
         graph.length = sympy.Integer(limits.granule)
     letters: dict[str, Expr] = {"B": BATCH, "L": graph.length} | {k: sympy.Integer(v) for k, v in sizes.items()}

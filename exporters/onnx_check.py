@@ -1,4 +1,4 @@
-"""What can be known of a graph without a GPU: that every node has a CUDA kernel, and that caches may be updated in place.
+"""What can be known of a graph without a GPU: that each node has a CUDA kernel, that caches may be updated in place.
 
 `onnxruntime_cuda_kernels.json` is a table of where ONNX Runtime ran every operation, by opset and dtype, on a GPU.
 """

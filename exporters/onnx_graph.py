@@ -48,14 +48,10 @@ class Val:
 
 @dataclass(frozen=True, eq=False)
 class Const:
-    """A tensor known at export: a weight of the checkpoint (it has a name), or what follows from weights.
-
-    `make` computes it in the graph instead, which is chosen where the result is large.
-    """
+    """A tensor known at export: a weight of the checkpoint (it has a name), or what follows from weights."""
 
     tensor: Tensor
     name: str | None = None
-    make: Callable[[], Operand] | None = None
 
     @property
     def shape(self) -> Dims:
@@ -82,14 +78,8 @@ Operand: TypeAlias = Val | Const | Steps
 class GraphBuilder:
     """Nodes, initializers and sizes of one graph. `weight` gives the external tensor of a named constant."""
 
-    def __init__(
-        self,
-        granule: int,
-        largest: dict[Any, int],
-        weight: Callable[[str], ir.ExternalTensor],
-        fold_limit: int,
-    ) -> None:
-        """`largest` values of the symbols; results of constants of more than `fold_limit` bytes stay in the graph."""
+    def __init__(self, granule: int, largest: dict[Any, int], weight: Callable[[str], ir.ExternalTensor]) -> None:
+        """`largest` values of the symbols."""
         self.length = granule * GRANULES  # L
         self.nodes: list[ir.Node] = []
         self.inputs: dict[str, ir.Value] = {}
@@ -99,7 +89,6 @@ class GraphBuilder:
         self._made: dict[Const | Steps, ir.Value] = {}
         self._kept: list[Const] = []  # a Const is known by its identity, so it must not go
         self._sources: dict[Expr, tuple[ir.Value, int]] = {}
-        self.fold_limit = fold_limit
         self.shared: dict[Any, ir.Value] = {}  # what handlers made once for all
 
     # ---- nodes and values
@@ -157,8 +146,6 @@ class GraphBuilder:
                 name=operand.name, type=ir.TensorType(external.dtype), shape=external.shape, const_value=external
             )
             return self.initializers.setdefault(operand.name, value)
-        if operand.make is not None and operand.tensor.nbytes > self.fold_limit:
-            return self.value(operand.make())
         return self._initializer(operand.tensor)
 
     def _initializer(self, tensor: Tensor) -> ir.Value:

@@ -78,7 +78,7 @@ class Translator:
         args, kwargs = (fx.node.map_arg(part, lambda n: self.env[n]) for part in (node.args, node.kwargs))
         if node.target is operator.getitem:
             return args[0][args[1]]
-        if tree_any(lambda x: isinstance(x, Val | Steps) or isinstance(x, Expr) and not x.is_number, (args, kwargs)):
+        if tree_any(lambda x: isinstance(x, Val | Steps) or (isinstance(x, Expr) and not x.is_number), (args, kwargs)):
             return self._handle(node, args, kwargs)
         return self._fold(node, args, kwargs)
 
@@ -93,10 +93,7 @@ class Translator:
         """The result of an operation on constants."""
         numbers, options = tree_map(_as_torch, (args, kwargs))
         result = node.target(*numbers, **options)  # type: ignore[operator]
-        if isinstance(result, Tensor):
-            from_constants = tree_any(lambda x: isinstance(x, Const), args)
-            return Const(result, make=(lambda: self._handle(node, args, kwargs)) if from_constants else None)
-        return [Const(part, make=lambda i=i: self._handle(node, args, kwargs)[i]) for i, part in enumerate(result)]  # type: ignore
+        return tree_map(lambda x: Const(x) if isinstance(x, Tensor) else x, result)
 
     # ---- what handlers ask
 
