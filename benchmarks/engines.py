@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export.pt2_archive._package import package_pt2
 from torch.fx.experimental import _config as symbolic_shapes
 
 from megalodon_export import bundle
 from megalodon_export.checkpoints import DTYPES
 from megalodon_export.export import export_aoti
-from megalodon_export.exporters import aoti, programs
+from megalodon_export.exporters import aoti
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.model import (
     MegalodonCache,
@@ -39,6 +42,7 @@ class Subject:
     device: str
     dtype: str
     max_batch: int
+    programs: Path  # where AOTInductor programs that belong to no bundle are kept
     folder: Path | None = None
 
 
@@ -138,22 +142,37 @@ class BoundPrograms(AotiRuntime):
 
 
 def compile_from_config(subject: Subject) -> Runtime:
-    """AOTInductor programs of a random model on the device, compiled in this process: no weights on host or disk.
+    """AOTInductor programs of a random model, bound to its weights on the device: no copy of them on host or disk.
 
-    A bundle's way is `export_aoti`.
+    A bundle's way is `export_aoti`. Programs do not depend on the number of layers: they are compiled from a checkpoint
+    of one.
     """
-    one = random_model(replace(subject, config=MegalodonConfig(**{**subject.config.to_diff_dict(), "num_layers": 1})))
-    freeze_constants(one)
-    limits = Limits.of(subject.config, subject.max_batch)
-    with tempfile.TemporaryDirectory() as scratch:
-        compiled, files = {}, {}
-        for name in (programs.PREFILL, programs.DECODE):
-            folder = str(Path(scratch, name))
-            request = aoti.Request("", name, subject.device, subject.dtype, limits, False, False, folder)
-            compiled[name] = aoti.compile_stages(one, request)
-            files |= {stage["name"]: stage.pop("files") for stage in compiled[name].values()}
-        package = Path(scratch, "model.pt2")
-        package_pt2(str(package), aoti_files=files)
-        model = random_model(subject)
-        freeze_constants(model)
-        return BoundPrograms(model, limits, compiled, package)
+    entry = programs_of(subject)
+    model = random_model(subject)
+    freeze_constants(model)
+    return BoundPrograms(model, Limits(**entry["limits"]), entry["stages"], subject.programs / entry["package"])
+
+
+def programs_of(subject: Subject) -> dict[str, Any]:
+    """Compile the programs of a config, or take those that are there; the manifest's entry and `compile_seconds`.
+
+    ValueError if the programs that are there are others.
+    """
+    config = MegalodonConfig(**{**subject.config.to_diff_dict(), "num_layers": 1})
+    sizes = json.loads(json.dumps(config.to_diff_dict(), default=str))
+    made_of = {"config": sizes, "dtype": subject.dtype, "max_batch": subject.max_batch, "torch": torch.__version__}
+    folder = subject.programs
+    record = folder / "programs.json"
+    if record.is_file():
+        found: dict[str, Any] = json.loads(record.read_text())
+        if found["made_of"] != made_of:
+            raise ValueError(f"{folder} has programs of {found['made_of']}, not of {made_of}; name another folder")
+        return found["entry"]
+    with tempfile.TemporaryDirectory() as checkpoint:
+        random_model(replace(subject, config=config)).save_pretrained(checkpoint)
+        limits, started = Limits.of(config, subject.max_batch), time.monotonic()
+        note = partial(print, file=sys.stderr, flush=True)
+        entry = aoti.build(Path(checkpoint), folder, subject.device, subject.dtype, limits, note)
+    entry["compile_seconds"] = time.monotonic() - started
+    record.write_text(json.dumps({"made_of": made_of, "entry": entry}))
+    return entry

@@ -30,7 +30,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines += _table("Decode (streams near the end of a chunk)", [r for r in results if "decode_seconds" in r], _DECODE)
     lines += _table("Contexts, batch 1, streamed", [r for r in found["contexts"] if "error" not in r], _CONTEXTS)
     lines += _table("Not measured", [r for r in results + found["contexts"] if "error" in r], _ERRORS)
-    for name in ("export_seconds", "process_memory", "cuda_graph"):
+    for name in ("export_seconds", "compile_seconds", "process_memory", "cuda_graph"):
         if name in found:
             lines += ["", f"{name}: `{found[name]}`"]
     return "\n".join(lines) + "\n"

@@ -18,13 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import report
 import torch
-from engines import Subject, make_bundle, open_engine
+from engines import Subject, make_bundle, open_engine, programs_of
 from peer import open_peer, time_peer
 from processes import graph_against_none, memory_of_a_process, resident_memory
 
@@ -47,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, help="measure this bundle, not a preset; made there if it is missing")
     parser.add_argument("--runtime", nargs="+", default=["eager", "aoti"], help="eager, compile, kernels, aoti")
     parser.add_argument("--from-config", action="store_true", help="aoti: bind weights on the device, write no bundle")
+    parser.add_argument("--programs", type=Path, help="with --from-config: compile here, or take what is here")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128, 2048])
     parser.add_argument("--context-tokens", type=int, nargs="*", default=[], help="contexts to stream through, batch 1")
@@ -55,11 +57,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--peer", type=Path, help="a checkout of megalodon-hf, timed on the same sizes")
+    parser.add_argument("--peer-batch", type=int, nargs="+", help="batches of the peer (default: the same)")
     parser.add_argument("--process-memory", action="store_true", help="also what a fresh process needs for the bundle")
-    parser.add_argument("--graph-steps", type=int, default=0, help="CUDA: greedy steps with a graph against none")
+    parser.add_argument("--graph-steps", type=int, default=0, help="CUDA: greedy steps of aoti, a graph against none")
     parser.add_argument("--out", type=Path, required=True, help="folder for speed.json, speed.md and plots")
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    if args.programs and not args.from_config:
+        parser.error("--programs keeps what --from-config compiles; a bundle has its own")
     if args.process_memory and (args.from_config or not set(args.runtime) - set(IN_MEMORY)):
         parser.error("--process-memory measures a bundle: ask for --runtime aoti without --from-config")
     return args
@@ -75,12 +80,14 @@ def main() -> None:
         found |= {"copy_gigabytes_per_second": ceilings.copy / 1e9, "matmul_teraflops": ceilings.matmul / 1e12}
         for name in args.runtime:
             print(f"{name}", file=sys.stderr, flush=True)
+            if name == "aoti" and args.from_config:
+                found["compile_seconds"] = programs_of(subject)["compile_seconds"]
             measure(name, subject, args, ceilings, found)
             write(args.out, found)
         if args.peer:
             print("peer", file=sys.stderr, flush=True)
             model = open_peer(args.peer, subject)
-            timed = time_peer(model, subject, args.batch, args.prompt_tokens, args.steps, ceilings)
+            timed = time_peer(model, subject, args.peer_batch or args.batch, args.prompt_tokens, args.steps, ceilings)
             found["results"] += guarded(timed, {"runtime": "megalodon-hf"}, subject.device)
         if args.process_memory and subject.folder:
             found["process_memory"] = memory_of_a_process(subject.folder, subject.device)
@@ -94,7 +101,8 @@ def prepare(args: argparse.Namespace, scratch: Path) -> tuple[Subject, dict[str,
     """The model to measure, exported if a runtime asks for a bundle, and the head of the report."""
     folder: Path | None = args.bundle
     overrides = {"num_layers": args.layers} if args.layers else {}
-    subject = Subject(preset(args.preset, **overrides), args.device, args.dtype, max(64, *args.batch))
+    config, most = preset(args.preset, **overrides), max(64, *args.batch)
+    subject = Subject(config, args.device, args.dtype, most, args.programs or scratch / "programs")
     found: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -114,7 +122,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> tuple[Subject, dict[str,
     if folder is not None:
         manifest = bundle.read(folder, check="sizes")
         config = MegalodonConfig(**manifest["config"])
-        subject = Subject(config, args.device, manifest["dtype"], subject.max_batch, folder)
+        subject = replace(subject, config=config, dtype=manifest["dtype"], folder=folder)
         found["file_bytes"] = {name: entry["size"] for name, entry in manifest["files"].items()}
     found |= {"dtype": subject.dtype, "config": subject.config.to_diff_dict(), "results": [], "contexts": []}
     return subject, found
@@ -141,7 +149,7 @@ def measure(name: str, subject: Subject, args: argparse.Namespace, ceilings: Cei
     if args.context_tokens:
         streamed = stream(runtime, sorted(args.context_tokens), args.steps, ceilings)
         found["contexts"] += guarded(streamed, {"runtime": name}, subject.device)
-    if args.graph_steps and device.type == "cuda":
+    if args.graph_steps and name == "aoti" and device.type == "cuda":
         found.setdefault("cuda_graph", {})[name] = graph_against_none(runtime, args.graph_steps)
 
 

@@ -103,6 +103,11 @@ def build(
 ) -> dict[str, Any]:
     """Write prefill.onnx and decode.onnx beside the checkpoint in `folder`; returns the manifest's entry about them."""
     config = MegalodonConfig.from_pretrained(folder)
+    if config.weight_format != "float":
+        raise ValueError(
+            f"the checkpoint's linear layers are {config.weight_format}, which the ONNX exporter does not write; "
+            "export the float checkpoint, and quantise its graphs with onnxruntime.quantization"
+        )
     weights = WeightFiles(folder, files)
     request = Request(str(folder), "", "cpu", dtype, limits, all_logits, False, "")
     model = one_layer_model(request)

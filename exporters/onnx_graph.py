@@ -18,7 +18,7 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 OPSET = 24
-BATCH, GRANULES = sympy.symbols("B granules", positive=True, integer=True)
+BATCH, GRANULES, FOUND = sympy.symbols("B granules found", positive=True, integer=True)  # FOUND: in a tensor's value
 Expr: TypeAlias = sympy.Expr
 Dims: TypeAlias = tuple[Expr, ...]
 
@@ -61,10 +61,11 @@ class Const:
 
 @dataclass(frozen=True)
 class Steps:
-    """The whole numbers from start up to stop, int64, not yet in the graph."""
+    """The whole numbers from start up to stop, not yet in the graph."""
 
     start: Expr
     stop: Expr
+    dtype: torch.dtype = torch.int64
 
     @property
     def shape(self) -> Dims:
@@ -89,7 +90,7 @@ class GraphBuilder:
         self._made: dict[Const | Steps, ir.Value] = {}
         self._kept: list[Const] = []  # a Const is known by its identity, so it must not go
         self._sources: dict[Expr, tuple[ir.Value, int]] = {}
-        self.shared: dict[Any, ir.Value] = {}  # what handlers made once for all
+        self._shared: dict[Any, ir.Value] = {}
 
     # ---- nodes and values
 
@@ -123,6 +124,12 @@ class GraphBuilder:
         if key not in self._constants:
             self._constants[key] = self._initializer(torch.tensor(value, dtype=dtype))
         return self._constants[key]
+
+    def once(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
+        """What is made for the first who asks, for all who do."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def value(self, operand: Operand) -> ir.Value:
         """The operand as an ONNX value of its own dimensions."""
@@ -180,13 +187,36 @@ class GraphBuilder:
         value, axis = self._sources[dim]
         return self.op("Shape", value, dtype=torch.int64, start=axis, end=axis + 1)
 
+    def find(self, number: ir.Value, largest: int) -> None:
+        """Let FOUND be a number that the graph computes, an integer scalar."""
+        self._largest[FOUND] = largest
+        count = self.op("Cast", number, dtype=torch.int64, to=int(ir.DataType.INT64))
+        self._sources[FOUND] = self._first(FOUND, self.op("Reshape", count, self.constant([1]))), 0
+
+    def _first(self, dim: Expr, count: ir.Value) -> ir.Value:
+        """The first so many whole numbers, out of a table."""
+        table = self.value(Const(torch.arange(self.largest(dim))))
+        return self.op("Slice", table, self.constant([0]), count, self.constant([0]))
+
     def _source(self, dim: Expr) -> tuple[ir.Value, int]:
-        """A tensor with a dimension that divides the length."""
-        value, axis = self._sources[self.length]
-        parts = sympy.expand(self.length / dim)
-        if axis != 1 or not parts.is_Integer:
-            raise ValueError(f"no tensor of the graph has a dimension of {dim}")
-        return self.op("Reshape", value, self.constant([0, -1, int(parts)])), 1
+        """A tensor with a dimension of a size: the length in parts, or several vectors one after the other."""
+        terms = dim.as_coefficients_dict()
+        factor = terms.get(GRANULES, 0)
+        if set(terms) == {GRANULES} and self._granule % factor == 0:
+            value, axis = self._sources[self.length]
+            assert axis == 1
+            return self.op("Reshape", value, self.constant([0, -1, self._granule // int(factor)])), 1
+        parts: list[ir.Value] = []
+        for symbol, count in terms.items():
+            if not (count.is_Integer and count > 0):
+                raise ValueError(f"no tensor of the graph has a dimension of {dim}")
+            if symbol == 1:
+                parts.append(self.value(Const(torch.arange(int(count)))))
+                continue
+            step = max(d for d in range(1, int(count) + 1) if count % d == 0 and self._granule % d == 0)
+            unit = step * symbol if symbol == GRANULES else symbol
+            parts += [self._first(unit, self.size(unit))] * (int(count) // (step if symbol == GRANULES else 1))
+        return self.op("Concat", *parts, axis=0), 0
 
     def largest(self, dim: Expr) -> int:
         """The largest value of a size within the limits."""
@@ -194,15 +224,11 @@ class GraphBuilder:
 
     def _steps(self, steps: Steps) -> ir.Value:
         (size,) = steps.shape
-        extra = size.as_coeff_Add()[0]
-        dynamic = size - extra
-        table = self.value(Const(torch.arange(self.largest(dynamic))))
-        result = self.op("Slice", table, self.constant([0]), self.size(dynamic), self.constant([0]))
-        if extra > 0:
-            more = self.op("Add", result, self.constant(int(extra)))
-            result = self.op("Concat", self.value(Const(torch.arange(int(extra)))), more, axis=0)
+        result = self._first(size, self.size(size))
         if steps.start != 0:
             result = self.op("Add", result, self.constant(int(steps.start)))
+        if steps.dtype != torch.int64:
+            result = self.op("Cast", result, dtype=steps.dtype, to=int(from_torch_dtype(steps.dtype)))
         return result
 
     def number(self, expression: Expr) -> ir.Value:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -17,13 +18,13 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor, fx
 from torch.utils._pytree import tree_any, tree_map
 
-from .onnx_graph import Const, Dims, Expr, GraphBuilder, Operand, Steps, Val
+from .onnx_graph import FOUND, Const, Dims, Expr, GraphBuilder, Operand, Steps, Val
 from .stages import Stage
 
 aten = torch.ops.aten
 Handler = Callable[..., Any]
 HANDLERS: dict[Any, Handler] = {}
-_NO_MEANING = (aten._assert_tensor_metadata.default, aten.sym_size.int)
+_NO_MEANING = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_size.int)
 
 
 def handles(*targets: Any) -> Callable[[Handler], Handler]:
@@ -43,7 +44,9 @@ class Translator:
         self.graph, self.stage = graph, stage
         self.env: dict[fx.Node, Any] = {}
         self.symbols: dict[Any, Expr] = {}
-        self.copies: dict[fx.Node, Val] = {}  # of a ring, as the first of its kind in a larger tensor
+        self.copies: dict[
+            fx.Node, tuple[Val, Expr]
+        ] = {}  # of the first slots of a ring, at the start of a larger tensor
         placeholders = stage.graph.graph.find_nodes(op="placeholder")
         self.inputs = dict(zip((one.name for one in stage.inputs), placeholders, strict=True))
         for name, node in self.inputs.items():
@@ -73,7 +76,9 @@ class Translator:
 
     def _call(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
-        if isinstance(value, torch.SymInt | int):
+        if node.target is aten.item.default:
+            self._find(node, value)
+        if isinstance(value, torch.SymInt | torch.SymBool | int):
             return self.size(value)
         args, kwargs = (fx.node.map_arg(part, lambda n: self.env[n]) for part in (node.args, node.kwargs))
         if node.target is operator.getitem:
@@ -81,6 +86,13 @@ class Translator:
         if tree_any(lambda x: isinstance(x, Val | Steps) or (isinstance(x, Expr) and not x.is_number), (args, kwargs)):
             return self._handle(node, args, kwargs)
         return self._fold(node, args, kwargs)
+
+    def _find(self, node: fx.Node, value: torch.SymInt) -> None:
+        """A size that is read from a tensor's value."""
+        symbol = value.node.expr
+        self.symbols[symbol] = FOUND
+        largest = int(value.node.shape_env.bound_sympy(symbol).upper)
+        self.graph.find(self.graph.value(self.env[node.args[0]]), largest)  # type: ignore[index]
 
     def _handle(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.target not in HANDLERS:
@@ -158,7 +170,7 @@ UNARY = {
 def _binary(t: Translator, node: fx.Node, a: Any, b: Any) -> Any:
     """Whole numbers are divided as if they were not negative, which those of the model are not."""
     if isinstance(a, Steps) and node.target is aten.add.Tensor and isinstance(b, int | sympy.Integer):
-        return Steps(a.start + b, a.stop + b)
+        return replace(a, start=a.start + b, stop=a.stop + b)
     dtype = node.meta["val"].dtype
     return t.op(node, BINARY[node.target], t.operand(a, dtype), t.operand(b, dtype))
 
@@ -234,7 +246,23 @@ def _same(t: Translator, node: fx.Node, x: Operand, memory_format: Any = None) -
 @handles(aten.arange.default, aten.arange.start)
 def _arange(t: Translator, node: fx.Node, *bounds: Expr, **_: Any) -> Steps:
     start, stop = bounds if len(bounds) == 2 else (sympy.Integer(0), *bounds)
-    return Steps(sympy.sympify(start), stop)
+    return Steps(sympy.sympify(start), stop, node.meta["val"].dtype)
+
+
+@handles(aten.expand.default)
+def _expand(t: Translator, node: fx.Node, x: Operand, sizes: Sequence[Any]) -> Val:
+    """By adding zeros of the new shape: an Expand would need its sizes in one tensor."""
+    dims, dtype = t.dims(node), node.meta["val"].dtype
+    value = t.graph.value(x)
+    old = (*[None] * (len(dims) - len(x.shape)), *x.shape)
+    for axis, (dim, before) in enumerate(zip(dims, old, strict=True)):
+        if dim != before:
+            steps = t.graph.value(Steps(sympy.Integer(0), dim))
+            zeros = t.cast(t.graph.op("Sub", steps, steps), dtype)
+            after = list(range(1, len(dims) - axis))
+            column = t.graph.op("Unsqueeze", zeros, t.graph.constant(after)) if after else zeros
+            value = t.graph.op("Add", column, value)
+    return Val.of(value, dims)
 
 
 @handles(aten.unsqueeze.default)
@@ -307,13 +335,28 @@ def _transposed(t: Translator, x: Operand, order: Sequence[int]) -> Val:
 
 @handles(aten.cat.default)
 def _cat(t: Translator, node: fx.Node, parts: Sequence[Operand], axis: int = 0) -> Val:
-    result = t.op(node, "Concat", *(t.graph.value(part) for part in parts), axis=axis)
+    vals, axis = [t.graph.val(part) for part in parts], axis % node.meta["val"].dim()
+    others = {(*val.groups[:axis], *val.groups[axis + 1 :]) for val in vals}
+    if len(others) > 1 or any(len(val.groups[axis]) > 1 for val in vals):
+        vals = [t.graph.reshape(val, val.shape) for val in vals]
+    value = t.graph.op("Concat", *(val.value for val in vals), axis=_place(vals[0], axis))
+    result = _with_dim(vals[0], value, axis, t.dims(node)[axis])
     source = node.args[0][0]  # type: ignore[index]
-    while source.target is aten.unsqueeze.default:  # type: ignore[union-attr]
+    while source.target in (aten.unsqueeze.default, aten.index_select.default):  # type: ignore[union-attr]
         source = source.args[0]  # type: ignore[union-attr]
     if source in t.inputs.values():
-        t.copies[source] = result  # type: ignore[index]
+        t.copies[source] = result, vals[0].shape[axis]  # type: ignore[index]
     return result
+
+
+def _place(val: Val, axis: int) -> int:
+    """Where a dimension is among those of the ONNX value."""
+    return sum(len(group) for group in val.groups[:axis])
+
+
+def _with_dim(val: Val, value: ir.Value, axis: int, dim: Expr) -> Val:
+    """A value shaped as another one, but for the size of a dimension."""
+    return Val(value, (*val.groups[:axis], (dim,), *val.groups[axis + 1 :]))
 
 
 @handles(aten.stack.default)
@@ -351,14 +394,23 @@ def _narrow(t: Translator, node: fx.Node, x: Operand, axis: int, start: Any, len
 @handles(aten.slice.Tensor)
 def _slice(t: Translator, node: fx.Node, x: Operand, axis: int = 0, start: Any = None, end: Any = None) -> Any:
     """A part of a dimension. An end that is a size of the graph is read from a tensor that has it."""
+    val, axis = t.graph.val(x), _axis(node, axis)
+    if len(val.groups[axis]) > 1:
+        val = t.graph.reshape(val, val.shape)
     end = sympy.Integer(2**62) if end is None else sympy.sympify(end)
-    missing = sympy.expand(end - x.shape[_axis(node, axis)])
+    start = sympy.sympify(start or 0)
+    missing = sympy.expand(end - val.shape[axis])
+    if missing.is_number and missing >= 0 and start == 0:
+        return val
     if end.is_number:
         stop = t.graph.constant([min(int(end), 2**62)])
+    elif missing.is_number:
+        stop = t.graph.constant([int(missing)] if missing < 0 else [2**62])
     else:
-        stop = t.graph.constant([int(missing)]) if missing.is_number and missing < 0 else t.graph.size(end)
-    at = (t.graph.constant([int(start or 0)]), stop, t.graph.constant([_axis(node, axis)]))
-    return t.op(node, "Slice", t.graph.value(x), *at)
+        stop = t.graph.size(end)
+    first = t.graph.constant([int(start)]) if start.is_number else t.graph.size(start)
+    value = t.graph.op("Slice", val.value, first, stop, t.graph.constant([_place(val, axis)]))
+    return _with_dim(val, value, axis, t.dims(node)[axis])
 
 
 @handles(aten.flip.default)
@@ -404,6 +456,11 @@ def _var_mean(t: Translator, node: fx.Node, x: Operand, axes: Sequence[Any], cor
     apart = t.graph.op("Sub", value, mean)
     var = t.graph.op("ReduceMean", t.graph.op("Mul", apart, apart), at, keepdims=0)
     return [Val.of(var, t.dims(node, 0)), Val.of(t.graph.op("Squeeze", mean, at), t.dims(node, 1))]
+
+
+@handles(aten.max.default)
+def _max(t: Translator, node: fx.Node, x: Operand) -> Val:
+    return t.op(node, "ReduceMax", t.graph.value(x), keepdims=0)
 
 
 @handles(aten.softmax.int)
@@ -510,9 +567,9 @@ def _index(t: Translator, node: fx.Node, x: Operand, index: Sequence[Operand | N
         (axis,) = given
         return t.op(node, "Gather", t.graph.value(x), t.graph.value(index[axis]), axis=axis)  # type: ignore[arg-type]
     if given == [0, 2]:
-        ring = t.copies.get(node.args[0])  # type: ignore[arg-type]
-        data = t.graph.value(x) if ring is None else ring.value
-        return t.op(node, "GatherND", data, _ring_index(t, node, index[0], index[2], ring is not None))
+        copy = t.copies.get(node.args[0])  # type: ignore[arg-type]
+        at = _ring_index(t, node, index[0], index[2], copy)
+        return t.op(node, "GatherND", t.graph.value(x) if copy is None else copy[0].value, at)
     first, second = (t.graph.value(index[axis]) for axis in given)  # type: ignore[arg-type]
     if given[1] != given[0] + 1 or given[0] > 1:
         raise NotImplementedError(f"{node} indexes the dimensions {given}; add a translation to {__name__}")
@@ -537,17 +594,25 @@ def _columns(t: Translator, parts: Sequence[ir.Value]) -> ir.Value:
     )
 
 
-def _ring_index(t: Translator, node: fx.Node, rows: Any, slots: Any, copied: bool) -> ir.Value:
-    """Where the tokens (B, T) of all heads are in a ring (B, H, C, d), or in a copy (B, H, blocks, C.., d) of it."""
-    heads = node.meta["val"].shape[-2]
-    key = ("ring", t.graph.value(rows), t.graph.value(slots), heads, copied)
-    if key not in t.graph.shared:
-        last = t.graph.constant([-1])
-        apart = [t.graph.op("Unsqueeze", t.graph.value(part), last) for part in (rows, slots)]
+def _ring_index(t: Translator, node: fx.Node, rows: Any, slots: Any, copy: tuple[Val, Expr] | None) -> ir.Value:
+    """Where the tokens (B, T) of all heads are in a ring (B, H, C, d), or in a copy of it.
+
+    A copy of the whole ring is the first block of (B, H, blocks, C.., d). A copy of its first slots, in
+    (B, H, slots.., d), has all that is visible; for a slot beyond, of which nothing is visible, its last one stands in.
+    """
+    heads, slots = node.meta["val"].shape[-2], t.graph.value(slots)
+    in_blocks = copy is not None and len(copy[0].shape) == 5
+    if copy is not None and not copy[1].is_number:
+        last = t.graph.op("Sub", t.graph.number(copy[1]), t.graph.constant(1))
+        slots = t.graph.once(("visible", slots), lambda: t.graph.op("Min", slots, last))
+    minus = t.graph.constant([-1])
+
+    def make() -> ir.Value:
+        row, slot = (t.graph.op("Unsqueeze", part, minus) for part in (t.graph.value(rows), slots))
         head = t.graph.value(Const(torch.arange(heads)))
-        parts = [apart[0], head, *([t.graph.constant(0)] if copied else []), apart[1]]
-        t.graph.shared[key] = _columns(t, parts)
-    return t.graph.shared[key]
+        return _columns(t, [row, head, *([t.graph.constant(0)] if in_blocks else []), slot])
+
+    return t.graph.once(("ring", t.graph.value(rows), slots, heads, in_blocks), make)
 
 
 @handles(aten.index_put_.default)

@@ -20,6 +20,11 @@ PREFILL, DECODE = "prefill", "decode"
 DECODE_ONE = "decode_one"  # decode once more, for a batch of 1 alone: a form of its own is several times as fast
 
 
+def programs_for(device: str | torch.device) -> tuple[str, ...]:
+    """The programs that an export to a device has."""
+    return (PREFILL, DECODE, DECODE_ONE) if torch.device(device).type == "cpu" else (PREFILL, DECODE)
+
+
 @dataclass(frozen=True)
 class Limits:
     """Bounds of the dynamic sizes: batch 1..max_batch; prefill lengths are multiples of `granule` up to max_length.

@@ -25,7 +25,7 @@ from ..model.cache import FinalCache, LayerCache
 from ..model.modeling import last_valid
 from ..model.plan import BLOCK
 from .programs import DECODE_ONE, PREFILL, Limits, dtype_name, sizes_of_one_are_not_special
-from .structures import dimension, flatten_all, rebuild, root_of
+from .structures import dimension, flatten_all, rebuild, root_of, unbacked
 
 BEGIN, LAYER, END = STAGES = ("begin", "layer", "end")
 LAYER_INDEX = "{layer}"  # in the name of a layer's weight or cache tensor: the number of the layer
@@ -120,8 +120,9 @@ def _examples(
 ) -> tuple[dict[str, Any], dict[str, dict[int, Any]]]:
     """Example arguments of a program, and the dynamic dimensions of their tensors."""
     device, vocabulary = model.device, model.config.vocab_size
+    # Ranges that end at 3 or later: where 1 is not special, torch takes it for 2 or more, and 1..2 for the constant 2.
     batch_size = min(3, limits.max_batch)
-    batch = Dim("B", min=1, max=limits.max_batch) if limits.max_batch > 1 else Dim.STATIC
+    batch = Dim("B", min=1, max=max(limits.max_batch, 3)) if limits.max_batch > 1 else Dim.STATIC
     cache = model.new_cache(batch_size)
     blocks = limits.max_length // limits.granule
     # Not the largest length, which may equal another size, and no size inside the graph may be 1 in the example.
@@ -135,7 +136,7 @@ def _examples(
     }
     dims: dict[str, dict[int, Any]] = {name: {0: batch} for name in flatten_all(values)}
     if name == PREFILL and blocks > 1:
-        dims["token_ids"][1] = limits.granule * Dim("blocks", min=1, max=blocks)
+        dims["token_ids"][1] = limits.granule * Dim("blocks", min=1, max=max(blocks, 3))
     return values, dims
 
 
@@ -189,8 +190,10 @@ class _Tracer:
         for node, name in zip(traced.program.graph.output_node().args[0], traced.outputs, strict=True):  # type: ignore
             if node in nodes:
                 self.aliases[name] = nodes[node]
-            else:
-                self.dims[name] = {axis: dimension(size, roots) for axis, size in enumerate(node.meta["val"].shape)}
+                continue
+            for size in node.meta["val"].shape:
+                roots = unbacked(size) | roots
+            self.dims[name] = {axis: dimension(size, roots) for axis, size in enumerate(node.meta["val"].shape)}
         self.values |= results
 
     def finish(self, name: str, traced: _Traced, wanted: set[str]) -> Stage:

@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 from torch import SymInt, Tensor
 from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 
 def flatten(value: Any, name: str) -> dict[str, Tensor]:
@@ -50,6 +51,15 @@ def root_of(size: int | SymInt, dim: Any) -> dict[sympy.Symbol, Any]:
         return {}
     (symbol,) = size.node.expr.free_symbols
     return {symbol: getattr(dim, "root", dim)}
+
+
+def unbacked(size: int | SymInt) -> dict[sympy.Symbol, Any]:
+    """The symbol of a size that a stage finds in its inputs' values, and a torch.export.Dim of its own for it."""
+    if not isinstance(size, SymInt) or not has_free_unbacked_symbols(size):
+        return {}
+    (symbol,) = size.node.expr.free_symbols
+    bounds = size.node.shape_env.bound_sympy(symbol)
+    return {symbol: Dim(str(symbol), min=int(bounds.lower), max=int(bounds.upper))}
 
 
 def dimension(size: int | SymInt, roots: Mapping[sympy.Symbol, Any]) -> Any:

@@ -69,9 +69,16 @@ def _add_aoti(commands: Any) -> None:
     command.add_argument(
         "--checkpoint", type=Path, help="a folder that from_pretrained loads (default: the one included)"
     )
-    command.add_argument("--out", type=Path, help="the bundle's folder (default: artifacts/NAME-aoti-DEVICE)")
+    command.add_argument("--out", type=Path, help="the bundle's folder (default: artifacts/NAME-aoti-DEVICE[-FORMAT])")
     command.add_argument("--device", help="cpu or cuda (default: this machine's best)")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
+    command.add_argument(
+        "--weight-format",
+        choices=("int8", "int4"),
+        default="float",
+        help="quantise linear layers, with torchao (default: weights in --dtype); int4 keeps the head in int8",
+    )
+    command.add_argument("--group-size", type=int, help="int4: features of a row that share a scale (default 32)")
     command.add_argument("--max-batch", type=int, default=64, help="largest batch the programs take (default 64)")
     command.add_argument("--max-length", type=int, help="most tokens in one prefill call (default: one chunk)")
     command.add_argument(
@@ -159,17 +166,20 @@ def _aoti(args: argparse.Namespace) -> None:
 
     device, report = args.device or default_device(), progress(time.monotonic())
     if args.add:
-        _refuse_with_add(args, "checkpoint", "out", "dtype", "all_logits")
+        _refuse_with_add(args, "checkpoint", "out", "dtype", "all_logits", "weight_format", "group_size")
         _set_threads(args, args.add)
         manifest = add_aoti(args.add, device, args.max_batch, args.max_length, args.portable, report)
         return _print_exported(args, args.add, manifest)
     checkpoint = args.checkpoint or default_checkpoint()
     _set_threads(args, checkpoint)
     name = "default" if args.checkpoint is None else checkpoint.resolve().name
-    destination = args.out or Path("artifacts") / f"{name}-aoti-{device.replace(':', '')}"
+    suffix = "" if args.weight_format == "float" else f"-{args.weight_format}"
+    destination = args.out or Path("artifacts") / f"{name}-aoti-{device.replace(':', '')}{suffix}"
     manifest = export_aoti(
         *(checkpoint, destination, device, args.dtype, args.max_batch, args.max_length, args.all_logits, args.portable),
         report=report,
+        weight_format=args.weight_format,
+        group_size=args.group_size,
     )
     _print_exported(args, destination, manifest)
 
@@ -193,7 +203,7 @@ def _onnx(args: argparse.Namespace) -> None:
 
 
 def _refuse_with_add(args: argparse.Namespace, *names: str) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False, "float")]
     if given:
         raise ValueError(f"--add takes the bundle's own weights and dtype; leave out {', '.join(given)}")
 

@@ -18,12 +18,30 @@ from . import bundle
 from .checkpoints import COMPANIONS, DTYPES, WEIGHTS, load_model
 from .exporters import exporter
 from .exporters.programs import Limits, ProgramSpec, dtype_name, program_specs, static_sizes
-from .model import MegalodonConfig, MegalodonForCausalLM, cache_layout, dimension_sizes, freeze_constants
+from .model import (
+    MegalodonConfig,
+    MegalodonForCausalLM,
+    cache_layout,
+    dimension_sizes,
+    freeze_constants,
+    quantize,
+)
+from .model.config import WeightFormat
 from .weights import CONSTANTS, add_sources, save_constants
 
 Report = Callable[[str], None]
 _CARD_SECTION = "## This bundle"
-_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "onnx", "onnxruntime-gpu", "onnxruntime", "triton")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "onnx",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "triton",
+    "torchao",
+)
 
 
 def default_device() -> str:
@@ -46,10 +64,13 @@ def export_aoti(
     all_logits: bool = False,
     portable: bool = False,
     report: Report | None = None,
+    weight_format: WeightFormat = "float",
+    group_size: int | None = None,
 ) -> dict[str, Any]:
     """Export a checkpoint with AOTInductor to a bundle folder, and verify it; returns its manifest.
 
-    `dtype` "float32" or "bfloat16" (default: bfloat16 on CUDA, float32 on a CPU). An existing bundle
+    `dtype` "float32" or "bfloat16" (default: bfloat16 on CUDA, float32 on a CPU). `weight_format` "int8" or "int4"
+    quantises linear layers (`model/quantized.py`); "float" leaves the checkpoint's as they are. An existing bundle
     at `destination` is replaced at the end, or stays as it is if anything fails: CheckpointError, CompileError,
     BundleError, VerificationError, ValueError for limits or dtypes that do not exist.
     """
@@ -62,6 +83,9 @@ def export_aoti(
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     report(f"loading {checkpoint}")
     model = load_model(checkpoint, DTYPES[dtype])
+    if weight_format != "float":
+        quantize(model, weight_format, group_size)
+    check_quantized(model.config, device)
     limits = Limits.of(model.config, max_batch, max_length)
     with bundle.staged(destination) as staging:
         write_checkpoint(model, checkpoint, staging)
@@ -76,6 +100,14 @@ def export_aoti(
         bundle.update_parity(staging, parity)
     report(f"wrote {destination}")
     return sealed
+
+
+def check_quantized(config: MegalodonConfig, device: str) -> None:
+    """ValueError for quantised weights on a device that has no program for them."""
+    if config.weight_format != "float" and device.startswith("cuda"):
+        raise ValueError(
+            f"{config.weight_format} weights run on a CPU alone so far; use --device cpu, or export float weights"
+        )
 
 
 def write_checkpoint(model: MegalodonForCausalLM, checkpoint: Path, folder: Path) -> None:
@@ -100,6 +132,7 @@ def describe(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.to_diff_dict(),
         "dtype": dtype,
+        "weight_format": config.weight_format,
         "dimensions": static_sizes(config),
         "cache": [
             {
@@ -157,7 +190,7 @@ def model_card(manifest: dict[str, Any], checkpoint: Path, parity: dict[str, Any
 {_CARD_SECTION}
 
 Exported with megalodon-export {manifest["versions"]["megalodon-export"]} and torch {manifest["versions"]["torch"]}:
-{programs}; {manifest["dtype"]}.
+{programs}; {manifest["dtype"]}{_weights_in_words(manifest)}.
 Run it with `megalodon-export generate BUNDLE --prompt TEXT`.
 It holds native code: load bundles only from those you trust. Largest differences from the eager model at export:
 
@@ -165,3 +198,11 @@ It holds native code: load bundles only from those you trust. Largest difference
 |---|---|---|---|---|
 {rows}
 """
+
+
+def _weights_in_words(manifest: dict[str, Any]) -> str:
+    """What the card adds about quantised weights, and how transformers reads them."""
+    if manifest["weight_format"] == "float":
+        return ""
+    words = f", linear layers in {manifest['weight_format']}"
+    return f"{words}.\ntransformers loads this folder too, quantised as it is, after `import megalodon_export`"

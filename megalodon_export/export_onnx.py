@@ -13,7 +13,7 @@ import torch
 
 from . import bundle
 from .checkpoints import DTYPES, WEIGHTS, load_model
-from .export import Report, describe, model_card, progress, versions, write_checkpoint
+from .export import Report, check_quantized, describe, model_card, progress, versions, write_checkpoint
 from .exporters import exporter
 from .exporters.programs import Limits, program_specs
 from .model import MegalodonConfig, MegalodonForCausalLM
@@ -94,6 +94,7 @@ def add_aoti(
         config, dtype = MegalodonConfig(**manifest["config"]), manifest["dtype"]
         if dtype == "float16":
             raise ValueError("the bundle is float16, which AOTInductor programs are not made for; export another one")
+        check_quantized(config, device)
         limits = Limits.of(config, max_batch, max_length)
         entry = exporter("aoti").build(staging, staging / "aoti", device, dtype, limits, report, all_logits, portable)
         add_sources(entry["stages"], config.num_layers, staging)

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from .model import MegalodonConfig, MegalodonForCausalLM, cache_layout, dimension_sizes
+from .model import MegalodonConfig, MegalodonForCausalLM, QuantizedLinear, cache_layout, dimension_sizes
 
 
 def decode_bytes(config: MegalodonConfig, dtype: torch.dtype, batch: int, visible: float) -> float:
@@ -34,9 +34,9 @@ def decode_bytes(config: MegalodonConfig, dtype: torch.dtype, batch: int, visibl
 
 def weight_bytes(config: MegalodonConfig, dtype: torch.dtype) -> int:
     """Bytes of the weights that a step reads whole; the rows of the embedding that it looks up are not among them."""
-    parameters, _ = _counts(_key(config))
+    parameters, quantized, _ = _counts(_key(config))
     ema = config.num_layers * config.model_dim * (5 * config.cema_ndim + 1)
-    return parameters * dtype.itemsize + ema * max(dtype.itemsize, 4)
+    return parameters * dtype.itemsize + quantized + ema * max(dtype.itemsize, 4)
 
 
 def prefill_flops(config: MegalodonConfig, batch: int, tokens: int, start: int = 0, all_logits: bool = False) -> int:
@@ -47,7 +47,7 @@ def prefill_flops(config: MegalodonConfig, batch: int, tokens: int, start: int =
     Norms, activations and gates are not counted.
     """
     c = config
-    _, linear = _counts(_key(config))
+    _, _, linear = _counts(_key(config))
     ema = c.model_dim * (12 * c.cema_ndim + 2)
     attention = 2 * (c.z_dim + c.value_dim) * visible_tokens(config, start, tokens)
     head = 2 * c.model_dim * c.logits_size * (tokens if all_logits else 1)
@@ -69,13 +69,17 @@ def _key(config: MegalodonConfig) -> str:
 
 
 @lru_cache
-def _counts(key: str) -> tuple[int, int]:
-    """Numbers of parameters that a step reads whole, without the EMA's, and of those the layers' linear weights."""
+def _counts(key: str) -> tuple[int, int, int]:
+    """What a step reads whole, without the EMA's: the number of parameters, and the bytes of quantised weights and
+    their scales. And the number of weights of the layers' linear layers.
+    """
     config = MegalodonConfig(**json.loads(key))
     with torch.device("meta"):
         model = MegalodonForCausalLM(config)
-    linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, nn.Linear))
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
+    quantized = sum(m.weight.nbytes + m.scale.nbytes for m in layers if isinstance(m, QuantizedLinear))
+    linear = sum(m.in_features * m.out_features for m in layers if m is not model.lm_head)
     read = {id(p): p.numel() for name, p in model.named_parameters() if ".cema." not in name and ".embed." not in name}
-    if config.share_emb:  # the head is the embedding, read whole
+    if config.tie_word_embeddings:  # the head is the embedding, read whole
         read[id(model.lm_head.weight)] = model.lm_head.weight.numel()
-    return sum(read.values()), linear
+    return sum(read.values()), quantized, linear

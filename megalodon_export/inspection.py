@@ -37,6 +37,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "model_dim": config.model_dim,
         "chunk_size": config.chunk_size,
         "dtype": manifest["dtype"],
+        "weight_format": config.weight_format,
         "state_bytes_per_stream": state_size(config, DTYPES[manifest["dtype"]]),
         "programs": {
             name: {key: entry[key] for key in ("target", "limits")} for name, entry in manifest["programs"].items()
@@ -69,7 +70,10 @@ def table(facts: dict[str, Any]) -> str:
         ("bundle", facts["folder"]),
         ("created", facts["created"]),
         ("model", f"{facts['layers']} layers, width {facts['model_dim']}, chunks of {facts['chunk_size']} tokens"),
-        ("dtype", facts["dtype"]),
+        (
+            "dtype",
+            facts["dtype"] + ("" if facts["weight_format"] == "float" else f", weights {facts['weight_format']}"),
+        ),
         ("state", f"{facts['state_bytes_per_stream']:,} bytes a stream, however long"),
     ]
     for name, entry in facts["programs"].items():

@@ -7,6 +7,7 @@ from .config import PRESETS, MegalodonConfig, preset
 from .constants import freeze_constants, unfreeze_constants
 from .kernels import use_kernels
 from .modeling import MegalodonForCausalLM, MegalodonModel, check_dtype
+from .quantized import QuantizedLinear, quantize
 
 AutoConfig.register("megalodon", MegalodonConfig, exist_ok=True)
 AutoModel.register(MegalodonConfig, MegalodonModel, exist_ok=True)
@@ -19,11 +20,13 @@ __all__ = [
     "MegalodonConfig",
     "MegalodonForCausalLM",
     "MegalodonModel",
+    "QuantizedLinear",
     "cache_layout",
     "check_dtype",
     "dimension_sizes",
     "freeze_constants",
     "preset",
+    "quantize",
     "unfreeze_constants",
     "use_kernels",
 ]

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from .blocking import batched_matmul, compact, from_blocks, to_blocks
+from .blocking import batched_matmul, compact, first, from_blocks, to_blocks
 from .cache import LayerCache
 from .config import MegalodonConfig
 from .constants import DerivedConstants
@@ -25,6 +26,7 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
+PARTS = 4  # of the queries of a prefill: 5/8 of all pairs of new tokens are computed, of which half are visible
 MIN_SCORE = -1e30  # for masked scores: finite, so that a row without any valid key stays finite
 
 
@@ -60,13 +62,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def softmax_product(scores: Tensor, allowed: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax of the allowed scores (float32 or better), times v."""
+def masked_softmax(scores: Tensor, allowed: Tensor, dtype: torch.dtype, dropout: float = 0.0) -> Tensor:
+    """softmax of the allowed scores, computed in float32 or better."""
     scores = torch.where(allowed, cast(scores, accumulation_dtype(scores.dtype)), MIN_SCORE)
-    weights = cast(torch.softmax(scores, dim=-1), v.dtype)
-    if dropout > 0:  # not training=dropout > 0: torch.compile(dynamic=True) makes a symbol of the rate
-        weights = F.dropout(weights, dropout)
-    return batched_matmul(weights, v)
+    weights = cast(torch.softmax(scores, dim=-1), dtype)
+    # not training=dropout > 0: torch.compile(dynamic=True) makes a symbol of the rate
+    return F.dropout(weights, dropout) if dropout > 0 else weights
 
 
 def attend_prefill(
@@ -76,20 +77,53 @@ def attend_prefill(
 
     With a cache, over the ring as well, which it does not change; without one every row starts at position 0.
     """
-    length = q.shape[2]
-    q, k, v = (t[:, :, None] if plan.single else to_blocks(t, 2, chunk) for t in (q, k, v))  # (B, H, blocks, size, d)
-    if cache is not None:
-        k, v = _behind(cache.key, k, plan), _behind(cache.value, v, plan)  # (B, H, blocks, C + size, d)
-    out = softmax_product(batched_matmul(q, k.mT), plan.allowed, v, dropout)
-    return out[:, :, 0] if plan.single else from_blocks(out, 2, length)
-
-
-def _behind(ring: Tensor, blocks: Tensor, plan: PrefillPlan) -> Tensor:
-    """Put before each block the C keys (or values) that precede it: the ring, or the block before."""
-    previous = ring[:, :, None]
     if not plan.single:
-        previous = torch.cat([previous, blocks[:, :, :-1]], dim=2)
-    return torch.cat([previous, blocks], dim=3)
+        return _attend_in_blocks(q, k, v, plan, cache, chunk, dropout)
+    heads, length, before = q.shape[:2], q.shape[2], 0
+    time = plan.time.expand(q.shape[0], -1)
+    if cache is not None:
+        before = plan.ring_time.shape[1]
+        k, v = (torch.cat([first(ring, 2, before), new], dim=2) for ring, new in ((cache.key, k), (cache.value, v)))
+        time = torch.cat([plan.ring_time, time], dim=1)
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    parts = PARTS if guard_or_false(length % PARTS == 0) else 1
+    size, out = length // parts, []
+    for part in range(parts):  # each over the keys up to its own last
+        start, end = part * size, before + (part + 1) * size
+        query_time, chunk_start = plan.time.narrow(0, start, size), plan.chunk_start.narrow(1, start, size)
+        allowed = visible(time.narrow(1, 0, end), query_time, chunk_start)[:, None]
+        scores = torch.bmm(q.narrow(1, start, size), k.narrow(1, 0, end).mT).unflatten(0, heads)
+        weights = masked_softmax(scores, allowed, v.dtype, dropout)
+        out.append(torch.bmm(weights.flatten(0, 1), v.narrow(1, 0, end)))
+    return torch.cat(out, dim=1).unflatten(0, heads)
+
+
+def visible(key_time: Tensor, query_time: Tensor, chunk_start: Tensor) -> Tensor:
+    """Whether queries (..., Q), in chunks that start at `chunk_start` (..., Q), see keys (..., K): (..., Q, K)."""
+    key_time = key_time[..., None, :]
+    return (key_time <= query_time[..., None]) & (key_time >= chunk_start[..., None])
+
+
+def _attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, cache: LayerCache | None, chunk: int, dropout: float
+) -> Tensor:
+    """The same in blocks of C queries over their own keys, with a cache over the C keys before those as well."""
+    length = q.shape[2]
+    q, k, v = (to_blocks(t, 2, chunk) for t in (q, k, v))  # (B, H, blocks, C, d)
+    query_time, chunk_start = (t.unflatten(-1, (-1, chunk)) for t in (plan.time, plan.chunk_start))
+    key_time = query_time.expand(q.shape[0], -1, -1)
+    if cache is not None:
+        k, v = _behind(cache.key, k, 2), _behind(cache.value, v, 2)  # (B, H, blocks, 2C, d)
+        key_time = _behind(plan.ring_time, key_time, 1)
+    allowed = visible(key_time, query_time, chunk_start)[:, None]
+    weights = masked_softmax(batched_matmul(q, k.mT), allowed, v.dtype, dropout)
+    return from_blocks(batched_matmul(weights, v), 2, length)
+
+
+def _behind(ring: Tensor, blocks: Tensor, dim: int) -> Tensor:
+    """Put before each of the blocks in `dim` the one that precedes it, before the first the ring."""
+    previous = blocks.narrow(dim, 0, blocks.shape[dim] - 1)
+    return torch.cat([torch.cat([ring.unsqueeze(dim), previous], dim=dim), blocks], dim=dim + 1)
 
 
 def write_ring(ring: Tensor, new: Tensor, plan: PrefillPlan) -> None:
@@ -112,7 +146,8 @@ def attend_step(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, position: Te
     torch.ops.aten.index_put_(cache.value, [rows, None, slot], v)
     allowed = torch.arange(chunk, device=q.device) <= slot[:, None]  # (B, C)
     scores = batched_matmul(q[:, :, None], cache.key.mT)  # (B, H, 1, C)
-    return softmax_product(scores, allowed[:, None, None], cache.value)[:, :, 0]
+    weights = masked_softmax(scores, allowed[:, None, None], cache.value.dtype)
+    return batched_matmul(weights, cache.value)[:, :, 0]
 
 
 class GatedAttention(nn.Module):

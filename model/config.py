@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 
 EMAForm = Literal["blocked", "fft"]
 NormStatistics = Literal["megalodon", "megalodon-hf"]
+WeightFormat = Literal["float", "int8", "int4"]
+QUANTIZED_FORMATS: tuple[WeightFormat, ...] = ("int8", "int4")
 
 # Keys that only megalodon-hf writes into a config.json with the same model_type.
 _MEGALODON_HF_KEYS = ("max_positions", "cache_unbounded", "max_cache_len")
@@ -22,6 +24,8 @@ class MegalodonConfig(PreTrainedConfig):
     `norm_statistics` "megalodon" is the original's running variance, "megalodon-hf" that port's (group means alone,
     prior m2 = 1, floor 1e-6). `projection_bias` adds biases to wh2, fc1, fc2, fc3, as megalodon-hf has them.
     `ema_prefill` picks how prefill evaluates the complex EMA: "blocked" (Toeplitz blocks) or "fft"; same numbers.
+    `weight_format` is what linear layers hold: "float" (the model's dtype), or "int8" or "int4", the latter with one
+    scale for `group_size` features of a row (`model/quantized.py`).
     Raises ValueError naming every invalid value. Source: arXiv 2404.08801.
     """
 
@@ -61,6 +65,11 @@ class MegalodonConfig(PreTrainedConfig):
         init_mode: str = "he",
         ema_prefill: EMAForm = "blocked",
         use_cache: bool = True,
+        weight_format: WeightFormat = "float",
+        group_size: int = 32,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         foreign = [key for key in _MEGALODON_HF_KEYS if key in kwargs]
@@ -95,8 +104,11 @@ class MegalodonConfig(PreTrainedConfig):
         self.init_mode = init_mode
         self.ema_prefill = ema_prefill
         self.use_cache = use_cache
+        self.weight_format = weight_format
+        self.group_size = group_size
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self._check()
-        kwargs["tie_word_embeddings"] = share_emb
+        kwargs["tie_word_embeddings"] = share_emb and weight_format == "float"
         super().__init__(**kwargs)
 
     @property
@@ -118,7 +130,7 @@ class MegalodonConfig(PreTrainedConfig):
         problems = []
         for name in (
             *("vocab_size", "model_dim", "num_layers", "num_heads", "z_dim", "value_dim", "ffn_hidden_dim"),
-            *("cema_ndim", "chunk_size", "norm_num_groups"),
+            *("cema_ndim", "chunk_size", "norm_num_groups", "group_size"),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -136,6 +148,7 @@ class MegalodonConfig(PreTrainedConfig):
             "norm_statistics": ("megalodon", "megalodon-hf"),
             "ema_prefill": ("blocked", "fft"),
             "init_mode": ("he", "bert", "gaussian", "xavier", "none"),
+            "weight_format": ("float", *QUANTIZED_FORMATS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -160,6 +173,13 @@ class MegalodonConfig(PreTrainedConfig):
                 f"share_emb ties the head to the embedding, so output_size must be -1 or vocab_size {self.vocab_size}, "
                 f"not {self.output_size}"
             )
+        if self.weight_format == "int4":
+            for name in ("model_dim", "value_dim", "ffn_hidden_dim"):
+                if getattr(self, name) % (2 * self.group_size):
+                    problems.append(
+                        f"{name} is {getattr(self, name)}, expected a multiple of twice group_size {self.group_size}: "
+                        "int4 packs the halves of a row into the same bytes; choose a smaller group_size, or int8"
+                    )
         return problems
 
 

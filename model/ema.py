@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocking import first, from_blocks, to_blocks
+from .blocking import compact, first, from_blocks, to_blocks
 from .config import EMAForm
 from .constants import DerivedConstants
 from .norm import accumulation_dtype, cast
@@ -103,7 +103,7 @@ class ComplexEMA(DerivedConstants):
             state = x.new_zeros(batch, dim, self.ndim, 2)
         padded = to_blocks(x, 1, BLOCK)  # (B, blocks, T, D)
         count = padded.shape[1]
-        blocks = padded.permute(3, 0, 1, 2).flatten(1, 2)  # (D, B*blocks, T)
+        blocks = compact(padded.permute(3, 0, 1, 2)).flatten(1, 2)  # (D, B*blocks, T), as batched products want it
 
         powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], plan.exponents)
         decays = powers[:, BLOCK + 1 :]  # of q over 1, 2, 4 ... blocks

@@ -21,6 +21,7 @@ from .constants import unfreeze_constants
 from .ema import ComplexEMA
 from .norm import NormState, TimestepNorm
 from .plan import BLOCK, PrefillPlan
+from .quantized import empty_quantized, replace_linear_layers
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -42,8 +43,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _input_embed_layer = "embed"
     _no_split_modules = ["MegalodonBlock"]  # noqa: RUF012
-    # bfloat16 keeps 8 bits of theta; over a hundred steps of phase that is another model.
-    _keep_in_fp32_modules_strict = ["cema"]  # noqa: RUF012
+    # bfloat16 keeps 8 bits of theta; over a hundred steps of phase that is another model. Scales: of quantised weights.
+    _keep_in_fp32_modules_strict = ["cema", "scale"]  # noqa: RUF012
     supports_gradient_checkpointing = False
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -69,9 +70,13 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)
 
+    def _prepare_for_quantized_weights(self) -> None:
+        if self.config.weight_format != "float":
+            replace_linear_layers(self, self.config.weight_format, empty_quantized(self.config.group_size))
+
     @property
     def dtype_of_weights(self) -> torch.dtype:
-        """The dtype of everything but the complex EMA's parameters, which stay in float32."""
+        """The dtype of everything but the complex EMA's parameters, which stay in float32, and quantised weights."""
         return self.get_input_embeddings().get_parameter("weight").dtype
 
     def train(self, mode: bool = True) -> MegalodonPreTrainedModel:
@@ -92,6 +97,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         self.rotary = RotaryTable(config.z_head_dim, config.chunk_size, config.rope_base)
         self.layers = nn.ModuleList(MegalodonBlock(config, i) for i in range(config.num_layers))
         self.norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps, config.norm_statistics)
+        self._prepare_for_quantized_weights()
         self.post_init()
 
     def prefill(
@@ -201,6 +207,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
         super().__init__(config)
         self.model = MegalodonModel(config)
         self.lm_head = nn.Linear(config.model_dim, config.logits_size, bias=False)
+        self._prepare_for_quantized_weights()
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:

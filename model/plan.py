@@ -11,6 +11,7 @@ from .blocking import padding_to
 
 BLOCK = 32  # tokens per block of the EMA and of prefix sums
 SEGMENT = 64  # tokens per segment of the EMA's scan on a GPU (`kernels/scan.py`)
+NEVER = 2**30  # the time of a slot without a token: after every query
 
 
 @dataclass
@@ -18,7 +19,8 @@ class PrefillPlan:
     """Index arithmetic of a prefill of `lengths` (B) tokens from `position` (B), L columns, once for all layers.
 
     `max_length` >= L is the static bound that decides the form of the graph: up to a chunk (`single`) attention takes
-    the new tokens as one block, beyond it as blocks of C.
+    the new tokens as one block, beyond it as blocks of C. A query sees the keys from the start of its chunk
+    up to itself, in times (int32): a new token's is its index, a slot's the index that its token would have.
     """
 
     lengths: Tensor
@@ -29,7 +31,9 @@ class PrefillPlan:
     started: Tensor  # (B, 1): the row has a valid token
     count: Tensor  # (B, 1, 1) float64: `position`
     seen: Tensor  # (B, L, 1) float64: tokens of the stream up to and including each step, at least 1
-    allowed: Tensor  # keys a query may attend to, over (B, H, blocks, size, keys)
+    time: Tensor  # (L): of the new tokens (beyond a chunk, L in whole chunks),
+    chunk_start: Tensor  # (B, L): of the first token of their chunks,
+    ring_time: Tensor  # (B, R): and of the first R slots of the ring, which hold all that is visible
     ring_index: Tensor  # (B, size): which new tokens the rings take,
     ring_slots: Tensor  # (B, size): where they go (distinct slots),
     ring_valid: Tensor  # (B, size, 1, 1): and whether they are real
@@ -50,6 +54,11 @@ class PrefillPlan:
         """Plan a prefill; `cached`: it goes on from a cache, otherwise every position is 0."""
         device = lengths.device
         single = max_length <= chunk
+        offset = (position % chunk).int()[:, None]  # valid slots of the ring
+        time = torch.arange(length + (0 if single else padding_to(length, chunk)), dtype=torch.int32, device=device)
+        slots = torch.arange(
+            _slots_to_read(offset, chunk) if single and cached else chunk, dtype=torch.int32, device=device
+        )
         steps = torch.arange(1, length + 1, device=device)
         size = length if single else chunk
         ring_index = (lengths[:, None] - size).clamp(min=0) + torch.arange(size, device=device)
@@ -68,7 +77,9 @@ class PrefillPlan:
             started=lengths[:, None] > 0,
             count=position[:, None, None].double(),
             seen=(position[:, None] + torch.minimum(steps, lengths[:, None]))[:, :, None].clamp(min=1).double(),
-            allowed=_after_ring(position, length, chunk, single) if cached else _causal(size, device),
+            time=time,
+            chunk_start=(offset + time) // chunk * chunk - offset,
+            ring_time=torch.where(slots < offset, slots - offset, NEVER),
             ring_index=ring_index,
             ring_slots=(position[:, None] + ring_index) % chunk,
             ring_valid=(ring_index < lengths[:, None])[:, :, None, None],
@@ -102,24 +113,15 @@ def carry_shifts(max_length: int) -> list[int]:
     return shifts if max_length > BLOCK else []
 
 
-def _causal(size: int, device: torch.device) -> Tensor:
-    steps = torch.arange(size, device=device)
-    return steps <= steps[:, None]
+def _slots_to_read(offset: Tensor, chunk: int) -> int:
+    """Of every row's ring, the slots that the fullest is filled to, in whole blocks and at least one.
 
-
-def _after_ring(position: Tensor, length: int, chunk: int, single: bool) -> Tensor:
-    """(B, 1, blocks, size, C + size): each block of queries over the C keys before it and its own.
-
-    Before the first block that is the ring, in slots; a chunk never reaches further back.
+    The whole ring where that number would be waited for, on a GPU, or break a graph, in torch.compile.
     """
-    device = position.device
-    size, count = (length, 1) if single else (chunk, (length + padding_to(length, chunk)) // chunk)
-    offset = (position % chunk)[:, None, None, None]  # valid slots of the ring
-    block = torch.arange(count, device=device)[:, None, None]
-    key = torch.arange(chunk + size, device=device)
-    query = block * size + torch.arange(size, device=device)[:, None]  # index among the new tokens
-    new_key = (block - 1) * chunk + key  # likewise, unless the key is a slot of the ring
-    in_ring = (block == 0) & (key < chunk)
-    chunk_start = (offset + query) // chunk * chunk - offset  # of the query's chunk; up to 0: it reaches into the ring
-    allowed = torch.where(in_ring, (key < offset) & (chunk_start <= 0), (new_key <= query) & (new_key >= chunk_start))
-    return allowed[:, None]
+    if chunk <= BLOCK or offset.device.type != "cpu" or torch.compiler.is_dynamo_compiling():
+        return chunk
+    filled = (offset.max() + BLOCK - 1) // BLOCK * BLOCK
+    count: int = filled.clamp(min=BLOCK, max=chunk).item()  # type: ignore[assignment]
+    torch._check(count >= BLOCK)
+    torch._check(count <= chunk)
+    return count

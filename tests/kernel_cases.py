@@ -1,6 +1,7 @@
-"""Run under Triton's interpreter, in a process of its own: the kernels of a layer against its plain form, in float32.
+"""The kernels of a layer against its plain form, in float32, in a process of its own: interpreted, or on a GPU.
 
-    TRITON_INTERPRET=1 python kernel_cases.py CASE
+    TRITON_INTERPRET=1 python kernel_cases.py CASE              prints the largest difference
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python kernel_cases.py --cuda    all cases
 
 Each case is a variant of the small model and a batch; rows are ragged, calls cross chunks, empty rows stay as they are.
 """
@@ -28,15 +29,19 @@ CASES = {
 }
 
 
-def run(name: str) -> float:
-    """Largest difference of logits and visible cache between both forms."""
-    variant, batch, calls, steps = CASES[name]
-    import triton_interpreter  # noqa: F401 - before the kernels, which the test that names the cases does not need
+def interpret() -> None:
+    """Make Triton's interpreter ready, before the kernels are imported."""
+    import triton_interpreter  # noqa: F401
 
     from megalodon_export.model.kernels import step
 
     step._PROGRAMS = 8  # a GPU's worth of programs takes minutes here
-    plain, fast = (make_model(torch.float32, **VARIANTS[variant]) for _ in range(2))
+
+
+def run(name: str, device: str = "cpu") -> float:
+    """Largest difference of logits and visible cache between both forms."""
+    variant, batch, calls, steps = CASES[name]
+    plain, fast = (make_model(torch.float32, **VARIANTS[variant]).to(device) for _ in range(2))
     for model in (plain, fast):
         freeze_constants(model)
     use_kernels(fast)
@@ -44,12 +49,12 @@ def run(name: str) -> float:
     worst = 0.0
     with torch.no_grad():
         for index, length in enumerate(calls):
-            ids = random_tokens(batch, max(length, 1), seed=index)
-            lengths = torch.tensor([length, length // 2, 0, length, 1][:batch]).clamp(max=length)
+            ids = random_tokens(batch, max(length, 1), seed=index).to(device)
+            lengths = torch.tensor([length, length // 2, 0, length, 1][:batch], device=device).clamp(max=length)
             pair = [m.prefill(ids, lengths, c) for m, c in zip((plain, fast), caches, strict=True)]
             worst = max(worst, difference(pair[0][lengths > 0], pair[1][lengths > 0]))
         for index in range(steps):
-            ids = random_tokens(batch, seed=100 + index)
+            ids = random_tokens(batch, seed=100 + index).to(device)
             pair = [m.decode(ids, c) for m, c in zip((plain, fast), caches, strict=True)]
             worst = max(worst, difference(*pair))
     return max(worst, cache_difference(*caches))
@@ -67,4 +72,9 @@ def cache_difference(a: MegalodonCache, b: MegalodonCache) -> float:
 
 
 if __name__ == "__main__":
-    print(run(sys.argv[1]))
+    if sys.argv[1] == "--cuda":
+        for case in CASES:
+            print(case, run(case, "cuda"), flush=True)
+    else:
+        interpret()
+        print(run(sys.argv[1]))

@@ -61,7 +61,7 @@ def test_every_kind_of_model(tmp_path: Path, name: str) -> None:
         onnx.checker.check_model(str(tmp_path / f"{program}.onnx"), full_check=True)
 
 
-@pytest.mark.parametrize("length", [32, 64, 96])
+@pytest.mark.parametrize("length", [32, 96])
 def test_all_lengths_of_a_call_within_and_beyond_a_chunk(tmp_path: Path, length: int) -> None:
     manifest = built(make_model(torch.float32, chunk_size=32), tmp_path, max_batch=8, max_length=length)
     runtime, eager = OnnxRuntime(tmp_path, manifest, "cpu"), open_runtime("eager", tmp_path, manifest, "cpu")
@@ -102,10 +102,10 @@ def test_bfloat16_is_exported_only_where_it_can_be_verified(
 # ---- where nodes run -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("chunk", [64, 8])
-def test_every_node_has_a_cuda_kernel(tmp_path: Path, dtype: str, chunk: int) -> None:
-    model = make_model(torch.float32, chunk_size=chunk, swiglu=True, rescale_nffn=True)
+@pytest.mark.parametrize(("dtype", "chunk"), [("float16", 8), ("bfloat16", 64)])
+def test_every_node_has_a_cuda_kernel_in_half_precision_too(tmp_path: Path, dtype: str, chunk: int) -> None:
+    """In float32 the exporter requires it of the graphs of all other tests."""
+    model = make_model(torch.float32, chunk_size=chunk, num_layers=1, swiglu=True, rescale_nffn=True)
     if dtype == "float16":
         halve(model)
     elif dtype == "bfloat16":

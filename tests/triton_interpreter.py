@@ -7,6 +7,7 @@ from typing import Any
 import triton.runtime.interpreter as interpreter
 
 _original = interpreter._patch_lang_tensor
+_splat = interpreter.InterpreterBuilder.create_splat
 
 
 def _patched(tensor: Any, scope: Any) -> None:
@@ -15,4 +16,12 @@ def _patched(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+def _create_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
+    """As Triton's, but what a comparison gave stays boolean: 3.9 spreads it as its operands' type, no mask any more."""
+    block = _splat(self, ret_ty, arg)
+    block.data = block.data.astype(arg.data.dtype)
+    return block
+
+
 interpreter._patch_lang_tensor = _patched
+interpreter.InterpreterBuilder.create_splat = _create_splat

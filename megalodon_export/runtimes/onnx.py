@@ -19,7 +19,7 @@ from ..exporters.programs import DECODE, PREFILL, Limits
 from ..model import MegalodonCache, MegalodonConfig
 from ..model.cache import copy_in_place
 from .base import Runtime, RuntimeUnavailable
-from .onnx_session import Session, bind, open_session, shared_weights
+from .onnx_session import Session, bind, open_session, require_cuda, shared_weights
 
 _BOUND = 16  # decode steps kept bound (on CUDA: captured), each to the addresses of one cache
 
@@ -40,8 +40,9 @@ class OnnxRuntime(Runtime):
         if entry is None:
             raise RuntimeUnavailable(f"{folder} has no ONNX programs; make them: megalodon-export onnx --add {folder}")
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if chosen.type == "cuda" and chosen.index is None:
-            chosen = torch.device("cuda", torch.cuda.current_device())
+        if chosen.type == "cuda":
+            require_cuda(chosen)
+            chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
         config = MegalodonConfig(**manifest["config"])
         super().__init__(config, DTYPES[manifest["dtype"]], chosen, Limits(**entry["limits"]), entry["all_logits"])
         self._entries = entry["graphs"]

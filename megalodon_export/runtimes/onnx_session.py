@@ -39,24 +39,28 @@ class Session:
             self.onnx.release_captured_graph(graph)
 
 
-def open_session(
-    path: Path, device: torch.device, weights: dict[str, onnxruntime.OrtValue], prepack: bool, capture: bool
-) -> Session:
-    """Open a graph with every node on the device; `weights` by their names in the graph are used as they are.
-
-    RuntimeUnavailable if there is no such device, or if nodes would run elsewhere; it names them.
-    """
-    if device.type == "cpu":
-        options = _options()
-        if not prepack:  # else every session copies the weights into an order of its own
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        return Session(_open(path, options, [CPU]), device, [])
+def require_cuda(device: torch.device) -> None:
+    """RuntimeUnavailable unless torch and ONNX Runtime both have CUDA."""
     if CUDA not in onnxruntime.get_available_providers() or not torch.cuda.is_available():
         raise RuntimeUnavailable(
             f"{device} needs an ONNX Runtime and a torch with CUDA, found onnxruntime {onnxruntime.__version__} with "
             f"{', '.join(onnxruntime.get_available_providers())} and torch {torch.__version__}; "
             "install onnxruntime-gpu and a CUDA build of torch, or use the CPU"
         )
+
+
+def open_session(
+    path: Path, device: torch.device, weights: dict[str, onnxruntime.OrtValue], prepack: bool, capture: bool
+) -> Session:
+    """Open a graph with every node on the device; `weights` by their names in the graph are used as they are.
+
+    RuntimeUnavailable if nodes would run elsewhere; it names them.
+    """
+    if device.type == "cpu":
+        options = _options()
+        if not prepack:  # else every session copies the weights into an order of its own
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return Session(_open(path, options, [CPU]), device, [])
     options = _options()
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     for name, value in weights.items():

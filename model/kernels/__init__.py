@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..quantized import QuantizedLinear
+
 KERNEL_PREFIX = "megalodon_"  # of every kernel here: by it a captured graph tells those that wait from others
 FEW = 4  # rows of a batch up to which a decode step holds weights in registers and the rows take turns
 
@@ -17,9 +19,11 @@ def use_kernels(model: nn.Module, enabled: bool = True) -> None:
     """Run a model's inference on these kernels, or in its plain form again. They need a CUDA GPU and Triton.
 
     Passes without a cache, and training, keep the plain form. ImportError without Triton, TypeError for a model that is
-    not in float32 or bfloat16.
+    not in float32 or bfloat16, quantised ones included.
     """
     if enabled:
+        if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            raise TypeError("the kernels read no int8 or int4 weights yet; use the plain form, or weights in bfloat16")
         wrong = {p.dtype for p in model.parameters()} - {torch.float32, torch.bfloat16}
         if wrong:
             raise TypeError(f"the kernels compute in float32 and bfloat16, not in {wrong.pop()}; use the plain form")

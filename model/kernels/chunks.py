@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import silu, start, wait
-from .ring import rotated
+from .ring import rotated, turn_of
 
 
 @triton.jit
@@ -47,12 +47,12 @@ def megalodon_rotate(
     row = (b * L + token) * (2 * HALF * H)
     lo = tl.load(z_ptr + row + at, mask=ok, other=0.0).to(tl.float32)
     hi = tl.load(z_ptr + row + at + HALF, mask=ok, other=0.0).to(tl.float32)
-    factor = 1.0 / tl.sqrt((tl.sum(lo * lo, 0) + tl.sum(hi * hi, 0)) / (2 * HALF) + eps)
+    factor = 1.0 / tl.sqrt(tl.sum(lo * lo + hi * hi, 0) / (2 * HALF) + eps)
     cos = tl.load(cos_ptr + (b * L + token) * HALF + half, mask=ok, other=0.0)
     sin = tl.load(sin_ptr + (b * L + token) * HALF + half, mask=ok, other=0.0)
     Z: tl.constexpr = 2 * HALF * H
-    q_lo, q_hi = rotated(lo * factor, hi * factor, gamma_ptr, beta_ptr, at, ok, cos, sin, HALF)
-    k_lo, k_hi = rotated(lo * factor, hi * factor, gamma_ptr + Z, beta_ptr + Z, at, ok, cos, sin, HALF)
+    q_lo, q_hi = rotated(lo * factor, hi * factor, turn_of(gamma_ptr, beta_ptr, at, ok, HALF), cos, sin)
+    k_lo, k_hi = rotated(lo * factor, hi * factor, turn_of(gamma_ptr + Z, beta_ptr + Z, at, ok, HALF), cos, sin)
     out = ((b * H + head) * L + token) * (2 * HALF) + half
     dtype = q_ptr.dtype.element_ty
     tl.store(q_ptr + out, q_lo.to(dtype), mask=ok)
@@ -83,22 +83,24 @@ def megalodon_scores(
     C: tl.constexpr,
     DZ: tl.constexpr,
     DZ_P: tl.constexpr,
-    T: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
     TILES: tl.constexpr,
     IEEE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile of T queries and T keys -> weights (B, H, L, TILES T); peaks and totals (B, H, TILES, L) float32."""
+    """A tile of queries and keys -> weights (B, H, L, TILES KEYS); peaks and totals (B, H, TILES, L) float32."""
     start(PDL)
     tile = tl.program_id(0)
     stream = tl.program_id(2).to(tl.int64)
     wait(PDL)
     offset = (tl.load(position_ptr + stream // H) % C).to(tl.int32)
-    query = tl.program_id(1) * T + tl.arange(0, T)
+    first = offset + tl.program_id(1) * QUERIES
+    query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     u = offset + query
-    chunk = (offset + tl.program_id(1) * T) // C * C  # of the tile's first query: keys are counted from there
-    if chunk + tile * T <= offset + tl.program_id(1) * T + T - 1:
-        key = chunk + tile * T + tl.arange(0, T)
+    chunk = first // C * C  # of the tile's first query: keys are counted from there
+    if chunk + tile * KEYS <= first + QUERIES - 1:
+        key = chunk + tile * KEYS + tl.arange(0, KEYS)
         d = tl.arange(0, DZ_P)
         q_ok = (query < L)[:, None] & (d < DZ)[None, :]
         q = tl.load(q_ptr + (stream * L + query[:, None]) * DZ + d[None, :], mask=q_ok, other=0.0)
@@ -113,7 +115,7 @@ def megalodon_scores(
         entry = (stream * TILES + tile) * L + query
         tl.store(peaks_ptr + entry, peak, mask=row_ok)
         tl.store(totals_ptr + entry, tl.sum(weights, 1), mask=row_ok)
-        at = (stream * L + query[:, None]) * (TILES * T) + tile * T + tl.arange(0, T)[None, :]
+        at = (stream * L + query[:, None]) * (TILES * KEYS) + tile * KEYS + tl.arange(0, KEYS)[None, :]
         tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
@@ -133,40 +135,42 @@ def megalodon_weigh(
     C: tl.constexpr,
     DV: tl.constexpr,
     DV_BLOCK: tl.constexpr,
-    T: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
     IEEE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """softmax(scores) v times silu(r): T queries of a head, DV_BLOCK features; v, r, gated (B, L, H dv)."""
+    """softmax(scores) v times silu(r): a tile of queries of a head, DV_BLOCK features; v, r, gated (B, L, H dv)."""
     start(PDL)
     row_tile = query_tiles - 1 - tl.program_id(1)  # the longest first
     stream = tl.program_id(2).to(tl.int64)
     b, head = stream // H, stream % H
     feature = tl.program_id(0) * DV_BLOCK + tl.arange(0, DV_BLOCK)
     feature_ok = (feature < DV)[None, :]
-    query = row_tile * T + tl.arange(0, T)
+    query = row_tile * QUERIES + tl.arange(0, QUERIES)
     row_ok = query < L
     wait(PDL)
     offset = (tl.load(position_ptr + b) % C).to(tl.int32)
-    chunk = (offset + row_tile * T) // C * C
-    tiles = (offset + row_tile * T + T - 1 - chunk) // T + 1
-    tiles = tl.minimum(tiles, tl.cdiv(offset + L - chunk, T))
+    first = offset + row_tile * QUERIES
+    chunk = first // C * C
+    tiles = (first + QUERIES - 1 - chunk) // KEYS + 1
+    tiles = tl.minimum(tiles, tl.cdiv(offset + L - chunk, KEYS))
     entry = stream * TILES * L + query
-    peak = tl.full((T,), float("-inf"), tl.float32)
+    peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     for tile in range(tiles):
         peak = tl.maximum(peak, tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0))
-    total = tl.zeros((T,), tl.float32)
-    sums = tl.zeros((T, DV_BLOCK), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    sums = tl.zeros((QUERIES, DV_BLOCK), tl.float32)
     ring = ring_ptr + stream * (C * DV)
     new = v_ptr + (b * L * H + head) * DV
-    weight_rows = weights_ptr + (stream * L + query[:, None]) * (TILES * T) + tl.arange(0, T)[None, :]
+    weight_rows = weights_ptr + (stream * L + query[:, None]) * (TILES * KEYS) + tl.arange(0, KEYS)[None, :]
     for tile in tl.range(0, tiles, num_stages=STAGES):
-        key = chunk + tile * T + tl.arange(0, T)
+        key = chunk + tile * KEYS + tl.arange(0, KEYS)
         rows, exists = key_rows(key, offset, L, ring, new, DV, H * DV)
         v = tl.load(rows[:, None] + feature[None, :], mask=exists[:, None] & feature_ok, other=0.0)
-        weights = tl.load(weight_rows + tile * T, mask=row_ok[:, None], other=0.0)
+        weights = tl.load(weight_rows + tile * KEYS, mask=row_ok[:, None], other=0.0)
         shrink = tl.exp(tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0) - peak)
         total += shrink * tl.load(totals_ptr + entry + tile * L, mask=row_ok, other=0.0)
         weights = (weights.to(tl.float32) * shrink[:, None]).to(v.dtype)

@@ -7,8 +7,10 @@
     feed_up    LayerNorm and fc1 (fc3), silu                         -> hidden
 
 RMSNorm's factor is one number a row: `project` multiplies its products by it, so no kernel waits for the sum of squares
-alone. Rows of a batch never meet, and every sum has one order: a row's result does not depend on its company.
-Letters as in the model's comments; a suffix _P is a size padded to a power of two, which tiles need.
+alone. What a program reads after its wait it asks for before its first sum: a sum over several warps is a barrier that
+no load is moved across, and each further trip to memory shows in the step's time. Rows of a batch never meet, and every
+sum has one order: a row's result does not depend on its company. Letters as in the model's comments; a suffix _P is a
+size padded to a power of two, which tiles need.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .launch import silu, start, wait
-from .norms import layer_norm
+from .norms import layer_norm, scale_and_shift
 
 
 @triton.jit
@@ -87,6 +89,7 @@ def megalodon_ema_step(
     mean_in = tl.load(mean_ptr + b * G + group, mask=group_ok, other=0.0)
     var_in = tl.load(var_ptr + b * G + group, mask=group_ok, other=1.0)
     count = tl.load(position_ptr + b).to(tl.float32)
+    tl.debug_barrier()  # where threads hold copies of a state, none may write it before all have read it
     mu = tl.sum(x, 1) / GROUP
     within = tl.where(ok, x - mu[:, None], 0.0)
     share = 1.0 / (count + 1.0)
@@ -114,11 +117,14 @@ def megalodon_ema_step(
 
 
 @triton.jit
-def root_mean_square_factor(squares_ptr, b, eps, D: tl.constexpr, PARTS: tl.constexpr, PARTS_P: tl.constexpr):
-    """1 / sqrt(mean of squares + eps) of a row, from the partial sums of `ema_step`."""
+def root_mean_square_products(
+    weight, x_ptr, squares_ptr, b, k, eps, D: tl.constexpr, PARTS: tl.constexpr, PARTS_P: tl.constexpr
+):
+    """weight (rows, D) times row b of the RMSNorm's output: x (B, D), which `ema_step` scaled, by the row's factor."""
     part = tl.arange(0, PARTS_P)
-    total = tl.sum(tl.load(squares_ptr + b * PARTS + part, mask=part < PARTS, other=0.0), 0)
-    return 1.0 / tl.sqrt(total / D + eps)
+    squares = tl.load(squares_ptr + b * PARTS + part, mask=part < PARTS, other=0.0)
+    y = products(weight, x_ptr + b * D, k, D)
+    return y * (1.0 / tl.sqrt(tl.sum(squares, 0) / D + eps))
 
 
 @triton.jit
@@ -196,23 +202,23 @@ def megalodon_project(
         weight, bias = weight_rows(wr_ptr, row, k, E, D), bias_rows(br_ptr, row, E)
         wait(PDL)
         for b in range(B):
-            factor = root_mean_square_factor(squares_ptr, b, eps, D, PARTS, PARTS_P)
-            r = silu(products(weight, scaled_ptr + b * D, k, D) * factor + bias)
+            r = root_mean_square_products(weight, scaled_ptr, squares_ptr, b, k, eps, D, PARTS, PARTS_P)
+            r = silu(r + bias)
             tl.store(r_ptr + b * E + row, r.to(r_ptr.dtype.element_ty), mask=row < E)
     elif tile < 2 * E_TILES + D_TILES:
         row = (tile - 2 * E_TILES) * ROWS + tl.arange(0, ROWS)
         weight, bias = weight_rows(wh_ptr, row, k, D, D), bias_rows(bh_ptr, row, D)
         wait(PDL)
         for b in range(B):
-            factor = root_mean_square_factor(squares_ptr, b, eps, D, PARTS, PARTS_P)
-            tl.store(h_ptr + b * D + row, products(weight, scaled_ptr + b * D, k, D) * factor + bias, mask=row < D)
+            h = root_mean_square_products(weight, scaled_ptr, squares_ptr, b, k, eps, D, PARTS, PARTS_P)
+            tl.store(h_ptr + b * D + row, h + bias, mask=row < D)
     else:
         row = (tile - 2 * E_TILES - D_TILES) * ROWS + tl.arange(0, ROWS)
         weight, bias = weight_rows(wz_ptr, row, k, Z, D), bias_rows(bz_ptr, row, Z)
         wait(PDL)
         for b in range(B):
-            factor = root_mean_square_factor(squares_ptr, b, eps, D, PARTS, PARTS_P)
-            tl.store(z_ptr + b * Z + row, products(weight, scaled_ptr + b * D, k, D) * factor + bias, mask=row < Z)
+            z = root_mean_square_products(weight, scaled_ptr, squares_ptr, b, k, eps, D, PARTS, PARTS_P)
+            tl.store(z_ptr + b * Z + row, z + bias, mask=row < Z)
 
 
 @triton.jit
@@ -227,7 +233,8 @@ def megalodon_linear(
     B,
     ROWS_OF: tl.constexpr,
     K: tl.constexpr,
-    K_P: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL_P: tl.constexpr,
     ROWS: tl.constexpr,
     BIAS: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -235,24 +242,36 @@ def megalodon_linear(
     SECOND: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y (B, ROWS_OF) = first + second + alpha * (x W^T + bias), what there is of it, summed in float32."""
+    """y (B, ROWS_OF) = first + second + alpha * (x W^T + bias), what there is of it, summed in float32.
+
+    The columns K are HEAD, a power of two, and a tail that is padded: less is masked than in one tile of all.
+    """
     start(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ok = row < ROWS_OF
-    k = tl.arange(0, K_P)
+    k = tl.arange(0, HEAD)
     weight = weight_rows(weight_ptr, row, k, ROWS_OF, K)
+    if TAIL_P > 0:
+        tail = HEAD + tl.arange(0, TAIL_P)
+        weight_tail = weight_rows(weight_ptr, row, tail, ROWS_OF, K)
+    bias = tl.zeros((ROWS,), tl.float32)
+    alpha = tl.full((ROWS,), 1.0, tl.float32)
+    if BIAS:
+        bias += bias_rows(bias_ptr, row, ROWS_OF)
+    if ALPHA:
+        alpha = bias_rows(alpha_ptr, row, ROWS_OF)
     wait(PDL)
     for b in range(B):
-        y = products(weight, x_ptr + b * K, k, K)
-        if BIAS:
-            y += bias_rows(bias_ptr, row, ROWS_OF)
-        if ALPHA:
-            y *= bias_rows(alpha_ptr, row, ROWS_OF)
         at = b * ROWS_OF + row
+        rest = tl.zeros((ROWS,), tl.float32)
         if FIRST:
-            y += tl.load(first_ptr + at, mask=ok, other=0.0).to(tl.float32)
+            rest += tl.load(first_ptr + at, mask=ok, other=0.0).to(tl.float32)
         if SECOND:
-            y += tl.load(second_ptr + at, mask=ok, other=0.0).to(tl.float32)
+            rest += tl.load(second_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        y = products(weight, x_ptr + b * K, k, K) + bias
+        if TAIL_P > 0:
+            y += products(weight_tail, x_ptr + b * K, tail, K)
+        y = y * alpha + rest
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
@@ -283,16 +302,17 @@ def megalodon_feed_up(
     k = tl.arange(0, D_P)
     dtype = hidden_ptr.dtype.element_ty
     w1 = weight_rows(w1_ptr, row, k, F, D)
+    b1 = tl.zeros((ROWS,), tl.float32)
+    if BIAS:
+        b1 += bias_rows(b1_ptr, row, F)
     if SWIGLU:
         w3 = weight_rows(w3_ptr, row, k, F, D)
+    scale, shift = scale_and_shift(norm_weight_ptr, norm_bias_ptr, k, D, AFFINE)
     wait(PDL)
     for b in range(B):
         x = tl.load(h_ptr + b * D + k, mask=k < D, other=0.0)
-        x = layer_norm(x, k, eps, norm_weight_ptr, norm_bias_ptr, D, AFFINE).to(dtype).to(tl.float32)
-        y = tl.sum(w1.to(tl.float32) * x[None, :], 1)
-        if BIAS:
-            y += bias_rows(b1_ptr, row, F)
-        y = silu(y)
+        x = layer_norm(x, k, eps, scale, shift, D).to(dtype).to(tl.float32)
+        y = silu(tl.sum(w1.to(tl.float32) * x[None, :], 1) + b1)
         if SWIGLU:
             gate = tl.sum(w3.to(tl.float32) * x[None, :], 1)
             if BIAS:

@@ -39,15 +39,21 @@ def megalodon_rms(
 
 
 @triton.jit
-def layer_norm(x, k, eps, weight_ptr, bias_ptr, K: tl.constexpr, AFFINE: tl.constexpr):
-    """LayerNorm of one row x (K) float32, 0 beyond K; the scale is weight + 1."""
-    ok = k < K
-    centred = tl.where(ok, x - tl.sum(x, 0) / K, 0.0)
-    y = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / K + eps))
+def scale_and_shift(weight_ptr, bias_ptr, k, K: tl.constexpr, AFFINE: tl.constexpr):
+    """What a LayerNorm's result is multiplied by, weight + 1, and what is added to it."""
+    scale = tl.full(k.shape, 1.0, tl.float32)
+    shift = tl.zeros(k.shape, tl.float32)
     if AFFINE:
-        y = y * (tl.load(weight_ptr + k, mask=ok, other=0.0).to(tl.float32) + 1.0)
-        y += tl.load(bias_ptr + k, mask=ok, other=0.0).to(tl.float32)
-    return y
+        scale += tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        shift += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    return scale, shift
+
+
+@triton.jit
+def layer_norm(x, k, eps, scale, shift, K: tl.constexpr):
+    """LayerNorm of one row x (K) float32, 0 beyond K."""
+    centred = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)
+    return centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / K + eps)) * scale + shift
 
 
 @triton.jit
@@ -70,10 +76,11 @@ def megalodon_layer_norm(
     k = tl.arange(0, D_P)
     ok = k < D
     at = tl.program_id(0).to(tl.int64) * D + k
+    scale, shift = scale_and_shift(weight_ptr, bias_ptr, k, D, AFFINE)
     wait(PDL)
     x = tl.load(first_ptr + at, mask=ok, other=0.0).to(tl.float32)
     if SUM:
         x += tl.load(second_ptr + at, mask=ok, other=0.0).to(tl.float32)
         x += tl.load(third_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    y = layer_norm(x, k, eps, weight_ptr, bias_ptr, D, AFFINE)
+    y = layer_norm(x, k, eps, scale, shift, D)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)

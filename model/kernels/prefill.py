@@ -77,7 +77,7 @@ def ema_scan(
     m = torch.empty_like(x)
     pdl = programmatic(x)
     grid = (-(-dim // _CHANNELS), segments, batch)
-    sizes: dict[str, Any] = {"D": dim, "N": ndim, "N_P": power_of_2(ndim), "CHANNELS": _CHANNELS, "UNROLL": 4}
+    sizes: dict[str, Any] = {"D": dim, "N": ndim, "N_P": power_of_2(ndim), "CHANNELS": _CHANNELS}
     sizes |= {"S": SEGMENT, "PDL": pdl, "num_warps": 1}
     kernel(scan.megalodon_local)[grid](x, lengths, planes, states, length, **sizes)
     kernel(scan.megalodon_carry)[-(-dim * ndim // 128), batch](
@@ -118,8 +118,10 @@ def attend_chunks(
     heads, chunk, dz, dv = key.shape[1], key.shape[2], key.shape[3], value.shape[3]
     q = z.new_empty(batch, heads, length, dz)
     k = torch.empty_like(q)
-    pdl, tile = programmatic(z), 64
-    tiles = -(-chunk // tile) + 1  # a tile of queries may reach into the next chunk
+    single = z.dtype == torch.float32
+    # Large tiles read v less often, small ones leave nobody idle where there is one head of one row.
+    pdl, queries, keys = programmatic(z), 64 if single or heads < 4 else 128, 64
+    tiles = -(-chunk // keys) + queries // keys  # a tile of queries may reach into the next chunk
     per_head = {"H": heads, "PDL": pdl}
     kernel(chunks.megalodon_rotate)[length, heads, batch](
         *(z, gamma, beta, cos, sin, q, k, length, eps),
@@ -128,11 +130,11 @@ def attend_chunks(
         num_warps=1,
         **per_head,
     )
-    weights = z.new_empty(batch, heads, length, tiles * tile)
+    weights = z.new_empty(batch, heads, length, tiles * keys)
     peaks = z.new_empty(batch, heads, tiles, length, dtype=torch.float32)
     totals = torch.empty_like(peaks)
-    query_tiles = (length + tile - 1) // tile
-    shape = {**per_head, "C": chunk, "T": tile, "TILES": tiles, "IEEE": z.dtype == torch.float32}
+    query_tiles = (length + queries - 1) // queries
+    shape = {**per_head, "C": chunk, "QUERIES": queries, "KEYS": keys, "TILES": tiles, "IEEE": single}
     kernel(chunks.megalodon_scores)[tiles, query_tiles, batch * heads](
         *(q, k, key, position, weights, peaks, totals, length),
         DZ=dz,
@@ -141,13 +143,13 @@ def attend_chunks(
         **shape,
     )
     gated = torch.empty_like(r)
-    dv_block = max(16, min(power_of_2(dv), 128 if z.dtype == torch.float32 else 256))
+    dv_block = max(16, min(power_of_2(dv), 2 * queries))
     kernel(chunks.megalodon_weigh)[-(-dv // dv_block), query_tiles, batch * heads](
         *(weights, peaks, totals, v, value, position, r, gated, length, query_tiles),
         DV=dv,
         DV_BLOCK=dv_block,
         STAGES=3,
-        num_warps=8,
+        num_warps=8 if single or queries == 128 else 4,
         **shape,
     )
     kernel(chunks.megalodon_store)[length, heads, batch](

@@ -13,14 +13,32 @@ from .launch import start, wait
 
 
 @triton.jit
-def rotated(lo, hi, gamma_ptr, beta_ptr, at, ok, cos, sin, HALF: tl.constexpr):
-    """One head's query or key from its normalised z, in halves: times gamma + 1 over sqrt(dz), plus beta, turned."""
+def turn_of(gamma_ptr, beta_ptr, at, ok, HALF: tl.constexpr):
+    """gamma + 1 over sqrt(dz), and beta, of one head's queries or keys, in halves."""
     root: tl.constexpr = (2 * HALF) ** -0.5
     gamma_lo = (tl.load(gamma_ptr + at, mask=ok, other=0.0).to(tl.float32) + 1.0) * root
     gamma_hi = (tl.load(gamma_ptr + at + HALF, mask=ok, other=0.0).to(tl.float32) + 1.0) * root
-    a = lo * gamma_lo + tl.load(beta_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    c = hi * gamma_hi + tl.load(beta_ptr + at + HALF, mask=ok, other=0.0).to(tl.float32)
+    beta_lo = tl.load(beta_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    beta_hi = tl.load(beta_ptr + at + HALF, mask=ok, other=0.0).to(tl.float32)
+    return gamma_lo, gamma_hi, beta_lo, beta_hi
+
+
+@triton.jit
+def rotated(lo, hi, turn, cos, sin):
+    """One head's query or key from its normalised z, in halves: scaled, shifted (see `turn_of`) and rotated."""
+    a = lo * turn[0] + turn[2]
+    c = hi * turn[1] + turn[3]
     return a * cos - c * sin, c * cos + a * sin
+
+
+@triton.jit
+def ring_block(keys, values, slots, end, half, half_ok, feature_ok, HALF: tl.constexpr, DV: tl.constexpr):
+    """Keys, in halves, and values of some slots of a ring; zeros from slot `end` on."""
+    ok = (slots < end)[:, None]
+    rows = keys + slots[:, None] * (2 * HALF) + half[None, :]
+    lo = tl.load(rows, mask=ok & half_ok[None, :], other=0.0)
+    hi = tl.load(rows + HALF, mask=ok & half_ok[None, :], other=0.0)
+    return lo, hi, tl.load(values[None, :] + slots[:, None] * DV, mask=ok & feature_ok[None, :], other=0.0)
 
 
 @triton.jit
@@ -44,13 +62,12 @@ def megalodon_attend(
     DV: tl.constexpr,
     DV_BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One head of one row over its share of the ring's valid slots, for DV_BLOCK of the value's dv features.
 
-    -> partial (B, H, MAX_SPLITS, dv) float32, statistics (B, H, MAX_SPLITS, 2): the largest score, the weights' sum.
-    The token's own key is taken from z, and written to its slot by the first program of the head.
+    -> partial (B H splits, dv) float32, statistics (B H splits, 2): the largest score, the weights' sum. The token's
+    own key is taken from z, and written to its slot by the first program of the head.
     """
     start(PDL)
     DV_BLOCKS: tl.constexpr = (DV + DV_BLOCK - 1) // DV_BLOCK
@@ -61,58 +78,59 @@ def megalodon_attend(
     stream = b * H + head
     half = tl.arange(0, HALF_P)
     half_ok = half < HALF
-    wait(PDL)
-    seen = tl.load(position_ptr + b) % C  # valid slots before this token, and its own slot
-    z_lo = tl.load(z_ptr + stream * (2 * HALF) + half, mask=half_ok, other=0.0)
-    z_hi = tl.load(z_ptr + stream * (2 * HALF) + HALF + half, mask=half_ok, other=0.0)
-    factor = 1.0 / tl.sqrt((tl.sum(z_lo * z_lo, 0) + tl.sum(z_hi * z_hi, 0)) / (2 * HALF) + eps)
-    cos = tl.load(cos_ptr + b * HALF + half, mask=half_ok, other=0.0)
-    sin = tl.load(sin_ptr + b * HALF + half, mask=half_ok, other=0.0)
-    at = head * (2 * HALF) + half
-    Z: tl.constexpr = 2 * HALF * H
-    dtype = key_ptr.dtype.element_ty
-    q_lo, q_hi = rotated(z_lo * factor, z_hi * factor, gamma_ptr, beta_ptr, at, half_ok, cos, sin, HALF)
-    k_lo, k_hi = rotated(z_lo * factor, z_hi * factor, gamma_ptr + Z, beta_ptr + Z, at, half_ok, cos, sin, HALF)
-    q_lo, q_hi = q_lo.to(dtype).to(tl.float32), q_hi.to(dtype).to(tl.float32)
-    k_lo, k_hi = k_lo.to(dtype), k_hi.to(dtype)
-    keys = key_ptr + stream * (C * 2 * HALF)
-    if tl.program_id(0) == 0:
-        tl.store(keys + seen * (2 * HALF) + half, k_lo, mask=half_ok)
-        tl.store(keys + seen * (2 * HALF) + HALF + half, k_hi, mask=half_ok)
-
     feature = part * DV_BLOCK + tl.arange(0, DV_BLOCK)
     feature_ok = feature < DV
     slot = tl.arange(0, SLOTS)
+    keys = key_ptr + stream * (C * 2 * HALF)
     values = value_ptr + stream * (C * DV) + feature
-    # The first split begins with the token itself, the others with nothing.
-    own = tl.sum(q_lo * k_lo.to(tl.float32), 0) + tl.sum(q_hi * k_hi.to(tl.float32), 0)
-    mine = split == 0
-    peak = tl.where(mine, own, float("-inf"))
-    total = tl.where(mine, 1.0, 0.0)
-    v = tl.load(values + seen * DV, mask=feature_ok & mine, other=0.0).to(tl.float32)
-    sums = tl.where((slot == 0)[:, None], v[None, :], 0.0)
+    # No kernel of this step changes the position or the slots before the token's own: their first block is on its way
+    # while earlier kernels run.
+    seen = tl.load(position_ptr + b) % C  # valid slots before this token, and its own slot
     blocks = tl.cdiv(seen, SLOTS)
     per_split = tl.cdiv(blocks, splits)
     first = split * per_split
     last = tl.minimum(first + per_split, blocks)
-    lows = keys + half[None, :]
+    lo, hi, v_tile = ring_block(keys, values, first * SLOTS + slot, seen, half, half_ok, feature_ok, HALF, DV)
+
+    at = head * (2 * HALF) + half
+    Z: tl.constexpr = 2 * HALF * H
+    dtype = key_ptr.dtype.element_ty
+    q_turn = turn_of(gamma_ptr, beta_ptr, at, half_ok, HALF)
+    k_turn = turn_of(gamma_ptr + Z, beta_ptr + Z, at, half_ok, HALF)
+    mine = split == 0  # the first split begins with the token itself, the others with nothing
+
+    wait(PDL)
+    z_lo = tl.load(z_ptr + stream * (2 * HALF) + half, mask=half_ok, other=0.0)
+    z_hi = tl.load(z_ptr + stream * (2 * HALF) + HALF + half, mask=half_ok, other=0.0)
+    cos = tl.load(cos_ptr + b * HALF + half, mask=half_ok, other=0.0)
+    sin = tl.load(sin_ptr + b * HALF + half, mask=half_ok, other=0.0)
+    sums = tl.load(values + seen * DV, mask=feature_ok & mine, other=0.0).to(tl.float32)
+    factor = 1.0 / tl.sqrt(tl.sum(z_lo * z_lo + z_hi * z_hi, 0) / (2 * HALF) + eps)
+    q_lo, q_hi = rotated(z_lo * factor, z_hi * factor, q_turn, cos, sin)
+    k_lo, k_hi = rotated(z_lo * factor, z_hi * factor, k_turn, cos, sin)
+    q_lo, q_hi = q_lo.to(dtype).to(tl.float32), q_hi.to(dtype).to(tl.float32)
+    k_lo, k_hi = k_lo.to(dtype), k_hi.to(dtype)
+    if tl.program_id(0) == 0:
+        tl.store(keys + seen * (2 * HALF) + half, k_lo, mask=half_ok)
+        tl.store(keys + seen * (2 * HALF) + HALF + half, k_hi, mask=half_ok)
+
+    own = tl.sum(q_lo * k_lo.to(tl.float32) + q_hi * k_hi.to(tl.float32), 0)
+    peak = tl.where(mine, own, float("-inf"))
+    total = tl.where(mine, 1.0, 0.0)
+    end = tl.minimum(seen, last * SLOTS)
     for block in range(first, last):
-        slots = block * SLOTS + slot
-        ok = slots < seen
-        key_ok = ok[:, None] & half_ok[None, :]
-        lo = tl.load(lows + slots[:, None] * (2 * HALF), mask=key_ok, other=0.0)
-        hi = tl.load(lows + slots[:, None] * (2 * HALF) + HALF, mask=key_ok, other=0.0)
-        v_tile = tl.load(values[None, :] + slots[:, None] * DV, mask=ok[:, None] & feature_ok[None, :], other=0.0)
         scores = tl.sum(lo.to(tl.float32) * q_lo[None, :] + hi.to(tl.float32) * q_hi[None, :], 1)
-        scores = tl.where(ok, scores, float("-inf"))
+        scores = tl.where(block * SLOTS + slot < seen, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 0))
         shrink = tl.exp(peak - new_peak)
         weights = tl.exp(scores - new_peak)
         total = total * shrink + tl.sum(weights, 0)
-        sums = sums * shrink + weights[:, None] * v_tile.to(tl.float32)
+        sums = sums * shrink + tl.sum(weights[:, None] * v_tile.to(tl.float32), 0)
         peak = new_peak
-    entry = stream * MAX_SPLITS + split
-    tl.store(partial_ptr + entry * DV + feature, tl.sum(sums, 0), mask=feature_ok)
+        slots = (block + 1) * SLOTS + slot
+        lo, hi, v_tile = ring_block(keys, values, slots, end, half, half_ok, feature_ok, HALF, DV)
+    entry = stream * splits + split
+    tl.store(partial_ptr + entry * DV + feature, sums, mask=feature_ok)
     if part == 0:
         tl.store(statistics_ptr + entry * 2, peak)
         tl.store(statistics_ptr + entry * 2 + 1, total)
@@ -133,21 +151,20 @@ def megalodon_combine(
 ):
     """softmax-weighted sum over the splits, times r: gated (B, E), in the order of the heads."""
     start(PDL)
-    part = tl.program_id(0)
     stream = tl.program_id(2).to(tl.int64) * H + tl.program_id(1)
-    split = tl.arange(0, MAX_SPLITS)
-    feature = part * DV_BLOCK + tl.arange(0, DV_BLOCK)
+    feature = tl.program_id(0) * DV_BLOCK + tl.arange(0, DV_BLOCK)
     feature_ok = feature < DV
+    split = tl.arange(0, MAX_SPLITS)
     used = split < splits
+    entry = stream * splits + split
     wait(PDL)
-    entry = stream * MAX_SPLITS + split
     peaks = tl.load(statistics_ptr + entry * 2, mask=used, other=float("-inf"))
     totals = tl.load(statistics_ptr + entry * 2 + 1, mask=used, other=0.0)
-    weights = tl.exp(peaks - tl.max(peaks, 0))
+    r = tl.load(r_ptr + stream * DV + feature, mask=feature_ok, other=0.0)
     partials = tl.load(
         partial_ptr + entry[:, None] * DV + feature[None, :], mask=used[:, None] & feature_ok[None, :], other=0.0
     )
     dtype = gated_ptr.dtype.element_ty
+    weights = tl.exp(peaks - tl.max(peaks, 0))
     o = (tl.sum(partials * weights[:, None], 0) / tl.sum(totals * weights, 0)).to(dtype)
-    r = tl.load(r_ptr + stream * DV + feature, mask=feature_ok, other=0.0)
     tl.store(gated_ptr + stream * DV + feature, o.to(tl.float32) * r.to(tl.float32), mask=feature_ok)

@@ -174,6 +174,32 @@ def channels_of(block, length, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def four_tokens(rows, ok, step, steps, D: tl.constexpr):
+    """x of four steps of each channel as it is stored, zeros if they begin at `steps` or beyond."""
+    ok = ok & (step < steps)
+    x0 = tl.load(rows + step * D, mask=ok, other=0.0)
+    x1 = tl.load(rows + (step + 1) * D, mask=ok, other=0.0)
+    x2 = tl.load(rows + (step + 2) * D, mask=ok, other=0.0)
+    x3 = tl.load(rows + (step + 3) * D, mask=ok, other=0.0)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def advance(x, re, im, p, q_re, q_im):
+    """One step of each channel: h <- q h + p x."""
+    x = x.to(tl.float32)[None, :]
+    return q_re * re - q_im * im + p * x, q_re * im + q_im * re
+
+
+@triton.jit
+def emit(x, re, im, p, q_re, q_im, g_re, g_im, omega, y, ok):
+    """`advance`, and y = Re(sum_n gamma_n h_n) + omega x."""
+    re, im = advance(x, re, im, p, q_re, q_im)
+    tl.store(y, tl.sum(g_re * re - g_im * im, 0) + omega * x.to(tl.float32), mask=ok)
+    return re, im
+
+
+@triton.jit
 def megalodon_local(
     x_ptr,
     lengths_ptr,
@@ -184,7 +210,6 @@ def megalodon_local(
     N: tl.constexpr,
     N_P: tl.constexpr,
     CHANNELS: tl.constexpr,
-    UNROLL: tl.constexpr,
     S: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -204,18 +229,33 @@ def megalodon_local(
     im = tl.zeros((N_P, CHANNELS), tl.float32)
     if (segment + 1) * S <= length:
         rows = x_ptr + (b * L + segment * S) * D + channel
-        for step in range(0, S, UNROLL):
-            for i in tl.static_range(UNROLL):
-                x = tl.load(rows + (step + i) * D, mask=ok, other=0.0).to(tl.float32)
-                new_re = q_re * re - q_im * im + p * x[None, :]
-                im = q_re * im + q_im * re
-                re = new_re
+        for step in range(0, S, 4):
+            for i in tl.static_range(4):
+                x = tl.load(rows + (step + i) * D, mask=ok, other=0.0)
+                re, im = advance(x, re, im, p, q_re, q_im)
         states = states_ptr + (b * tl.num_programs(1) + segment) * (2 * PLANE)
         mode = tl.arange(0, N_P)
         at = mode[:, None] * D + channel[None, :]
         at_ok = (mode < N)[:, None] & ok[None, :]
         tl.store(states + at, re, mask=at_ok)
         tl.store(states + PLANE + at, im, mask=at_ok)
+
+
+@triton.jit
+def addition(entry, segment, full, ok, PLANE: tl.constexpr):
+    """What a segment adds to the state; nothing if it is not a full one."""
+    place = entry + tl.cast(segment, tl.int64) * (2 * PLANE)
+    ok = ok & (segment < full)
+    return tl.load(place, mask=ok, other=0.0), tl.load(place + PLANE, mask=ok, other=0.0)
+
+
+@triton.jit
+def leap(entry, segment, count, ok, re, im, leap_re, leap_im, add_re, add_im, PLANE: tl.constexpr):
+    """Store the state at the start of a segment if there is one; the state at its end."""
+    place = entry + tl.cast(segment, tl.int64) * (2 * PLANE)
+    tl.store(place, re, mask=ok & (segment < count))
+    tl.store(place + PLANE, im, mask=ok & (segment < count))
+    return leap_re * re - leap_im * im + add_re, leap_re * im + leap_im * re + add_im
 
 
 @triton.jit
@@ -245,27 +285,21 @@ def megalodon_carry(
     re = tl.load(pair, mask=ok, other=0.0)
     im = tl.load(pair + 1, mask=ok, other=0.0)
     entry = states_ptr + b * segments * (2 * PLANE) + at
-    add_re = tl.load(entry, mask=ok & (full > 0), other=0.0)
-    add_im = tl.load(entry + PLANE, mask=ok & (full > 0), other=0.0)
-    for segment in range(0, tl.minimum(full + 1, segments)):
-        following = entry + 2 * PLANE
-        next_ok = ok & (segment + 1 < full)
-        next_re = tl.load(following, mask=next_ok, other=0.0)
-        next_im = tl.load(following + PLANE, mask=next_ok, other=0.0)
-        tl.store(entry, re, mask=ok)
-        tl.store(entry + PLANE, im, mask=ok)
-        new_re = leap_re * re - leap_im * im + add_re
-        im = leap_re * im + leap_im * re + add_im
-        re = new_re
-        add_re, add_im, entry = next_re, next_im, following
-
-
-@triton.jit
-def ema_token(x, re, im, p, q_re, q_im, g_re, g_im, omega):
-    """One token of each channel: h <- q h + p x, y = Re(sum_n gamma_n h_n) + omega x."""
-    new_re = q_re * re - q_im * im + p * x[None, :]
-    new_im = q_re * im + q_im * re
-    return new_re, new_im, tl.sum(g_re * new_re - g_im * new_im, 0) + omega * x
+    count = tl.minimum(full + 1, segments)
+    a0, c0 = addition(entry, 0, full, ok, PLANE)
+    a1, c1 = addition(entry, 1, full, ok, PLANE)
+    a2, c2 = addition(entry, 2, full, ok, PLANE)
+    a3, c3 = addition(entry, 3, full, ok, PLANE)
+    for segment in range(0, count, 4):
+        b0, d0 = addition(entry, segment + 4, full, ok, PLANE)  # on their way while these four are computed
+        b1, d1 = addition(entry, segment + 5, full, ok, PLANE)
+        b2, d2 = addition(entry, segment + 6, full, ok, PLANE)
+        b3, d3 = addition(entry, segment + 7, full, ok, PLANE)
+        re, im = leap(entry, segment, count, ok, re, im, leap_re, leap_im, a0, c0, PLANE)
+        re, im = leap(entry, segment + 1, count, ok, re, im, leap_re, leap_im, a1, c1, PLANE)
+        re, im = leap(entry, segment + 2, count, ok, re, im, leap_re, leap_im, a2, c2, PLANE)
+        re, im = leap(entry, segment + 3, count, ok, re, im, leap_re, leap_im, a3, c3, PLANE)
+        a0, a1, a2, a3, c0, c1, c2, c3 = b0, b1, b2, b3, d0, d1, d2, d3
 
 
 @triton.jit
@@ -282,7 +316,6 @@ def megalodon_scan(
     N: tl.constexpr,
     N_P: tl.constexpr,
     CHANNELS: tl.constexpr,
-    UNROLL: tl.constexpr,
     S: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -308,16 +341,19 @@ def megalodon_scan(
         im = modes(states + PLANE, channel, ok, D, N, N_P)
         rows = x_ptr + (b * L + segment * S) * D + channel
         out = y_ptr + (b * L + segment * S) * D + channel
-        whole = steps // UNROLL * UNROLL
-        for step in range(0, whole, UNROLL):
-            for i in tl.static_range(UNROLL):
-                x = tl.load(rows + (step + i) * D, mask=ok, other=0.0).to(tl.float32)
-                re, im, y = ema_token(x, re, im, p, q_re, q_im, g_re, g_im, omega)
-                tl.store(out + (step + i) * D, y, mask=ok)
+        whole = steps // 4 * 4
+        a0, a1, a2, a3 = four_tokens(rows, ok, 0, whole, D)
+        for step in range(0, whole, 4):
+            b0, b1, b2, b3 = four_tokens(rows, ok, step + 4, whole, D)
+            y = out + step * D
+            re, im = emit(a0, re, im, p, q_re, q_im, g_re, g_im, omega, y, ok)
+            re, im = emit(a1, re, im, p, q_re, q_im, g_re, g_im, omega, y + D, ok)
+            re, im = emit(a2, re, im, p, q_re, q_im, g_re, g_im, omega, y + 2 * D, ok)
+            re, im = emit(a3, re, im, p, q_re, q_im, g_re, g_im, omega, y + 3 * D, ok)
+            a0, a1, a2, a3 = b0, b1, b2, b3
         for step in range(whole, steps):
-            x = tl.load(rows + step * D, mask=ok, other=0.0).to(tl.float32)
-            re, im, y = ema_token(x, re, im, p, q_re, q_im, g_re, g_im, omega)
-            tl.store(out + step * D, y, mask=ok)
+            x = tl.load(rows + step * D, mask=ok, other=0.0)
+            re, im = emit(x, re, im, p, q_re, q_im, g_re, g_im, omega, out + step * D, ok)
         if length <= (segment + 1) * S:
             mode = tl.arange(0, N_P)
             pair = final_ptr + b * (2 * PLANE) + (channel[None, :] * N + mode[:, None]) * 2

@@ -16,19 +16,28 @@ if TYPE_CHECKING:
     from ..attention import Rotary
     from ..blocks import MegalodonBlock
 
-_MAX_SPLITS = 32  # of the ring's slots among programs
-_PROGRAMS = 264  # that fill a GPU of 132 multiprocessors twice
+_FEATURE_BYTES = 2048  # of a slot's value that a program of attention takes: 16 a thread, for all slots
+_SLOTS = 16  # of a ring that a program of attention reads at a time
+_MAX_SPLITS = 128  # of the ring's slots among programs
+_PROGRAMS = 264  # of attention: two for each multiprocessor of a large GPU
 
 
 def in_turn(columns: int) -> dict[str, int]:
     """Rows of a weight in one program and its warps, so that a thread holds some 32 to 128 of its numbers."""
+    if columns <= 1024:
+        return {"ROWS": 4, "num_warps": 2}
     return {"ROWS": 2, "num_warps": 2} if columns <= 2560 else {"ROWS": 4, "num_warps": 8}
 
 
 def in_tiles(rows: int, x: Tensor) -> dict[str, Any]:
     """Tiles of `tiles.py` for a weight with so many rows: enough of them to fill a GPU."""
     single = x.dtype == torch.float32
-    shape = {"BATCH": 32, "ROWS": 16 if rows <= 4096 else 32, "COLUMNS": 64 if single else 128, "STAGES": 4}
+    shape = {
+        "BATCH": 32 if single else 64,
+        "ROWS": 16 if rows < 2048 else 32,
+        "COLUMNS": 64 if single else 128,
+        "STAGES": 4,
+    }
     return {**shape, "IEEE": single, "num_warps": 4}
 
 
@@ -74,7 +83,7 @@ def ema_step(
         HF=hf_statistics,
         AFFINE=scale is not None,
         PDL=programmatic(x),
-        num_warps=4,
+        num_warps=4 if group["GROUPS"] * group["GROUP_P"] * power_of_2(ndim) >= 512 else 1,
     )
     return x_norm, scaled, squares
 
@@ -135,11 +144,12 @@ def attend(
     """
     batch, heads, chunk, dv = value.shape
     half = key.shape[3] // 2
-    dv_block = min(power_of_2(dv), 512)
+    dv_block = min(power_of_2(dv), _FEATURE_BYTES // r.element_size())
     dv_blocks = -(-dv // dv_block)
     splits = torch.sym_max(1, torch.sym_min(_MAX_SPLITS, _PROGRAMS // (batch * heads * dv_blocks)))
-    partial = z.new_empty(batch, heads, _MAX_SPLITS, dv)
-    statistics = z.new_empty(batch, heads, _MAX_SPLITS, 2)
+    entries = batch * heads + _PROGRAMS // dv_blocks  # at least batch heads splits
+    partial = z.new_empty(entries, dv)
+    statistics = z.new_empty(entries, 2)
     gated = torch.empty_like(r)
     pdl = programmatic(z)
     kernel(ring.megalodon_attend)[dv_blocks * splits, heads, batch](
@@ -150,12 +160,11 @@ def attend(
         HALF_P=power_of_2(half),
         DV=dv,
         DV_BLOCK=dv_block,
-        SLOTS=16,
-        MAX_SPLITS=_MAX_SPLITS,
+        SLOTS=_SLOTS,
         PDL=pdl,
-        num_warps=4,
+        num_warps=max(dv_block * r.element_size() // 512, 1),
     )
-    block = min(power_of_2(dv), 128)
+    block = min(power_of_2(dv), 32)
     kernel(ring.megalodon_combine)[-(-dv // block), heads, batch](
         *(partial, statistics, r, gated, splits),
         H=heads,
@@ -188,7 +197,9 @@ def linear(
     sizes = {"ROWS_OF": rows, "K": columns, **{name: t is not None for name, t in given.items()}}
     sizes |= {"PDL": programmatic(x)}
     shape = in_turn(columns)
-    kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](*tensors, **sizes, K_P=power_of_2(columns), **shape)
+    head = 1 << (columns.bit_length() - 1)
+    tail = {"HEAD": head, "TAIL_P": power_of_2(columns - head) if columns > head else 0}
+    kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](*tensors, **sizes, **tail, **shape)
     shape = in_tiles(rows, x)
     kernel(tiles.megalodon_linear_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](*tensors, **sizes, **shape)
     return y
