@@ -27,10 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..model import MegalodonConfig, MegalodonForCausalLM
+from . import onnx_ops, onnx_products  # noqa: F401 - register what they write
 from .aoti import Request, one_layer_model
 from .onnx_check import require
 from .onnx_graph import BATCH, GRANULES, OPSET, Const, Expr, GraphBuilder, Operand
-from .onnx_ops import Translator
+from .onnx_translator import Translator
 from .programs import DECODE, PREFILL, Limits, ProgramSpec, TensorSpec, program_specs, static_sizes
 from .stages import BEGIN, END, LAYER, LAYER_INDEX, Stage, export_stages
 

@@ -183,12 +183,12 @@ def test_a_run_that_is_repeated_gives_what_it_gives_once(onnx_bundles: dict[str,
     for cache in caches:
         runtime.prefill(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([3, 2]), cache)
     once = runtime.decode(ids, caches[0])
-    step = runtime._bound_step(caches[1])
-    step.arguments["token_ids"].copy_(ids)
+    logits = torch.empty_like(once)
+    step = runtime.bound_step(caches[1], ids, logits)
     for _ in range(2):
-        step._session.run(step._binding)
+        step.session.run(step.binding)
     step.run(caches[1])
-    assert torch.equal(once, step.logits)
+    assert torch.equal(once, logits)
     assert all(torch.equal(a, b) for a, b in zip(caches[0].tensors(), caches[1].tensors(), strict=True))
 
 

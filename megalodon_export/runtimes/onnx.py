@@ -52,41 +52,44 @@ class OnnxRuntime(Runtime):
             name: open_session(path, chosen, weights.get(path, {}), prepack, capture=name == DECODE)
             for name, path in paths.items()
         }
-        self._steps: OrderedDict[tuple[int, ...], _Step] = OrderedDict()
+        self._steps: OrderedDict[tuple[int, ...], BoundStep] = OrderedDict()
         self._graphs = 0
 
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
         """One call of the prefill graph."""
-        shape = (
-            (*token_ids.shape, self.config.logits_size) if self.all_logits else (cache.batch, self.config.logits_size)
-        )
-        logits = torch.empty(shape, device=self.device)
-        arguments = {"token_ids": token_ids, "lengths": lengths}
-        _Step(self, PREFILL, arguments, cache, logits).run(cache)
+        rows = token_ids.shape if self.all_logits else (cache.batch,)
+        logits = torch.empty((*rows, self.config.logits_size), device=self.device)
+        BoundStep(self, PREFILL, {"token_ids": token_ids, "lengths": lengths}, cache, logits).run(cache)
         return logits
 
     def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """One call of the decode graph; on CUDA the second for a cache replays what the first has captured."""
-        key = tuple(tensor.data_ptr() for tensor in cache.tensors())
+        key = cache.batch, *(tensor.data_ptr() for tensor in cache.tensors())
         step = self._steps.get(key)
         if step is None:
-            step = self._steps[key] = self._bound_step(cache)
+            step = self._steps[key] = self._captured_step(cache)
         self._steps.move_to_end(key)
         step.arguments["token_ids"].copy_(token_ids)
         step.run(cache)
         return step.logits.clone()
 
-    def _bound_step(self, cache: MegalodonCache) -> _Step:
+    def _captured_step(self, cache: MegalodonCache) -> BoundStep:
         if len(self._steps) == _BOUND:
             _, oldest = self._steps.popitem(last=False)
             self._sessions[DECODE].release(oldest.graph)
         self._graphs += 1
         token_ids = torch.zeros(cache.batch, dtype=torch.int64, device=self.device)
         logits = torch.empty(cache.batch, self.config.logits_size, device=self.device)
-        return _Step(self, DECODE, {"token_ids": token_ids}, cache, logits, self._graphs)
+        return self.bound_step(cache, token_ids, logits, self._graphs)
+
+    def bound_step(
+        self, cache: MegalodonCache, token_ids: Tensor, logits: Tensor, graph: int | None = None
+    ) -> BoundStep:
+        """A decode step on these tensors; on CUDA captured under a number, if there is one."""
+        return BoundStep(self, DECODE, {"token_ids": token_ids}, cache, logits, graph)
 
 
-class _Step:
+class BoundStep:
     """A graph bound to the addresses of arguments, of a cache, and of the buffers that its states leave in.
 
     It holds no reference to the cache: whoever runs it passes one that lies where that one lay.
@@ -102,15 +105,15 @@ class _Step:
         graph: int | None = None,
     ) -> None:
         self.arguments, self.logits, self.graph = arguments, logits, graph
-        self._session: Session = runtime._sessions[program]
+        self.session: Session = runtime._sessions[program]
         self._states = [torch.empty_like(tensor) for tensor in cache.states()]
         past = dict(zip((name for name, *_ in runtime._layout), cache.tensors(), strict=True))
         small = {id(tensor): new for tensor, new in zip(cache.states(), self._states, strict=True)}
         present = {name: small.get(id(tensor), tensor) for name, tensor in past.items()}
         entry = runtime._entries[program]
-        self._binding = bind(self._session, entry, arguments | past, {"logits": logits} | present)
+        self.binding = bind(self.session, entry, arguments | past, {"logits": logits} | present)
 
     def run(self, cache: MegalodonCache) -> None:
         """Run it; the cache, at the addresses that were bound, is updated in place."""
-        self._session.run(self._binding, self.graph)
+        self.session.run(self.binding, self.graph)
         copy_in_place(cache.states(), self._states)
