@@ -173,9 +173,11 @@ def build_graph(
     sizes = static_sizes(config)
     largest = {BATCH: limits.max_batch, GRANULES: limits.max_length // limits.granule}
     graph = GraphBuilder(limits.granule, largest, weights.external)
-    if limits.max_length == limits.granule:  # the one length there is, which tracing takes for a number
+    # Sizes that can have one value only, tracing takes for numbers.
+    if limits.max_length == limits.granule:
         graph.length = sympy.Integer(limits.granule)
-    letters: dict[str, Expr] = {"B": BATCH, "L": graph.length} | {k: sympy.Integer(v) for k, v in sizes.items()}
+    batch = BATCH if limits.max_batch > 1 else sympy.Integer(1)
+    letters: dict[str, Expr] = {"B": batch, "L": graph.length} | {k: sympy.Integer(v) for k, v in sizes.items()}
 
     def dims(one: TensorSpec) -> list[Expr]:
         return [letters[d] if d in letters else sympy.Integer(d) for d in one.dims]
@@ -185,12 +187,18 @@ def build_graph(
     }
     constant = cache(lambda name: Const(weights.tensor(name), name))
 
+    # A tied head is an initializer of its own, at the same place: tools that rewrite a matrix expect one user of it.
+    heads = {source: name for name, source in MegalodonForCausalLM._tied_weights_keys.items()}
+
     def run(stage: Stage, layer: int = 0) -> None:
         def numbered(name: str) -> str:
             return name.replace(LAYER_INDEX, str(layer))
 
+        def weight(name: str) -> str:
+            return heads.get(name, name) if stage is stages[END] else name
+
         inputs = {
-            one.name: constant(numbered(one.name)) if one.kind == "weight" else tensors[numbered(one.name)]
+            one.name: constant(weight(numbered(one.name))) if one.kind == "weight" else tensors[numbered(one.name)]
             for one in stage.inputs
         }
         results = Translator(graph, stage, inputs).run()

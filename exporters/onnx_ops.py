@@ -160,22 +160,28 @@ def _view(t: Translator, node: fx.Node, x: Operand, sizes: Sequence[Any]) -> Val
 
 @handles(aten.permute.default)
 def _permute(t: Translator, node: fx.Node, x: Operand, order: Sequence[Any]) -> Val:
-    return _transposed(t, x, [int(axis) for axis in order])
+    return transposed(t, x, [int(axis) for axis in order])
 
 
 @handles(aten.transpose.int, aten.mT.default)
 def _transpose(t: Translator, node: fx.Node, x: Operand, first: int = -2, second: int = -1) -> Val:
     order = list(range(node.args[0].meta["val"].dim()))  # type: ignore[union-attr]
     order[first], order[second] = order[second], order[first]
-    return _transposed(t, x, order)
+    return transposed(t, x, order)
 
 
-def _transposed(t: Translator, x: Operand, order: Sequence[int]) -> Val:
+def transposed(t: Translator, x: Operand, order: Sequence[int]) -> Val:
+    """Dimensions in another order; back in the first one, it is what it was."""
     val = t.graph.val(x)
     places = iter(range(len(val.dims)))
-    groups = [[next(places) for _ in group] for group in val.groups]
-    perm = [place for axis in order for place in groups[axis]]
-    return Val(t.graph.op("Transpose", val.value, perm=perm), tuple(val.groups[axis] for axis in order))
+    grouped = [[next(places) for _ in group] for group in val.groups]
+    perm, groups = [place for axis in order for place in grouped[axis]], tuple(val.groups[axis] for axis in order)
+    producer = val.value.producer()
+    if producer is not None and producer.op_type == "Transpose":
+        earlier = producer.attributes["perm"].as_ints()
+        if [earlier[place] for place in perm] == list(range(len(perm))):
+            return Val(producer.inputs[0], groups)  # type: ignore[arg-type]
+    return Val(t.graph.op("Transpose", val.value, perm=perm), groups)
 
 
 @handles(aten.cat.default)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from .onnx_graph import Const, Expr, Operand, Steps, Val
-from .onnx_ops import slice_of
+from .onnx_ops import slice_of, transposed
 from .onnx_translator import Translator, aten, axis_of, handles, regroup
 
 # ---- reductions and products -----------------------------------------------------------------------------------------
@@ -75,9 +75,15 @@ def _linear(t: Translator, node: fx.Node, x: Operand, weight: Operand, bias: Ope
 
 @handles(aten.mm.default)
 def _mm(t: Translator, node: fx.Node, a: Operand, b: Operand) -> Val:
-    left = _whole(t, t.graph.val(a), 1)
-    value = t.graph.op("MatMul", left.value, t.graph.value(b))
-    return Val(value, (left.groups[0], (t.dims(node)[-1],)))
+    """Columns times a matrix, as the matrix turned times columns that are not, so that nothing else is turned."""
+    left, width = _whole(t, t.graph.val(a), 1), t.dims(node)[-1]
+    groups = (left.groups[0], (width,))
+    if not _is_transposed(left):
+        return Val(t.graph.op("MatMul", left.value, t.graph.value(b)), groups)
+    turned = Const(b.tensor.T) if isinstance(b, Const) else transposed(t, b, [1, 0])
+    product = t.graph.op("MatMul", t.graph.value(turned), left.value.producer().inputs[0])  # type: ignore[union-attr]
+    rank = len(left.dims)
+    return Val(t.graph.op("Transpose", product, perm=[*range(rank - 2), rank - 1, rank - 2]), groups)
 
 
 @handles(aten.bmm.default)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FILES = ("model.safetensors", "constants.safetensors")
 GRAPHS = ("prefill", "decode")
+EXAMPLE = Path(__file__).parent.parent / "examples" / "onnx_numpy.py"
 
 
 def built(model: MegalodonForCausalLM, folder: Path, dtype: str = "float32", **limits: Any) -> dict[str, Any]:
@@ -257,6 +260,24 @@ def test_names_are_those_of_the_ecosystem_and_in_the_manifest(onnx_bundles: dict
         assert [str(name).replace("past_key_values", "present") for name in past] == [v.name for v in found.outputs][1:]
         assert [list(v.shape) for v in found.inputs if v.name == "past_key_values.0.key"] == [["B", 2, 64, 8]]
     assert [d.value for d in graph(folder, "prefill").inputs[0].shape] == ["B", "L"]
+
+
+# ---- without this package --------------------------------------------------------------------------------------------
+
+
+def test_the_example_writes_what_eager_writes_with_onnxruntime_and_numpy_alone(onnx_bundles: dict[str, Path]) -> None:
+    folder, prompt = onnx_bundles["tiny"], "In the beginning, " * 8  # two calls of prefill
+    program = f"""
+import runpy, sys
+sys.argv = ["onnx_numpy.py", {str(folder)!r}, {prompt!r}]
+runpy.run_path({str(EXAMPLE)!r}, run_name="__main__")
+assert not {{"torch", "megalodon_export", "transformers"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    eager = megalodon_export.load(folder, runtime="eager", device="cpu")
+    ids = list(eager.generate_ids(list(prompt.encode()), 200))
+    assert done.stdout == prompt.encode() + bytes(token for token in ids if token < 256)
 
 
 # ---- bundles ---------------------------------------------------------------------------------------------------------
