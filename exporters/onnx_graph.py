@@ -23,8 +23,12 @@ Expr: TypeAlias = sympy.Expr
 Dims: TypeAlias = tuple[Expr, ...]
 
 
+class InGraph:
+    """What a call of the graph computes, so that it is not known at export."""
+
+
 @dataclass(frozen=True, eq=False)
-class Val:
+class Val(InGraph):
     """A value of the graph. Each dimension that it stands for joins a group of the ONNX value's own."""
 
     value: ir.Value
@@ -60,7 +64,7 @@ class Const:
 
 
 @dataclass(frozen=True)
-class Steps:
+class Steps(InGraph):
     """The whole numbers from start up to stop, not yet in the graph."""
 
     start: Expr
@@ -99,6 +103,7 @@ class GraphBuilder:
     ) -> Any:
         """Add a node; its output (a tuple if `count` > 1) has the given dtype, or the first input's."""
         of = from_torch_dtype(dtype) if dtype is not None else inputs[0].dtype
+        assert of is not None
         outputs = [ir.Value(name=f"{kind.lower()}_{len(self.nodes)}_{i}", type=ir.TensorType(of)) for i in range(count)]
         node = ir.node(kind, inputs, attributes, outputs=outputs, name=f"{kind}_{len(self.nodes)}")
         self.nodes.append(node)

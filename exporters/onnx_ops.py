@@ -10,21 +10,22 @@ import sympy
 import torch
 from torch import fx
 
+from .onnx_fft import Spectrum, multiply
 from .onnx_graph import Expr, Operand, Steps, Val
 from .onnx_translator import Translator, aten, axis_of, handles, place, regroup, with_dim
 
 # ---- elementwise -----------------------------------------------------------------------------------------------------
 
-BINARY = {
+BINARY: dict[Any, str] = {
     **{aten.add.Tensor: "Add", aten.sub.Tensor: "Sub", aten.mul.Tensor: "Mul", aten.div.Tensor: "Div"},
     **{aten.minimum.default: "Min", aten.remainder.Scalar: "Mod", aten.floor_divide.default: "Div"},
 }
-COMPARE = {
+COMPARE: dict[Any, str] = {
     **{aten.le.Tensor: "LessOrEqual", aten.ge.Tensor: "GreaterOrEqual", aten.lt.Tensor: "Less"},
     **{aten.le.Scalar: "LessOrEqual", aten.ge.Scalar: "GreaterOrEqual", aten.lt.Scalar: "Less"},
     **{aten.gt.Scalar: "Greater", aten.eq.Scalar: "Equal"},
 }
-UNARY = {
+UNARY: dict[Any, str] = {
     **{aten.exp.default: "Exp", aten.cos.default: "Cos", aten.sin.default: "Sin", aten.neg.default: "Neg"},
     **{aten.floor.default: "Floor", aten.reciprocal.default: "Reciprocal"},
 }
@@ -35,6 +36,8 @@ def _binary(t: Translator, node: fx.Node, a: Any, b: Any) -> Any:
     """Whole numbers are divided as if they were not negative, which those of the model are not."""
     if isinstance(a, Steps) and node.target is aten.add.Tensor and isinstance(b, int | sympy.Integer):
         return replace(a, start=a.start + b, stop=a.stop + b)
+    if isinstance(a, Spectrum):
+        return multiply(t, a, b)
     dtype = node.meta["val"].dtype
     return t.op(node, BINARY[node.target], t.operand(a, dtype), t.operand(b, dtype))
 
@@ -164,7 +167,9 @@ def _permute(t: Translator, node: fx.Node, x: Operand, order: Sequence[Any]) -> 
 
 
 @handles(aten.transpose.int, aten.mT.default)
-def _transpose(t: Translator, node: fx.Node, x: Operand, first: int = -2, second: int = -1) -> Val:
+def _transpose(t: Translator, node: fx.Node, x: Any, first: int = -2, second: int = -1) -> Any:
+    if isinstance(x, Spectrum):  # is in one order always
+        return x
     order = list(range(node.args[0].meta["val"].dim()))  # type: ignore[union-attr]
     order[first], order[second] = order[second], order[first]
     return transposed(t, x, order)
@@ -193,7 +198,7 @@ def _cat(t: Translator, node: fx.Node, parts: Sequence[Operand], axis: int = 0) 
     value = t.graph.op("Concat", *(val.value for val in vals), axis=place(vals[0], axis))
     result = with_dim(vals[0], value, axis, t.dims(node)[axis])
     source = node.args[0][0]  # type: ignore[index]
-    while source.target in (aten.unsqueeze.default, aten.index_select.default):  # type: ignore[union-attr]
+    while source.target in (aten.unsqueeze.default, aten.index_select.default):  # type: ignore[union-attr,operator]
         source = source.args[0]  # type: ignore[union-attr]
     if source in t.inputs.values():
         t.copies[source] = result, vals[0].shape[axis]  # type: ignore[index]

@@ -81,7 +81,7 @@ def _mm(t: Translator, node: fx.Node, a: Operand, b: Operand) -> Val:
     if not _is_transposed(left):
         return Val(t.graph.op("MatMul", left.value, t.graph.value(b)), groups)
     turned = Const(b.tensor.T) if isinstance(b, Const) else transposed(t, b, [1, 0])
-    product = t.graph.op("MatMul", t.graph.value(turned), left.value.producer().inputs[0])  # type: ignore[union-attr]
+    product = t.graph.op("MatMul", t.graph.value(turned), left.value.producer().inputs[0])  # type: ignore[union-attr,arg-type]
     rank = len(left.dims)
     return Val(t.graph.op("Transpose", product, perm=[*range(rank - 2), rank - 1, rank - 2]), groups)
 
@@ -114,7 +114,7 @@ def _one_row(t: Translator, left: Val, right: Val) -> Val:
     """One row times a transposed matrix, as the matrix times a column: a ring of keys is not copied to turn it."""
     (batch, (one,), (inner,)), (columns,) = left.groups, right.groups[2]
     column = t.graph.reshape(left, (*batch, inner, one))
-    product = t.graph.op("MatMul", right.value.producer().inputs[0], column.value)  # type: ignore[union-attr]
+    product = t.graph.op("MatMul", right.value.producer().inputs[0], column.value)  # type: ignore[union-attr,arg-type]
     groups = (batch, (one,), (columns,))
     return t.graph.reshape(Val.of(product, (*batch, columns, one)), (*batch, one, columns), groups)
 

@@ -17,7 +17,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor, fx
 from torch.utils._pytree import tree_any, tree_map
 
-from .onnx_graph import FOUND, Const, Dims, Expr, GraphBuilder, Operand, Steps, Val
+from .onnx_graph import FOUND, Const, Dims, Expr, GraphBuilder, InGraph, Operand, Steps, Val
 from .stages import Stage
 
 aten = torch.ops.aten
@@ -74,22 +74,23 @@ class Translator:
     def _call(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
         if node.target is aten.item.default:
-            self._find(node, value)
+            self._find(value, self.env[node.all_input_nodes[0]])
         if isinstance(value, torch.SymInt | torch.SymBool | int):
             return self.size(value)
-        args, kwargs = (fx.node.map_arg(part, lambda n: self.env[n]) for part in (node.args, node.kwargs))
+        parts: list[Any] = [fx.node.map_arg(part, lambda n: self.env[n]) for part in (node.args, node.kwargs)]
+        args, kwargs = parts
         if node.target is operator.getitem:
             return args[0][args[1]]
-        if tree_any(lambda x: isinstance(x, Val | Steps) or (isinstance(x, Expr) and not x.is_number), (args, kwargs)):
+        if node.target is aten.fft_rfft.default or tree_any(_unknown, (args, kwargs)):  # a folded spectrum is complex
             return self._handle(node, args, kwargs)
         return self._fold(node, args, kwargs)
 
-    def _find(self, node: fx.Node, value: torch.SymInt) -> None:
+    def _find(self, value: Any, tensor: Operand) -> None:
         """A size that is read from a tensor's value."""
         symbol = value.node.expr
         self.symbols[symbol] = FOUND
         largest = int(value.node.shape_env.bound_sympy(symbol).upper)
-        self.graph.find(self.graph.value(self.env[node.args[0]]), largest)  # type: ignore[index]
+        self.graph.find(self.graph.value(tensor), largest)
 
     def _handle(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.target not in HANDLERS:
@@ -119,7 +120,7 @@ class Translator:
 
     def operand(self, x: Any, dtype: torch.dtype) -> ir.Value:
         """A tensor or a number as a value of the dtype."""
-        if isinstance(x, Expr):
+        if isinstance(x, sympy.Expr):
             return self.cast(self.graph.number(x), dtype) if not x.is_number else self.graph.constant(int(x), dtype)
         if not isinstance(x, Val | Const | Steps):
             return self.graph.constant(x, dtype)
@@ -136,8 +137,12 @@ class Translator:
         return Val.of(self.graph.op(kind, *inputs, dtype=dtype, **attributes), self.dims(node))
 
 
+def _unknown(x: Any) -> bool:
+    return isinstance(x, InGraph) or (isinstance(x, sympy.Expr) and not x.is_number)
+
+
 def _as_torch(x: Any) -> Any:
-    return x.tensor if isinstance(x, Const) else int(x) if isinstance(x, Expr) else x
+    return x.tensor if isinstance(x, Const) else int(x) if isinstance(x, sympy.Expr) else x
 
 
 def axis_of(node: fx.Node, axis: int) -> int:

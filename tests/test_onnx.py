@@ -64,9 +64,12 @@ def test_every_kind_of_model(tmp_path: Path, name: str) -> None:
         onnx.checker.check_model(str(tmp_path / f"{program}.onnx"), full_check=True)
 
 
-@pytest.mark.parametrize("length", [32, 96])
-def test_all_lengths_of_a_call_within_and_beyond_a_chunk(tmp_path: Path, length: int) -> None:
-    manifest = built(make_model(torch.float32, chunk_size=32), tmp_path, max_batch=8, max_length=length)
+@pytest.mark.parametrize(("length", "form"), [(32, "fft"), (96, "blocked"), (128, "fft")])
+def test_calls_within_and_beyond_a_chunk_in_both_forms_of_the_ema(tmp_path: Path, length: int, form: str) -> None:
+    """As in the graph, so against eager: with "fft" that is torch.fft."""
+    manifest = built(
+        make_model(torch.float32, chunk_size=32, ema_prefill=form), tmp_path, max_batch=8, max_length=length
+    )
     runtime, eager = OnnxRuntime(tmp_path, manifest, "cpu"), open_runtime("eager", tmp_path, manifest, "cpu")
     for case in cases(32, 8):
         assert max(compare(runtime, eager, case)[:2]) < 1e-4
