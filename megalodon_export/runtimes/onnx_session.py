@@ -47,6 +47,7 @@ def require_cuda(device: torch.device) -> None:
             f"{', '.join(onnxruntime.get_available_providers())} and torch {torch.__version__}; "
             "install onnxruntime-gpu and a CUDA build of torch, or use the CPU"
         )
+    onnxruntime.preload_dlls()
 
 
 def open_session(
