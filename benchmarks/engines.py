@@ -26,9 +26,11 @@ from megalodon_export.model import (
     MegalodonCache,
     MegalodonConfig,
     MegalodonForCausalLM,
+    QuantizedLinear,
     freeze_constants,
     use_kernels,
 )
+from megalodon_export.model.config import WeightFormat
 from megalodon_export.model.ema import ComplexEMA
 from megalodon_export.runtimes import RUNTIMES, Runtime, open_runtime
 from megalodon_export.runtimes.aoti import AotiRuntime
@@ -46,6 +48,7 @@ class Subject:
     max_batch: int
     programs: Path  # where AOTInductor programs that belong to no bundle are kept
     folder: Path | None = None
+    weight_format: WeightFormat = "float"
 
 
 def open_engine(name: str, subject: Subject) -> Runtime:
@@ -78,6 +81,10 @@ def random_model(subject: Subject) -> MegalodonForCausalLM:
     for module in model.modules():
         if isinstance(module, ComplexEMA) and subject.dtype == "bfloat16":
             module.float()  # as it is loaded from a checkpoint
+        if isinstance(module, QuantizedLinear):
+            bounds = (-127, 128) if module.weight.dtype == torch.int8 else (0, 256)
+            module.weight.random_(*bounds)
+            module.scale.fill_(module.in_features**-0.5 / (64 if module.weight.dtype == torch.int8 else 4))
     return model.eval().requires_grad_(False)
 
 
@@ -97,7 +104,8 @@ def make_bundle(subject: Subject, destination: Path, runtimes: Sequence[str]) ->
         if "aoti" not in runtimes:
             export_onnx(Path(scratch), destination, subject.dtype, subject.max_batch)
             return
-        export_aoti(Path(scratch), destination, subject.device, subject.dtype, subject.max_batch)
+        target = destination, subject.device, subject.dtype, subject.max_batch
+        export_aoti(Path(scratch), *target, weight_format=subject.weight_format)
     if "onnx" in runtimes:
         add_onnx(destination, subject.max_batch)
 

@@ -16,7 +16,7 @@ def markdown(found: dict[str, Any]) -> str:
     config = found["config"]
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "cuda") if name in found["versions"])
     lines = [
-        f"# {found['model']}, {found['dtype']}, {found['machine']}",
+        f"# {found['model']}, {_numbers(found)}, {found['machine']}",
         "",
         f"`{found['command']}`",
         "",
@@ -36,6 +36,11 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _numbers(found: dict[str, Any]) -> str:
+    weights = found.get("weight_format", "float")
+    return found["dtype"] if weights == "float" else f"{found['dtype']} with {weights} weights"
+
+
 def plots(found: dict[str, Any], out: Path) -> None:
     """context.png (rates and memory against the context), batch.png (share of the floor against the batch)."""
     try:
@@ -46,7 +51,7 @@ def plots(found: dict[str, Any], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    title = f"{found['model']}, {found['dtype']}, {found['machine']}"
+    title = f"{found['model']}, {_numbers(found)}, {found['machine']}"
     contexts = [r for r in found["contexts"] if "error" not in r]
     if contexts:
         figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))

@@ -45,6 +45,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="200M", choices=tuple(PRESETS))
     parser.add_argument("--layers", type=int, help="another number of layers than the preset's")
+    parser.add_argument(
+        "--weight-format", choices=("float", "int8", "int4"), default="float", help="what linear layers hold"
+    )
     parser.add_argument("--bundle", type=Path, help="measure this bundle, not a preset; made there if it is missing")
     parser.add_argument("--runtime", nargs="+", default=["eager", "aoti"], help="eager, compile, kernels, aoti, onnx")
     parser.add_argument("--from-config", action="store_true", help="aoti: bind weights on the device, write no bundle")
@@ -100,7 +103,9 @@ def main() -> None:
 def prepare(args: argparse.Namespace, scratch: Path) -> tuple[Subject, dict[str, Any]]:
     """The model to measure, exported if a runtime asks for a bundle, and the head of the report."""
     folder: Path | None = args.bundle
-    overrides = {"num_layers": args.layers} if args.layers else {}
+    overrides: dict[str, Any] = {"weight_format": args.weight_format}
+    if args.layers:
+        overrides["num_layers"] = args.layers
     config, most = preset(args.preset, **overrides), max(64, *args.batch)
     subject = Subject(config, args.device, args.dtype, most, args.programs or scratch / "programs")
     found: dict[str, Any] = {
@@ -110,6 +115,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> tuple[Subject, dict[str,
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "model": str(args.bundle) if args.bundle else args.preset,
+        "weight_format": args.weight_format,
     }
     wanted = bool(set(args.runtime) - set(IN_MEMORY)) and not args.from_config
     if folder is None and wanted:

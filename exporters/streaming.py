@@ -83,7 +83,9 @@ def stream_products(graph: fx.Graph) -> None:
         left, right = (argument.meta["val"] for argument in node.args)
         if left.shape[1] == 1:
             node.target = mixture if right.stride(2) == 1 else scores
-    graph.eliminate_dead_code()  # dequantised matrices
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)  # of conversions; they would keep the dequantised matrices alive
+    graph.eliminate_dead_code()
 
 
 def _stored(weight: fx.Node) -> list[fx.Node]:

@@ -70,10 +70,8 @@ def table(facts: dict[str, Any]) -> str:
         ("bundle", facts["folder"]),
         ("created", facts["created"]),
         ("model", f"{facts['layers']} layers, width {facts['model_dim']}, chunks of {facts['chunk_size']} tokens"),
-        (
-            "dtype",
-            facts["dtype"] + ("" if facts["weight_format"] == "float" else f", weights {facts['weight_format']}"),
-        ),
+        ("dtype", facts["dtype"]),
+        ("linear", facts["dtype"] if facts["weight_format"] == "float" else facts["weight_format"]),
         ("state", f"{facts['state_bytes_per_stream']:,} bytes a stream, however long"),
     ]
     for name, entry in facts["programs"].items():

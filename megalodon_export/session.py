@@ -210,9 +210,11 @@ class Session:
     def _with_start(self, prompt: Sequence[int]) -> Sequence[int]:
         """A stream must begin with something: the beginning-of-sequence token stands in for an empty prompt."""
         start = self.runtime.config.bos_token_id
-        if not prompt and start is None:
+        if prompt:
+            return prompt
+        if start is None:
             raise ValueError("the prompt is empty and the model has no bos_token_id to begin with; give some text")
-        return prompt or [start]
+        return [start]
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -14,11 +14,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .attention import GatedAttention, Rotary, RotaryTable
 from .blocking import first, padding_to
-from .blocks import FeedForward, MegalodonBlock
+from .blocks import MegalodonBlock
 from .cache import FinalCache, MegalodonCache
 from .config import MegalodonConfig
 from .constants import unfreeze_constants
 from .ema import ComplexEMA
+from .feed_forward import FeedForward
 from .norm import NormState, TimestepNorm
 from .plan import BLOCK, PrefillPlan
 from .quantized import empty_quantized, replace_linear_layers
@@ -263,9 +264,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: hidden states (..., D) -> float32 logits (..., V) (float64 of a float64 model)."""
         if self.model.kernels and hidden.dim() == 2 and not self.training:  # a few rows: as fast as it can be read
-            from .kernels.step import linear
+            from .kernels.step import linear, parts
 
-            return linear(hidden, self.lm_head.weight, None, None, None, None, torch.float32)
+            return linear(hidden, *parts(self.lm_head), None, None, None, torch.float32)
         logits = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -1,7 +1,7 @@
 """The kernels of a layer against its plain form, in float32, in a process of its own: interpreted, or on a GPU.
 
     TRITON_INTERPRET=1 python kernel_cases.py CASE              prints the largest difference
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python kernel_cases.py --cuda    all cases
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python kernel_cases.py --cuda [CASE ...]
 
 Each case is a variant of the small model and a batch; rows are ragged, calls cross chunks, empty rows stay as they are.
 """
@@ -9,14 +9,23 @@ Each case is a variant of the small model and a batch; rows are ragged, calls cr
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from small_models import VARIANTS, make_model, random_tokens
 
-from megalodon_export.model import MegalodonCache, freeze_constants, use_kernels
+from megalodon_export.model import (
+    MegalodonCache,
+    MegalodonForCausalLM,
+    QuantizedLinear,
+    freeze_constants,
+    use_kernels,
+)
+from megalodon_export.model.quantized import empty_quantized, replace_linear_layers
 from megalodon_export.verify import visible
 
-# name -> variant, rows, lengths of prefill calls, decode steps. Five rows take the tiles, three take turns.
+# name -> variant, rows, lengths of prefill calls, decode steps. Five rows take the tiles, three take turns. A name that
+# begins with int8 or int4 has such weights.
 CASES = {
     "plain": ("plain", 3, (7, 0, 12), 3),
     "all flags": ("all flags", 3, (9,), 2),
@@ -26,6 +35,10 @@ CASES = {
     "chunk 1": ("chunk 1", 2, (3,), 2),
     "segments": ("chunk 16", 1, (70, 1), 1),
     "tiles": ("all flags", 5, (3,), 2),
+    "int8": ("all flags", 2, (3,), 2),
+    "int8 tiles": ("megalodon-hf", 5, (), 2),
+    "int4": ("all flags", 2, (3,), 2),
+    "int4 tiles": ("megalodon-hf", 5, (), 2),
 }
 
 
@@ -41,7 +54,8 @@ def interpret() -> None:
 def run(name: str, device: str = "cpu") -> float:
     """Largest difference of logits and visible cache between both forms."""
     variant, batch, calls, steps = CASES[name]
-    plain, fast = (make_model(torch.float32, **VARIANTS[variant]).to(device) for _ in range(2))
+    weights = name.split()[0] if name.startswith("int") else "float"
+    plain, fast = (make(weights, VARIANTS[variant]).to(device) for _ in range(2))
     for model in (plain, fast):
         freeze_constants(model)
     use_kernels(fast)
@@ -60,6 +74,24 @@ def run(name: str, device: str = "cpu") -> float:
     return max(worst, cache_difference(*caches))
 
 
+def make(weights: str, variant: dict[str, Any], dtype: torch.dtype = torch.float32) -> MegalodonForCausalLM:
+    """A small model; its int8 or int4 weights are random, so that no library has to quantise."""
+    model = make_model(dtype, **variant)
+    if weights != "float":
+        generator = torch.Generator().manual_seed(0)
+        replace_linear_layers(model, weights, empty_quantized(2))
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear):
+                packed = layer.weight.dtype == torch.uint8
+                low, high = (0, 256) if packed else (-128, 128)
+                layer.weight.copy_(torch.randint(low, high, layer.weight.shape, generator=generator))
+                layer.scale.copy_(torch.rand(layer.scale.shape, generator=generator) / (8 if packed else 128))
+                if layer.bias is not None:
+                    layer.bias.data = torch.rand(layer.bias.shape, generator=generator).to(dtype)
+        model.config.weight_format = weights
+    return model
+
+
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest |a - b|; infinite if there is no number."""
     largest = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
@@ -73,7 +105,7 @@ def cache_difference(a: MegalodonCache, b: MegalodonCache) -> float:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--cuda":
-        for case in CASES:
+        for case in sys.argv[2:] or CASES:
             print(case, run(case, "cuda"), flush=True)
     else:
         interpret()

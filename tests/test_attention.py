@@ -17,8 +17,8 @@ from megalodon_export.model.attention import (
     attend_step,
     write_ring,
 )
-from megalodon_export.model.blocks import FeedForward
 from megalodon_export.model.cache import LayerCache, copy_in_place
+from megalodon_export.model.feed_forward import FeedForward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = ("blocked", "fft")
@@ -54,11 +54,11 @@ def test_fresh_attention(chunk: int, bound: int) -> None:
                 assert (out[row, head] - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 8])
+@pytest.mark.parametrize("chunk", [1, 3, 8, 70])
 @pytest.mark.parametrize("bound", [0, 50])
 def test_attention_in_pieces_of_any_length(chunk: int, bound: int) -> None:
     """Rows with pieces of different lengths, prefilled or token by token, against one slow pass over each row."""
-    total = 40
+    total = max(40, 4 * chunk)
     q, k, v = random_heads(total)
     config = MegalodonConfig(
         num_layers=1, model_dim=4, num_heads=2, z_dim=8, value_dim=12, chunk_size=chunk, norm_num_groups=1

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import CASES
-from small_models import VARIANTS, make_model, random_tokens
+from kernel_cases import CASES, make
+from small_models import VARIANTS, random_tokens
 
 from megalodon_export.model import MegalodonForCausalLM, freeze_constants, use_kernels
 from megalodon_export.verify import BOUNDS, visible
@@ -29,11 +29,13 @@ def test_interpreted_kernels_equal_the_plain_form(case: str) -> None:
     assert float(done.stdout.split()[-1]) < BOUNDS["float32"]
 
 
-def pair(dtype: torch.dtype, **sizes: object) -> tuple[MegalodonForCausalLM, MegalodonForCausalLM]:
+def pair(
+    dtype: torch.dtype, weights: str = "float", **sizes: object
+) -> tuple[MegalodonForCausalLM, MegalodonForCausalLM]:
     """The same model twice on the GPU, the second on the kernels."""
     models = []
     for _ in range(2):
-        model = make_model(dtype, **sizes).cuda()
+        model = make(weights, sizes, dtype).cuda()
         for layer in model.model.layers:
             layer.attn.cema.float()
         freeze_constants(model)
@@ -60,6 +62,20 @@ def test_compiled_kernels_equal_the_plain_form(name: str, batch: int) -> None:
         assert (a - b).abs().max() < 1e-4
     for x, y in zip(*(visible(c) for c in caches), strict=True):
         assert (x - y).abs().max() <= 1e-4 * max(1.0, float(x.abs().max()))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("batch", [1, 6])
+@torch.no_grad()
+def test_compiled_kernels_read_integers(weights: str, batch: int, dtype: torch.dtype) -> None:
+    plain, fast = pair(dtype, weights, swiglu=True, projection_bias=True)
+    caches = [plain.new_cache(batch), fast.new_cache(batch)]
+    for index in range(6):
+        ids = random_tokens(batch, seed=index).cuda()
+        a, b = (m.decode(ids, c) for m, c in zip((plain, fast), caches, strict=True))
+        assert (a - b).abs().max() < BOUNDS[str(dtype).removeprefix("torch.")]
 
 
 @pytest.mark.cuda

@@ -19,11 +19,15 @@ def use_kernels(model: nn.Module, enabled: bool = True) -> None:
     """Run a model's inference on these kernels, or in its plain form again. They need a CUDA GPU and Triton.
 
     Passes without a cache, and training, keep the plain form. ImportError without Triton, TypeError for a model that is
-    not in float32 or bfloat16, quantised ones included.
+    not in float32 or bfloat16 (beside int8 and int4 weights), or whose int4 groups are no power of two.
     """
     if enabled:
-        if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-            raise TypeError("the kernels read no int8 or int4 weights yet; use the plain form, or weights in bfloat16")
+        packed = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m.weight.dtype == torch.uint8]
+        for group in {layer.in_features // layer.scale.shape[1] for layer in packed}:
+            if group & (group - 1):
+                raise TypeError(
+                    f"the kernels read int4 in groups of a power of two, not of {group}; use the plain form"
+                )
         wrong = {p.dtype for p in model.parameters()} - {torch.float32, torch.bfloat16}
         if wrong:
             raise TypeError(f"the kernels compute in float32 and bfloat16, not in {wrong.pop()}; use the plain form")

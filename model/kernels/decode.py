@@ -20,6 +20,7 @@ import triton.language as tl
 
 from .launch import silu, start, wait
 from .norms import layer_norm, scale_and_shift
+from .weights import bias_rows, products, row_products, weight_rows
 
 
 @triton.jit
@@ -118,33 +119,23 @@ def megalodon_ema_step(
 
 @triton.jit
 def root_mean_square_products(
-    weight, x_ptr, squares_ptr, b, k, eps, D: tl.constexpr, PARTS: tl.constexpr, PARTS_P: tl.constexpr
+    weight,
+    x_ptr,
+    squares_ptr,
+    b,
+    eps,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_P: tl.constexpr,
 ):
-    """weight (rows, D) times row b of the RMSNorm's output: x (B, D), which `ema_step` scaled, by the row's factor."""
+    """A weight (rows, D) times row b of the RMSNorm's output: x (B, D), scaled by `ema_step`, times a factor."""
     part = tl.arange(0, PARTS_P)
     squares = tl.load(squares_ptr + b * PARTS + part, mask=part < PARTS, other=0.0)
-    y = products(weight, x_ptr + b * D, k, D)
+    y = products(weight, x_ptr + b * D, 0, D, WIDTH, BITS, GROUP)
     return y * (1.0 / tl.sqrt(tl.sum(squares, 0) / D + eps))
-
-
-@triton.jit
-def weight_rows(weight_ptr, row, k, ROWS_OF: tl.constexpr, K: tl.constexpr):
-    """Rows of a weight (ROWS_OF, K), all columns: a tile that stays in registers."""
-    ok = (row < ROWS_OF)[:, None] & (k < K)[None, :]
-    return tl.load(weight_ptr + row.to(tl.int64)[:, None] * K + k[None, :], mask=ok, other=0.0)
-
-
-@triton.jit
-def products(weight, x_ptr, k, K: tl.constexpr):
-    """weight (rows, K) times one vector (K), summed in float32."""
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    return tl.sum(weight.to(tl.float32) * x[None, :], 1)
-
-
-@triton.jit
-def bias_rows(bias_ptr, row, ROWS_OF: tl.constexpr):
-    """A bias (ROWS_OF) at some rows, float32."""
-    return tl.load(bias_ptr + row, mask=row < ROWS_OF, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -154,12 +145,16 @@ def megalodon_project(
     squares_ptr,
     position_ptr,
     wz_ptr,
+    sz_ptr,
     bz_ptr,
     wr_ptr,
+    sr_ptr,
     br_ptr,
     wh_ptr,
+    sh_ptr,
     bh_ptr,
     wv_ptr,
+    sv_ptr,
     bv_ptr,
     z_ptr,
     r_ptr,
@@ -174,7 +169,9 @@ def megalodon_project(
     C: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_P: tl.constexpr,
-    D_P: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -184,40 +181,49 @@ def megalodon_project(
     """
     start(PDL)
     tile = tl.program_id(0)
-    k = tl.arange(0, D_P)
     E_TILES: tl.constexpr = (E + ROWS - 1) // ROWS
     D_TILES: tl.constexpr = (D + ROWS - 1) // ROWS
     if tile < E_TILES:
         row = tile * ROWS + tl.arange(0, ROWS)
-        weight, bias = weight_rows(wv_ptr, row, k, E, D), bias_rows(bv_ptr, row, E)
+        weight = weight_rows(wv_ptr, sv_ptr, row, 0, E, D, WIDTH, BITS, GROUP)
+        bias = bias_rows(bv_ptr, row, E)
         wait(PDL)
         for b in range(B):
             slot = tl.load(position_ptr + b) % C
-            v = silu(products(weight, x_norm_ptr + b * D, k, D) + bias)
+            v = silu(products(weight, x_norm_ptr + b * D, 0, D, WIDTH, BITS, GROUP) + bias)
             DV: tl.constexpr = E // H
             at = ((b * H + row // DV).to(tl.int64) * C + slot) * DV + row % DV
             tl.store(value_ptr + at, v.to(value_ptr.dtype.element_ty), mask=row < E)
     elif tile < 2 * E_TILES:
         row = (tile - E_TILES) * ROWS + tl.arange(0, ROWS)
-        weight, bias = weight_rows(wr_ptr, row, k, E, D), bias_rows(br_ptr, row, E)
+        weight = weight_rows(wr_ptr, sr_ptr, row, 0, E, D, WIDTH, BITS, GROUP)
+        bias = bias_rows(br_ptr, row, E)
         wait(PDL)
         for b in range(B):
-            r = root_mean_square_products(weight, scaled_ptr, squares_ptr, b, k, eps, D, PARTS, PARTS_P)
+            r = root_mean_square_products(
+                weight, scaled_ptr, squares_ptr, b, eps, D, WIDTH, BITS, GROUP, PARTS, PARTS_P
+            )
             r = silu(r + bias)
             tl.store(r_ptr + b * E + row, r.to(r_ptr.dtype.element_ty), mask=row < E)
     elif tile < 2 * E_TILES + D_TILES:
         row = (tile - 2 * E_TILES) * ROWS + tl.arange(0, ROWS)
-        weight, bias = weight_rows(wh_ptr, row, k, D, D), bias_rows(bh_ptr, row, D)
+        weight = weight_rows(wh_ptr, sh_ptr, row, 0, D, D, WIDTH, BITS, GROUP)
+        bias = bias_rows(bh_ptr, row, D)
         wait(PDL)
         for b in range(B):
-            h = root_mean_square_products(weight, scaled_ptr, squares_ptr, b, k, eps, D, PARTS, PARTS_P)
+            h = root_mean_square_products(
+                weight, scaled_ptr, squares_ptr, b, eps, D, WIDTH, BITS, GROUP, PARTS, PARTS_P
+            )
             tl.store(h_ptr + b * D + row, h + bias, mask=row < D)
     else:
         row = (tile - 2 * E_TILES - D_TILES) * ROWS + tl.arange(0, ROWS)
-        weight, bias = weight_rows(wz_ptr, row, k, Z, D), bias_rows(bz_ptr, row, Z)
+        weight = weight_rows(wz_ptr, sz_ptr, row, 0, Z, D, WIDTH, BITS, GROUP)
+        bias = bias_rows(bz_ptr, row, Z)
         wait(PDL)
         for b in range(B):
-            z = root_mean_square_products(weight, scaled_ptr, squares_ptr, b, k, eps, D, PARTS, PARTS_P)
+            z = root_mean_square_products(
+                weight, scaled_ptr, squares_ptr, b, eps, D, WIDTH, BITS, GROUP, PARTS, PARTS_P
+            )
             tl.store(z_ptr + b * Z + row, z + bias, mask=row < Z)
 
 
@@ -225,6 +231,7 @@ def megalodon_project(
 def megalodon_linear(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     bias_ptr,
     alpha_ptr,
     first_ptr,
@@ -233,6 +240,8 @@ def megalodon_linear(
     B,
     ROWS_OF: tl.constexpr,
     K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL_P: tl.constexpr,
     ROWS: tl.constexpr,
@@ -244,16 +253,14 @@ def megalodon_linear(
 ):
     """y (B, ROWS_OF) = first + second + alpha * (x W^T + bias), what there is of it, summed in float32.
 
-    The columns K are HEAD, a power of two, and a tail that is padded: less is masked than in one tile of all.
+    The columns are HEAD, a power of two, and a tail that is padded: less is masked than in one tile of all.
     """
     start(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ok = row < ROWS_OF
-    k = tl.arange(0, HEAD)
-    weight = weight_rows(weight_ptr, row, k, ROWS_OF, K)
+    weight = weight_rows(weight_ptr, scale_ptr, row, 0, ROWS_OF, K, HEAD, BITS, GROUP)
     if TAIL_P > 0:
-        tail = HEAD + tl.arange(0, TAIL_P)
-        weight_tail = weight_rows(weight_ptr, row, tail, ROWS_OF, K)
+        tail = weight_rows(weight_ptr, scale_ptr, row, HEAD, ROWS_OF, K, TAIL_P, BITS, GROUP)
     bias = tl.zeros((ROWS,), tl.float32)
     alpha = tl.full((ROWS,), 1.0, tl.float32)
     if BIAS:
@@ -268,9 +275,9 @@ def megalodon_linear(
             rest += tl.load(first_ptr + at, mask=ok, other=0.0).to(tl.float32)
         if SECOND:
             rest += tl.load(second_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        y = products(weight, x_ptr + b * K, k, K) + bias
+        y = products(weight, x_ptr + b * K, 0, K, HEAD, BITS, GROUP) + bias
         if TAIL_P > 0:
-            y += products(weight_tail, x_ptr + b * K, tail, K)
+            y += products(tail, x_ptr + b * K, HEAD, K, TAIL_P, BITS, GROUP)
         y = y * alpha + rest
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)
 
@@ -281,41 +288,54 @@ def megalodon_feed_up(
     norm_weight_ptr,
     norm_bias_ptr,
     w1_ptr,
+    s1_ptr,
     b1_ptr,
     w3_ptr,
+    s3_ptr,
     b3_ptr,
     hidden_ptr,
     B,
     eps,
     F: tl.constexpr,
     D: tl.constexpr,
-    D_P: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     AFFINE: tl.constexpr,
     BIAS: tl.constexpr,
     SWIGLU: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """hidden (B, F) = silu(fc1(norm(h))), times fc3(norm(h)) with swiglu."""
+    """hidden (B, F) = silu(fc1(norm(h))), times fc3(norm(h)) with swiglu; for int4 h (B, D) is normed already."""
     start(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, D_P)
     dtype = hidden_ptr.dtype.element_ty
-    w1 = weight_rows(w1_ptr, row, k, F, D)
+    w1 = weight_rows(w1_ptr, s1_ptr, row, 0, F, D, WIDTH, BITS, GROUP)
     b1 = tl.zeros((ROWS,), tl.float32)
+    b3 = tl.zeros((ROWS,), tl.float32)
     if BIAS:
         b1 += bias_rows(b1_ptr, row, F)
     if SWIGLU:
-        w3 = weight_rows(w3_ptr, row, k, F, D)
-    scale, shift = scale_and_shift(norm_weight_ptr, norm_bias_ptr, k, D, AFFINE)
+        w3 = weight_rows(w3_ptr, s3_ptr, row, 0, F, D, WIDTH, BITS, GROUP)
+        if BIAS:
+            b3 += bias_rows(b3_ptr, row, F)
+    if BITS != 4:
+        k = tl.arange(0, WIDTH)
+        scale, shift = scale_and_shift(norm_weight_ptr, norm_bias_ptr, k, D, AFFINE)
     wait(PDL)
     for b in range(B):
-        x = tl.load(h_ptr + b * D + k, mask=k < D, other=0.0)
-        x = layer_norm(x, k, eps, scale, shift, D).to(dtype).to(tl.float32)
-        y = silu(tl.sum(w1.to(tl.float32) * x[None, :], 1) + b1)
+        if BITS == 4:
+            y = products(w1, h_ptr + b * D, 0, D, WIDTH, BITS, GROUP)
+            if SWIGLU:
+                gate = products(w3, h_ptr + b * D, 0, D, WIDTH, BITS, GROUP)
+        else:
+            x = tl.load(h_ptr + b * D + k, mask=k < D, other=0.0)
+            x = layer_norm(x, k, eps, scale, shift, D).to(dtype).to(tl.float32)
+            y = row_products(w1, x)
+            if SWIGLU:
+                gate = row_products(w3, x)
+        y = silu(y + b1)
         if SWIGLU:
-            gate = tl.sum(w3.to(tl.float32) * x[None, :], 1)
-            if BIAS:
-                gate += bias_rows(b3_ptr, row, F)
-            y *= gate
+            y *= gate + b3
         tl.store(hidden_ptr + b * F + row, y.to(dtype), mask=row < F)

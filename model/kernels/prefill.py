@@ -18,8 +18,8 @@ from . import chunks, norms, scan
 from .launch import group_sizes, kernel, power_of_2, programmatic
 
 if TYPE_CHECKING:
-    from ..attention import Rotary
-    from ..blocks import MegalodonBlock
+    from ..attention import GatedAttention, Rotary
+    from ..feed_forward import FeedForward
     from ..norm import TimestepNorm
 
 _CHANNELS = 32  # of the scan in one program: one warp, a thread a channel
@@ -188,10 +188,15 @@ def normed(norm: TimestepNorm, x: Tensor, lengths: Tensor, position: Tensor, mea
 
 
 def layer_prefill(
-    block: MegalodonBlock, x: Tensor, lengths: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache
+    attn: GatedAttention,
+    ffn: FeedForward,
+    x: Tensor,
+    lengths: Tensor,
+    position: Tensor,
+    rotary: Rotary,
+    cache: LayerCache,
 ) -> Tensor:
     """New tokens of each row through a layer, x (B, L, D) -> (B, L, D); the layer's cache changes in place."""
-    attn, ffn = block.attn, block.ffn
     c = attn.cema.constants()
     x_norm = normed(attn.timenorm, x, lengths, position, cache.norm_mean, cache.norm_var)
     m = ema_scan(*(x_norm, lengths, cache.ema_state, c["planes"], c["omega"], attn.rmsnorm.weight, attn.rmsnorm.eps))

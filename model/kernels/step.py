@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import triton_op
 
 from ..cache import LayerCache
@@ -13,8 +13,8 @@ from . import FEW, decode, norms, ring, tiles
 from .launch import group_sizes, kernel, power_of_2, programmatic
 
 if TYPE_CHECKING:
-    from ..attention import Rotary
-    from ..blocks import MegalodonBlock
+    from ..attention import GatedAttention, Rotary
+    from ..feed_forward import FeedForward
 
 _FEATURE_BYTES = 2048  # of a slot's value that a program of attention takes: 16 a thread, for all slots
 _SLOTS = 16  # of a ring that a program of attention reads at a time
@@ -24,21 +24,16 @@ _PROGRAMS = 264  # of attention: two for each multiprocessor of a large GPU
 
 def in_turn(columns: int) -> dict[str, int]:
     """Rows of a weight in one program and its warps, so that a thread holds some 32 to 128 of its numbers."""
-    if columns <= 1024:
-        return {"ROWS": 4, "num_warps": 2}
     return {"ROWS": 2, "num_warps": 2} if columns <= 2560 else {"ROWS": 4, "num_warps": 8}
 
 
-def in_tiles(rows: int, x: Tensor) -> dict[str, Any]:
-    """Tiles of `tiles.py` for a weight with so many rows: enough of them to fill a GPU."""
+def in_tiles(rows: int, x: Tensor, bits: int) -> dict[str, Any]:
+    """Tiles of `tiles.py` for a weight with so many rows: enough of them to fill a GPU, small enough for its memory."""
     single = x.dtype == torch.float32
-    shape = {
-        "BATCH": 32 if single else 64,
-        "ROWS": 16 if rows < 2048 else 32,
-        "COLUMNS": 64 if single else 128,
-        "STAGES": 4,
-    }
-    return {**shape, "IEEE": single, "num_warps": 4}
+    shape = {"BATCH": 32 if single else 64, "ROWS": 16 if rows < 2048 else 32, "COLUMNS": 64 if single else 128}
+    if bits == 4:  # two halves of x, and scales for every byte
+        shape |= {"COLUMNS": 64, "STAGES": 3}
+    return {"STAGES": 4, **shape, "IEEE": single, "num_warps": 4}
 
 
 def few(batch: int) -> tuple[int, int]:
@@ -95,12 +90,16 @@ def project(
     squares: Tensor,
     position: Tensor,
     wz: Tensor,
+    sz: Tensor | None,
     bz: Tensor,
     wr: Tensor,
+    sr: Tensor | None,
     br: Tensor,
     wh1: Tensor,
+    sh1: Tensor | None,
     bh1: Tensor,
     wv: Tensor,
+    sv: Tensor | None,
     bv: Tensor,
     value: Tensor,
     eps: float,
@@ -112,14 +111,17 @@ def project(
     h = x_norm.new_empty(batch, dim, dtype=torch.float32)
     r = x_norm.new_empty(batch, value_dim)
     turn, tile = few(batch)
-    tensors = (x_norm, scaled, squares, position, wz, bz, wr, br, wh1, bh1, wv, bv, z, r, h, value, batch, eps)
+    weights = [x_norm if t is None else t for t in (wz, sz, bz, wr, sr, br, wh1, sh1, bh1, wv, sv, bv)]
+    tensors = (x_norm, scaled, squares, position, *weights, z, r, h, value, batch, eps)
     sizes = {"D": dim, "Z": z_dim, "E": value_dim, "H": heads, "C": chunk, "PARTS": squares.shape[1]}
-    sizes |= {"PARTS_P": power_of_2(squares.shape[1]), "PDL": programmatic(x_norm)}
+    sizes |= {"PARTS_P": power_of_2(squares.shape[1]), "PDL": programmatic(x_norm), **format_of(wz, sz, dim)}
     rows = (value_dim, value_dim, dim, z_dim)
     shape = in_turn(dim)
     programs = sum(_tiles(n, shape) for n in rows)
-    kernel(decode.megalodon_project)[(programs * turn,)](*tensors, **sizes, D_P=power_of_2(dim), **shape)
-    shape = in_tiles(sum(rows), x_norm)
+    kernel(decode.megalodon_project)[(programs * turn,)](
+        *tensors, **sizes, WIDTH=power_of_2(stored(dim, sizes)), **shape
+    )
+    shape = in_tiles(sum(rows), x_norm, sizes["BITS"])
     programs = sum(_tiles(n, shape) for n in rows)
     kernel(tiles.megalodon_project_tiles)[programs * tile, _batches(batch, shape)](*tensors, **sizes, **shape)
     return z, r, h
@@ -181,6 +183,7 @@ def attend(
 def linear(
     x: Tensor,
     weight: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     alpha: Tensor | None,
     first: Tensor | None,
@@ -192,15 +195,16 @@ def linear(
     rows = weight.shape[0]
     y = x.new_empty(batch, rows, dtype=dtype)
     turn, tile = few(batch)
-    tensors = (x, weight, *(x if t is None else t for t in (bias, alpha, first, second)), y, batch)
+    tensors = (x, weight, *(x if t is None else t for t in (scale, bias, alpha, first, second)), y, batch)
     given = {"BIAS": bias, "ALPHA": alpha, "FIRST": first, "SECOND": second}
     sizes = {"ROWS_OF": rows, "K": columns, **{name: t is not None for name, t in given.items()}}
-    sizes |= {"PDL": programmatic(x)}
+    sizes |= {"PDL": programmatic(x), **format_of(weight, scale, columns)}
     shape = in_turn(columns)
-    head = 1 << (columns.bit_length() - 1)
-    tail = {"HEAD": head, "TAIL_P": power_of_2(columns - head) if columns > head else 0}
+    head = 1 << (stored(columns, sizes).bit_length() - 1)
+    rest = stored(columns, sizes) - head
+    tail = {"HEAD": head, "TAIL_P": power_of_2(rest) if rest else 0}
     kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](*tensors, **sizes, **tail, **shape)
-    shape = in_tiles(rows, x)
+    shape = in_tiles(rows, x, sizes["BITS"])
     kernel(tiles.megalodon_linear_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](*tensors, **sizes, **shape)
     return y
 
@@ -211,32 +215,52 @@ def feed_up(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     w1: Tensor,
+    s1: Tensor | None,
     b1: Tensor | None,
     w3: Tensor | None,
+    s3: Tensor | None,
     b3: Tensor | None,
     eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The feed-forward's hidden layer (B, F) from h (B, D) float32: LayerNorm, fc1, silu, and fc3 with swiglu."""
+    """The feed-forward's hidden layer (B, F) in `dtype` from h (B, D) float32: LayerNorm, fc1 (fc3), silu."""
     batch, dim = h.shape
     rows = w1.shape[0]
-    hidden = w1.new_empty(batch, rows)
-    affine = norm_weight is not None and norm_bias is not None
+    hidden, normed = h.new_empty(batch, rows, dtype=dtype), h.new_empty(batch, dim, dtype=dtype)
+    affine, pdl = norm_weight is not None and norm_bias is not None, programmatic(h)
     turn, tile = few(batch)
     norm = [h if t is None else t for t in (norm_weight, norm_bias)]
-    weights = [h if t is None else t for t in (w1, b1, w3, b3)]
-    sizes = {"D": dim, "D_P": power_of_2(dim), "AFFINE": affine, "PDL": programmatic(h)}
-    up = {"F": rows, "BIAS": b1 is not None, "SWIGLU": w3 is not None}
+    weights = [h if t is None else t for t in (w1, s1, b1, w3, s3, b3)]
+    up = {"F": rows, "D": dim, "BIAS": b1 is not None, "SWIGLU": w3 is not None, "PDL": pdl, **format_of(w1, s1, dim)}
+    apart = 1 if up["BITS"] == 4 else tile  # whether a kernel of its own normalises
+    kernel(norms.megalodon_layer_norm)[(batch * apart,)](
+        *(h, h, h, *norm, normed, eps), D=dim, D_P=power_of_2(dim), AFFINE=affine, SUM=False, PDL=pdl, num_warps=4
+    )
     shape = in_turn(dim)
     kernel(decode.megalodon_feed_up)[(_tiles(rows, shape) * turn,)](
-        *(h, *norm, *weights, hidden, batch, eps), **sizes, **up, **shape
+        *(normed if up["BITS"] == 4 else h, *norm, *weights, hidden, batch, eps),
+        **up,
+        WIDTH=power_of_2(stored(dim, up)),
+        AFFINE=affine,
+        **shape,
     )
-    normed = w1.new_empty(batch, dim)
-    kernel(norms.megalodon_layer_norm)[(batch * tile,)](h, h, h, *norm, normed, eps, **sizes, SUM=False, num_warps=4)
-    shape = in_tiles(rows, normed)
+    shape = in_tiles(rows, normed, up["BITS"])
     kernel(tiles.megalodon_feed_up_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](
-        *(normed, *weights, hidden, batch), D=dim, PDL=sizes["PDL"], **up, **shape
+        *(normed, *weights, hidden, batch), **up, **shape
     )
     return hidden
+
+
+def format_of(weight: Tensor, scale: Tensor | None, columns: int) -> dict[str, Any]:
+    """How a weight is stored, as the kernels are told: see `weights.py`."""
+    if scale is None:
+        return {"BITS": 0, "GROUP": 0}
+    return {"BITS": 8, "GROUP": 0} if weight.dtype == torch.int8 else {"BITS": 4, "GROUP": columns // scale.shape[1]}
+
+
+def stored(columns: int, sizes: dict[str, Any]) -> int:
+    """Columns of a weight as it is stored: those of int4 are bytes."""
+    return columns // 2 if sizes["BITS"] == 4 else columns
 
 
 def _tiles(rows: int, shape: dict[str, Any]) -> int:
@@ -247,9 +271,10 @@ def _batches(batch: int, shape: dict[str, Any]) -> int:
     return (batch + shape["BATCH"] - 1) // shape["BATCH"]
 
 
-def layer_step(block: MegalodonBlock, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> Tensor:
+def layer_step(
+    attn: GatedAttention, ffn: FeedForward, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache
+) -> Tensor:
     """One token a row through a layer, x (B, D) -> (B, D); the layer's cache changes in place."""
-    attn, ffn = block.attn, block.ffn
     c = attn.cema.constants()
     norm = attn.timenorm
     x_norm, scaled, squares = ema_step(
@@ -257,12 +282,19 @@ def layer_step(block: MegalodonBlock, x: Tensor, position: Tensor, rotary: Rotar
         *(c["p"], c["q"], c["gamma"], c["omega"], attn.rmsnorm.weight, norm.eps, norm.statistics == "megalodon-hf"),
     )
     z, r, h1 = project(
-        *(x_norm, scaled, squares, position, attn.wz.weight, attn.wz.bias, attn.wr.weight, attn.wr.bias),
-        *(attn.wh1.weight, attn.wh1.bias, attn.wv.weight, attn.wv.bias, cache.value, attn.rmsnorm.eps),
+        *(x_norm, scaled, squares, position, *parts(attn.wz), *parts(attn.wr), *parts(attn.wh1), *parts(attn.wv)),
+        *(cache.value, attn.rmsnorm.eps),
     )
     cos, sin = rotary
     gated = attend(z, r, attn.gamma, attn.beta, position, cos, sin, cache.key, cache.value, attn.znorm.eps)
-    h = linear(gated, attn.wh2.weight, attn.wh2.bias, None, h1, x, torch.float32)
-    w3, b3 = (None, None) if ffn.fc3 is None else (ffn.fc3.weight, ffn.fc3.bias)
-    hidden = feed_up(h, ffn.norm.weight, ffn.norm.bias, ffn.fc1.weight, ffn.fc1.bias, w3, b3, ffn.norm.eps)
-    return linear(hidden, ffn.fc2.weight, ffn.fc2.bias, ffn.alpha, x, None, x.dtype)
+    h = linear(gated, *parts(attn.wh2), None, h1, x, torch.float32)
+    hidden = feed_up(
+        *(h, ffn.norm.weight, ffn.norm.bias, *parts(ffn.fc1), *parts(ffn.fc3), ffn.norm.eps, x.dtype),
+    )
+    return linear(hidden, *parts(ffn.fc2), ffn.alpha, x, None, x.dtype)
+
+
+def parts(layer: nn.Module | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Weight, scale and bias of a linear layer, quantised or not; what it has not is None."""
+    weight, scale, bias = (getattr(layer, name, None) for name in ("weight", "scale", "bias"))
+    return weight, scale, bias

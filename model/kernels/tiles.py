@@ -10,45 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import bias_rows
 from .launch import silu, start, wait
-
-
-@triton.jit
-def tile_products(
-    x_ptr,
-    weight_ptr,
-    b,
-    row,
-    B,
-    ROWS_OF: tl.constexpr,
-    K: tl.constexpr,
-    BATCH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
-    IEEE: tl.constexpr,
-):
-    """x (B, K) at rows b times a weight (ROWS_OF, K) at rows `row`: (BATCH, ROWS) float32."""
-    sums = tl.zeros((BATCH, ROWS), tl.float32)
-    x_rows = x_ptr + b[:, None] * K
-    weight_rows = weight_ptr + row.to(tl.int64)[None, :] * K
-    for k0 in tl.range(0, K, COLUMNS, num_stages=STAGES):
-        k = k0 + tl.arange(0, COLUMNS)
-        x_ok = (b < B)[:, None]
-        weight_ok = (row < ROWS_OF)[None, :]
-        if K % COLUMNS != 0:
-            x_ok = x_ok & (k < K)[None, :]
-            weight_ok = weight_ok & (k < K)[:, None]
-        x = tl.load(x_rows + k[None, :], mask=x_ok, other=0.0)
-        weight = tl.load(weight_rows + k[:, None], mask=weight_ok, other=0.0)
-        sums = tl.dot(x, weight, sums, input_precision="ieee" if IEEE else "tf32")
-    return sums
+from .weights import bias_rows, tile_products
 
 
 @triton.jit
 def row_factors(squares_ptr, b, B, eps, D: tl.constexpr, PARTS: tl.constexpr, PARTS_P: tl.constexpr):
-    """As `root_mean_square_factor`, for a tile of rows."""
+    """1 / sqrt(mean of squares + eps) of a tile of rows, from the partial sums of `ema_step`."""
     part = tl.arange(0, PARTS_P)
     ok = (b < B)[:, None] & (part < PARTS)[None, :]
     total = tl.sum(tl.load(squares_ptr + b[:, None] * PARTS + part[None, :], mask=ok, other=0.0), 1)
@@ -62,12 +30,16 @@ def megalodon_project_tiles(
     squares_ptr,
     position_ptr,
     wz_ptr,
+    sz_ptr,
     bz_ptr,
     wr_ptr,
+    sr_ptr,
     br_ptr,
     wh_ptr,
+    sh_ptr,
     bh_ptr,
     wv_ptr,
+    sv_ptr,
     bv_ptr,
     z_ptr,
     r_ptr,
@@ -82,6 +54,8 @@ def megalodon_project_tiles(
     C: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_P: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -99,7 +73,7 @@ def megalodon_project_tiles(
     wait(PDL)
     if tile < E_TILES:
         row = tile * ROWS + tl.arange(0, ROWS)
-        v = tile_products(x_norm_ptr, wv_ptr, b, row, B, E, D, BATCH, ROWS, COLUMNS, STAGES, IEEE)
+        v = tile_products(x_norm_ptr, wv_ptr, sv_ptr, b, row, B, E, D, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE)
         v = silu(v + bias_rows(bv_ptr, row, E)[None, :])
         slot = tl.load(position_ptr + b, mask=b < B, other=0) % C
         DV: tl.constexpr = E // H
@@ -109,20 +83,20 @@ def megalodon_project_tiles(
     elif tile < 2 * E_TILES:
         row = (tile - E_TILES) * ROWS + tl.arange(0, ROWS)
         factor = row_factors(squares_ptr, b, B, eps, D, PARTS, PARTS_P)
-        r = tile_products(scaled_ptr, wr_ptr, b, row, B, E, D, BATCH, ROWS, COLUMNS, STAGES, IEEE)
+        r = tile_products(scaled_ptr, wr_ptr, sr_ptr, b, row, B, E, D, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE)
         r = silu(r * factor[:, None] + bias_rows(br_ptr, row, E)[None, :])
         at = b[:, None] * E + row[None, :]
         tl.store(r_ptr + at, r.to(r_ptr.dtype.element_ty), mask=b_ok & (row < E)[None, :])
     elif tile < 2 * E_TILES + D_TILES:
         row = (tile - 2 * E_TILES) * ROWS + tl.arange(0, ROWS)
         factor = row_factors(squares_ptr, b, B, eps, D, PARTS, PARTS_P)
-        h = tile_products(scaled_ptr, wh_ptr, b, row, B, D, D, BATCH, ROWS, COLUMNS, STAGES, IEEE)
+        h = tile_products(scaled_ptr, wh_ptr, sh_ptr, b, row, B, D, D, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE)
         h = h * factor[:, None] + bias_rows(bh_ptr, row, D)[None, :]
         tl.store(h_ptr + b[:, None] * D + row[None, :], h, mask=b_ok & (row < D)[None, :])
     else:
         row = (tile - 2 * E_TILES - D_TILES) * ROWS + tl.arange(0, ROWS)
         factor = row_factors(squares_ptr, b, B, eps, D, PARTS, PARTS_P)
-        z = tile_products(scaled_ptr, wz_ptr, b, row, B, Z, D, BATCH, ROWS, COLUMNS, STAGES, IEEE)
+        z = tile_products(scaled_ptr, wz_ptr, sz_ptr, b, row, B, Z, D, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE)
         z = z * factor[:, None] + bias_rows(bz_ptr, row, Z)[None, :]
         tl.store(z_ptr + b[:, None] * Z + row[None, :], z, mask=b_ok & (row < Z)[None, :])
 
@@ -131,6 +105,7 @@ def megalodon_project_tiles(
 def megalodon_linear_tiles(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     bias_ptr,
     alpha_ptr,
     first_ptr,
@@ -143,6 +118,8 @@ def megalodon_linear_tiles(
     ALPHA: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -156,7 +133,9 @@ def megalodon_linear_tiles(
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     ok = (b < B)[:, None] & (row < ROWS_OF)[None, :]
     wait(PDL)
-    y = tile_products(x_ptr, weight_ptr, b, row, B, ROWS_OF, K, BATCH, ROWS, COLUMNS, STAGES, IEEE)
+    y = tile_products(
+        x_ptr, weight_ptr, scale_ptr, b, row, B, ROWS_OF, K, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE
+    )
     if BIAS:
         y += bias_rows(bias_ptr, row, ROWS_OF)[None, :]
     if ALPHA:
@@ -173,8 +152,10 @@ def megalodon_linear_tiles(
 def megalodon_feed_up_tiles(
     x_ptr,
     w1_ptr,
+    s1_ptr,
     b1_ptr,
     w3_ptr,
+    s3_ptr,
     b3_ptr,
     hidden_ptr,
     B,
@@ -182,6 +163,8 @@ def megalodon_feed_up_tiles(
     D: tl.constexpr,
     BIAS: tl.constexpr,
     SWIGLU: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -194,12 +177,12 @@ def megalodon_feed_up_tiles(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     wait(PDL)
-    y = tile_products(x_ptr, w1_ptr, b, row, B, F, D, BATCH, ROWS, COLUMNS, STAGES, IEEE)
+    y = tile_products(x_ptr, w1_ptr, s1_ptr, b, row, B, F, D, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE)
     if BIAS:
         y += bias_rows(b1_ptr, row, F)[None, :]
     y = silu(y)
     if SWIGLU:
-        gate = tile_products(x_ptr, w3_ptr, b, row, B, F, D, BATCH, ROWS, COLUMNS, STAGES, IEEE)
+        gate = tile_products(x_ptr, w3_ptr, s3_ptr, b, row, B, F, D, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE)
         if BIAS:
             gate += bias_rows(b3_ptr, row, F)[None, :]
         y *= gate

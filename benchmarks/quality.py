@@ -1,0 +1,87 @@
+"""Bits per byte of the default checkpoint's held-out text, for every dtype and weight format, in one run.
+
+    python benchmarks/quality.py --text kjv.txt --out benchmarks/results/quality-default.json
+
+`artifacts/recipe/README.md` says how to get the text; the measure is the recipe's own: all held-out bytes as one
+stream, in eager mode, the state carried from the first byte to the last. Perplexity is that of a byte, 2 to the bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalodon_export.bench import machine
+from megalodon_export.checkpoints import DTYPES, default_checkpoint, load_model
+from megalodon_export.export import versions
+from megalodon_export.floors import weight_bytes
+from megalodon_export.model import quantize
+from megalodon_export.model.config import QUANTIZED_FORMATS
+
+sys.path.append(str(Path(__file__).parent.parent / "artifacts" / "recipe"))
+import corpus
+from checkpoint import bits_per_byte
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--text", type=Path, required=True, help="the corpus of artifacts/recipe")
+    parser.add_argument("--checkpoint", type=Path, default=default_checkpoint())
+    parser.add_argument("--group-size", type=int, nargs="+", default=[32, 16], help="int4's groups")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    args = parser.parse_args()
+    text = args.text.read_bytes()
+    stream = torch.tensor(corpus.token_ids(corpus.split(text).held_out), device=args.device)
+    found: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(torch.device(args.device)),
+        "versions": versions(),
+        "text_sha256": hashlib.sha256(text).hexdigest(),
+        "tokens": len(stream),
+        "results": [],
+    }
+    for dtype in ("float32", "bfloat16"):
+        for weight_format, group_size in [("float", None), *formats(args.group_size)]:
+            row = measure(args.checkpoint, dtype, weight_format, group_size, stream)
+            found["results"].append(row)
+            args.out.write_text(json.dumps(found, indent=2) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+def formats(group_sizes: list[int]) -> list[tuple[str, int | None]]:
+    """Every quantised format, int4 once for each group size."""
+    return [(name, size) for name in QUANTIZED_FORMATS for size in (group_sizes if name == "int4" else [None])]
+
+
+def measure(
+    checkpoint: Path, dtype: str, weight_format: str, group_size: int | None, stream: torch.Tensor
+) -> dict[str, Any]:
+    """One row: bits per byte and perplexity of a byte, beside the bytes of weights that a decode step reads."""
+    model = load_model(checkpoint, DTYPES[dtype], stream.device)
+    if weight_format != "float":
+        quantize(model, weight_format, group_size)  # type: ignore[arg-type]
+    bits, count = bits_per_byte(model, stream)
+    return {
+        "dtype": dtype,
+        "weight_format": weight_format,
+        "group_size": group_size,
+        "bits_per_byte": bits,
+        "perplexity": 2**bits,
+        "held_out_bytes": count,
+        "decode_weight_bytes": weight_bytes(model.config, DTYPES[dtype]),
+    }
+
+
+if __name__ == "__main__":
+    main()
