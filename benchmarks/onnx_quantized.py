@@ -1,11 +1,11 @@
-"""ONNX Runtime's weight quantisation on a bundle's graphs, and what it costs: size, bits per byte, a decode step.
+"""ONNX Runtime's weight quantisation on the default checkpoint's graphs, and what it costs: size, bits per byte, time.
 
     python -m megalodon_export onnx --all-logits --out BUNDLE
-    python benchmarks/onnx_quantized.py BUNDLE TEXT [--tokens 65536]
+    python benchmarks/onnx_quantized.py BUNDLE --text kjv.txt
 
 `onnxruntime.quantization` quantises products with a constant second factor: its own tools first make such ones of the
 graphs (Transpose of a weight to a constant, Gemm to MatMul), then MatMulNBitsQuantizer stores 4 or 8 bits a weight,
-in blocks of 32. TEXT is scored as one stream, its bytes as token ids, as the default model has them.
+in blocks of 32. The text and the measure are those of `quality.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import logging
 import math
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +28,9 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from megalodon_export import bundle
 from megalodon_export.runtimes.onnx import OnnxRuntime
+
+sys.path.append(str(Path(__file__).parent.parent / "artifacts" / "recipe"))
+import corpus
 
 BLOCK = 32
 
@@ -43,14 +47,14 @@ def quantize(source: Path, target: Path, bits: int) -> None:
 
 
 def bits_per_byte(runtime: OnnxRuntime, tokens: torch.Tensor) -> float:
-    """Mean bits of every token but the first, as one stream."""
+    """Bits of every token but the first, as one stream, over the bytes among the tokens."""
     cache, bits, following = runtime.new_cache(1), 0.0, torch.zeros(0, runtime.config.logits_size)
     for piece in tokens.split(runtime.limits.max_length):
         logits = runtime.prefill(piece[None], torch.tensor([len(piece)]), cache)[0]
         guesses = torch.log_softmax(torch.cat([following, logits[:-1]]), -1)  # none for the first of all
-        bits -= float(guesses.gather(-1, piece[-len(guesses) :, None]).double().sum()) / math.log(2)
+        bits -= float(guesses.gather(-1, piece[len(piece) - len(guesses) :, None]).double().sum()) / math.log(2)
         following = logits[-1:]
-    return bits / (len(tokens) - 1)
+    return bits / int((tokens < 256).sum())
 
 
 def step_milliseconds(runtime: OnnxRuntime) -> float:
@@ -67,13 +71,12 @@ def main() -> None:
     """Quantise, score, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bundle", type=Path, help="a bundle with ONNX programs that return all logits")
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--tokens", type=int, default=65536, help="bytes of the text to score, from its end")
+    parser.add_argument("--text", type=Path, required=True, help="the corpus of artifacts/recipe")
     args = parser.parse_args()
     manifest: dict[str, Any] = bundle.read(args.bundle)
     if not manifest["programs"]["onnx"]["all_logits"]:
         parser.error("the bundle's prefill returns the logits of the last token alone; export it with --all-logits")
-    tokens = torch.tensor(list(args.text.read_bytes()[-args.tokens :]))
+    tokens = torch.tensor(corpus.token_ids(corpus.split(args.text.read_bytes()).held_out))
     torch.set_num_threads(1)
     logging.disable(logging.INFO)  # the quantiser tells of every node
     print("weights   decode.onnx bytes   bits a byte   decode ms")

@@ -36,6 +36,7 @@ from .programs import DECODE, PREFILL, Limits, ProgramSpec, TensorSpec, program_
 from .stages import BEGIN, END, LAYER, LAYER_INDEX, Stage, export_stages
 
 CONSTANTS = "onnx_constants.safetensors"
+IR_VERSION = 11  # an older one than onnx writes by default: ONNX Runtime lags behind it
 _SMALL = 1 << 16  # bytes; larger constants are in the file of that name
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 
@@ -123,7 +124,7 @@ def build(
     move_large_constants(list(graphs.values()), folder)
     for name, graph in graphs.items():
         require(graph)
-        save(graph, folder / f"{name}.onnx")
+        ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name="megalodon-export"), folder / f"{name}.onnx")
     return {
         "limits": asdict(limits),
         "opset": OPSET,
@@ -169,7 +170,7 @@ def build_graph(
     weights: WeightFiles,
     limits: Limits,
 ) -> ir.Graph:
-    """A program's stages as one graph, the layer's once for each layer."""
+    """A program's stages as one graph, the layer's once for each layer, with no node too many or twice."""
     sizes = static_sizes(config)
     largest = {BATCH: limits.max_batch, GRANULES: limits.max_length // limits.granule}
     graph = GraphBuilder(limits.granule, largest, weights.external)
@@ -209,12 +210,8 @@ def build_graph(
         run(stages[LAYER], layer)
     run(stages[END])
     outputs = {present_name(one.name): graph.val(tensors[one.name]) for one in spec.outputs + spec.cache}
-    return graph.graph(f"megalodon_{spec.name}", outputs)
-
-
-def save(graph: ir.Graph, path: Path) -> None:
-    """Write a graph without the weights it refers to, and without nodes that nothing needs or that are there twice."""
-    model = ir.Model(graph, ir_version=11, producer_name="megalodon-export")
-    RemoveUnusedNodesPass()(model)
-    CommonSubexpressionEliminationPass()(model)
-    ir.save(model, path)
+    finished = graph.graph(f"megalodon_{spec.name}", outputs)
+    tidy = ir.Model(finished, ir_version=IR_VERSION)
+    RemoveUnusedNodesPass()(tidy)
+    CommonSubexpressionEliminationPass()(tidy)
+    return finished

@@ -19,7 +19,7 @@ from ..exporters.programs import DECODE, PREFILL, Limits
 from ..model import MegalodonCache, MegalodonConfig
 from ..model.cache import copy_in_place
 from .base import Runtime, RuntimeUnavailable
-from .onnx_session import Session, bind, open_session, require_cuda, shared_weights
+from .onnx_session import OnnxSession, bind, open_session, require_cuda, shared_weights
 
 _BOUND = 16  # decode steps kept bound (on CUDA: captured), each to the addresses of one cache
 
@@ -105,7 +105,7 @@ class BoundStep:
         graph: int | None = None,
     ) -> None:
         self.arguments, self.logits, self.graph = arguments, logits, graph
-        self.session: Session = runtime._sessions[program]
+        self.session: OnnxSession = runtime._sessions[program]
         self._states = [torch.empty_like(tensor) for tensor in cache.states()]
         past = dict(zip((name for name, *_ in runtime._layout), cache.tensors(), strict=True))
         small = {id(tensor): new for tensor, new in zip(cache.states(), self._states, strict=True)}

@@ -17,7 +17,7 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _MAX_NAMED = 10  # nodes in an error
 
 
-class Session:
+class OnnxSession:
     """A graph on a device. On CUDA it can be captured, once for each number that `run` is given."""
 
     def __init__(self, session: onnxruntime.InferenceSession, device: torch.device, kept: list[Any]) -> None:
@@ -52,7 +52,7 @@ def require_cuda(device: torch.device) -> None:
 
 def open_session(
     path: Path, device: torch.device, weights: dict[str, onnxruntime.OrtValue], prepack: bool, capture: bool
-) -> Session:
+) -> OnnxSession:
     """Open a graph with every node on the device; `weights` by their names in the graph are used as they are.
 
     RuntimeUnavailable if nodes would run elsewhere; it names them.
@@ -61,7 +61,7 @@ def open_session(
         options = _options()
         if not prepack:  # else every session copies the weights into an order of its own
             options.add_session_config_entry("session.disable_prepacking", "1")
-        return Session(_open(path, options, [CPU]), device, [])
+        return OnnxSession(_open(path, options, [CPU]), device, [])
     options = _options()
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     for name, value in weights.items():
@@ -73,7 +73,7 @@ def open_session(
         session = _open(path, options, [(CUDA, cuda)])
     except Exception as error:  # pybind's classes of errors have no public names
         raise RuntimeUnavailable(f"{path.name} does not run on CUDA alone: {error}{_elsewhere(path)}") from error
-    return Session(session, device, list(weights.values()))
+    return OnnxSession(session, device, list(weights.values()))
 
 
 def _options() -> onnxruntime.SessionOptions:
@@ -129,7 +129,7 @@ _TORCH_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, to
 
 
 def bind(
-    session: Session, entry: dict[str, Any], inputs: dict[str, Tensor], outputs: dict[str, Tensor]
+    session: OnnxSession, entry: dict[str, Any], inputs: dict[str, Tensor], outputs: dict[str, Tensor]
 ) -> onnxruntime.IOBinding:
     """Bind tensors, by the manifest's names, to a graph's inputs and outputs; by address, so they must stay alive."""
     binding = session.onnx.io_binding()
