@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 from megalodon_export import bundle
 from megalodon_export.checkpoints import DTYPES
 from megalodon_export.export import export_aoti
+from megalodon_export.export_onnx import add_onnx, export_onnx
 from megalodon_export.exporters import aoti
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.model import (
@@ -95,12 +97,17 @@ def loaded_model(subject: Subject) -> MegalodonForCausalLM:
     return runtime.model
 
 
-def make_bundle(subject: Subject, destination: Path) -> None:
-    """Export a random model to a bundle, by way of a checkpoint that is deleted afterwards."""
+def make_bundle(subject: Subject, destination: Path, runtimes: Sequence[str]) -> None:
+    """Export a random model to a bundle with the programs of the runtimes, by way of a checkpoint that goes again."""
     with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
         random_model(subject).save_pretrained(scratch)
+        if "aoti" not in runtimes:
+            export_onnx(Path(scratch), destination, subject.dtype, subject.max_batch)
+            return
         target = destination, subject.device, subject.dtype, subject.max_batch
         export_aoti(Path(scratch), *target, weight_format=subject.weight_format)
+    if "onnx" in runtimes:
+        add_onnx(destination, subject.max_batch)
 
 
 class CompiledRuntime(ModelRuntime):

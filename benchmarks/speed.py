@@ -1,6 +1,6 @@
 """Speed of a preset with random weights, per runtime: load, prefill, first token, decode and generation, each apart.
 
-    python benchmarks/speed.py --preset 200M --runtime eager compile aoti --batch 1 8 64 --prompt-tokens 128 2048 \\
+    python benchmarks/speed.py --preset 200M --runtime eager aoti onnx --batch 1 8 64 --prompt-tokens 128 2048 \\
         --device cuda --dtype bfloat16 --out results/ [--context-tokens 2048 32768 262144 1048576] [--peer PATH]
 
 Writes DIR/speed.json after every runtime, and at the end DIR/speed.md and, with matplotlib, plots. Every figure stands
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
         "--weight-format", choices=("float", "int8", "int4"), default="float", help="what linear layers hold"
     )
     parser.add_argument("--bundle", type=Path, help="measure this bundle, not a preset; made there if it is missing")
-    parser.add_argument("--runtime", nargs="+", default=["eager", "aoti"], help="eager, compile, kernels, aoti")
+    parser.add_argument("--runtime", nargs="+", default=["eager", "aoti"], help="eager, compile, kernels, aoti, onnx")
     parser.add_argument("--from-config", action="store_true", help="aoti: bind weights on the device, write no bundle")
     parser.add_argument("--programs", type=Path, help="with --from-config: compile here, or take what is here")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
@@ -123,7 +123,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> tuple[Subject, dict[str,
     if folder is not None and not bundle.is_bundle(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        make_bundle(subject, folder)
+        make_bundle(subject, folder, args.runtime)
         found["export_seconds"] = time.monotonic() - started
     if folder is not None:
         manifest = bundle.read(folder, check="sizes")

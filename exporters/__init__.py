@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-EXPORTERS = {"aoti": ".aoti"}
+EXPORTERS = {"aoti": ".aoti", "onnx": ".onnx"}
 
 
 def exporter(name: str) -> ModuleType:

@@ -15,7 +15,10 @@ COMPANIONS = (
     *("generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
     "chat_template.jinja",
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    **{"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64},
+    **{"float16": torch.float16},  # of ONNX programs alone
+}
 
 
 class CheckpointError(Exception):

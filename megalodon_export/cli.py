@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads (default: 1 for weights under 32 MB, else all cores)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_aoti(commands)
+    _add_onnx(commands)
     _add_convert(commands)
     _add_generate(commands)
     for name, function, about in (
@@ -84,6 +85,24 @@ def _add_aoti(commands: Any) -> None:
         "--all-logits", action="store_true", help="prefill returns the logits of every token, to score text"
     )
     command.add_argument("--portable", action="store_true", help="cpu: for any x86-64 with AVX2, not just this one")
+    command.add_argument("--add", type=Path, metavar="BUNDLE", help="add the programs to this bundle, of its weights")
+    command.add_argument("--json", action="store_true", help="print the manifest's main facts as JSON")
+
+
+def _add_onnx(commands: Any) -> None:
+    about = "export a checkpoint as ONNX graphs, for ONNX Runtime on a CPU or on CUDA, to a bundle"
+    command = _command(commands, "onnx", _onnx, about)
+    command.add_argument(
+        "--checkpoint", type=Path, help="a folder that from_pretrained loads (default: the one included)"
+    )
+    command.add_argument("--out", type=Path, help="the bundle's folder (default: artifacts/NAME-onnx)")
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32")
+    command.add_argument("--max-batch", type=int, default=64, help="largest batch the programs take (default 64)")
+    command.add_argument("--max-length", type=int, help="most tokens in one prefill call (default: one chunk)")
+    command.add_argument(
+        "--all-logits", action="store_true", help="prefill returns the logits of every token, to score text"
+    )
+    command.add_argument("--add", type=Path, metavar="BUNDLE", help="add the programs to this bundle, of its weights")
     command.add_argument("--json", action="store_true", help="print the manifest's main facts as JSON")
 
 
@@ -101,7 +120,7 @@ def _add_generate(commands: Any) -> None:
     command = _command(commands, "generate", _generate, "continue a prompt, streaming the text as it comes")
     command.add_argument("bundle", type=Path, help="a bundle's folder")
     command.add_argument("--prompt", required=True, help="the text to continue; - reads it from stdin")
-    command.add_argument("--runtime", default="aoti", help="aoti (default) or eager")
+    command.add_argument("--runtime", help="aoti, onnx or eager (default: what the bundle has, aoti first)")
     command.add_argument("--device", help="default: where the programs were compiled for")
     command.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most probable token")
@@ -118,7 +137,9 @@ def _add_generate(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     command = _command(commands, "bench", _bench, "time a bundle: load, prefill, first token, decode, each apart")
     command.add_argument("bundle", type=Path, help="a bundle's folder")
-    command.add_argument("--runtime", action="append", help="aoti, eager; may be given more than once (default: both)")
+    command.add_argument(
+        "--runtime", action="append", help="eager, aoti, onnx; may be repeated (default: all there are)"
+    )
     command.add_argument(
         "--batch", type=int, action="append", help="batch size; may be given more than once (default 1, 8)"
     )
@@ -141,26 +162,62 @@ def _set_threads(args: argparse.Namespace, folder: Path) -> None:
 def _aoti(args: argparse.Namespace) -> None:
     from .checkpoints import default_checkpoint
     from .export import default_device, export_aoti, progress
+    from .export_onnx import add_aoti
 
+    device, report = args.device or default_device(), progress(time.monotonic())
+    if args.add:
+        _refuse_with_add(args, "checkpoint", "out", "dtype", "all_logits", "weight_format", "group_size")
+        _set_threads(args, args.add)
+        manifest = add_aoti(args.add, device, args.max_batch, args.max_length, args.portable, report)
+        return _print_exported(args, args.add, manifest)
     checkpoint = args.checkpoint or default_checkpoint()
-    device = args.device or default_device()
     _set_threads(args, checkpoint)
     name = "default" if args.checkpoint is None else checkpoint.resolve().name
     suffix = "" if args.weight_format == "float" else f"-{args.weight_format}"
     destination = args.out or Path("artifacts") / f"{name}-aoti-{device.replace(':', '')}{suffix}"
     manifest = export_aoti(
         *(checkpoint, destination, device, args.dtype, args.max_batch, args.max_length, args.all_logits, args.portable),
-        report=progress(time.monotonic()),
+        report=report,
         weight_format=args.weight_format,
         group_size=args.group_size,
     )
+    _print_exported(args, destination, manifest)
+
+
+def _onnx(args: argparse.Namespace) -> None:
+    from .checkpoints import default_checkpoint
+    from .export import progress
+    from .export_onnx import add_onnx, export_onnx
+
+    report = progress(time.monotonic())
+    if args.add:
+        _refuse_with_add(args, "checkpoint", "out", "dtype", "all_logits")
+        _set_threads(args, args.add)
+        return _print_exported(args, args.add, add_onnx(args.add, args.max_batch, args.max_length, report))
+    checkpoint = args.checkpoint or default_checkpoint()
+    _set_threads(args, checkpoint)
+    name = "default" if args.checkpoint is None else checkpoint.resolve().name
+    destination = args.out or Path("artifacts") / f"{name}-onnx"
+    options = args.dtype, args.max_batch, args.max_length, args.all_logits
+    _print_exported(args, destination, export_onnx(checkpoint, destination, *options, report))
+
+
+def _refuse_with_add(args: argparse.Namespace, *names: str) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False, "float")]
+    if given:
+        raise ValueError(f"--add takes the bundle's own weights and dtype; leave out {', '.join(given)}")
+
+
+def _print_exported(args: argparse.Namespace, folder: Path, manifest: dict[str, Any]) -> None:
     total = sum(entry["size"] for entry in manifest["files"].values())
+    targets = {name: entry["target"] for name, entry in manifest["programs"].items()}
     if args.json:
-        facts = {"bundle": str(destination), "bytes": total, "dtype": manifest["dtype"]}
-        print(json.dumps({**facts, **{name: e["target"] for name, e in manifest["programs"].items()}}))
+        facts = {"bundle": str(folder), "bytes": total, "dtype": manifest["dtype"]}
+        print(json.dumps({**facts, **targets}))
         return
-    print(f"{destination}: {total:,} bytes, {manifest['dtype']}, {device}; programs equal to the eager model")
-    print(f'next: megalodon-export generate {destination} --prompt "In the beginning"')
+    devices = ", ".join(str(target["device"]) for target in targets.values())
+    print(f"{folder}: {total:,} bytes, {manifest['dtype']}, {devices}; programs equal to the eager model")
+    print(f'next: megalodon-export generate {folder} --prompt "In the beginning"')
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -178,17 +235,26 @@ def _generate(args: argparse.Namespace) -> None:
 
     _set_threads(args, args.bundle)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    session = load(args.bundle, runtime=args.runtime, device=args.device)
+    runtime = args.runtime or _runtimes(args.bundle)[-1]
+    session = load(args.bundle, runtime=runtime, device=args.device)
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
     pieces = session.generate(prompt, args.max_new_tokens, args.stop, **sampling)
     if args.json:
-        print(json.dumps({"prompt": prompt, "text": "".join(pieces), "runtime": args.runtime, **sampling}))
+        print(json.dumps({"prompt": prompt, "text": "".join(pieces), "runtime": runtime, **sampling}))
         return
     sys.stdout.write(prompt)
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()
+
+
+def _runtimes(folder: Path) -> list[str]:
+    """What can run a bundle, best last."""
+    from .bundle import read
+
+    programs = read(folder, "sizes")["programs"]
+    return ["eager", *(name for name in ("onnx", "aoti") if name in programs)]
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -216,8 +282,9 @@ def _bench(args: argparse.Namespace) -> None:
     from .bench import bench, table
 
     _set_threads(args, args.bundle)
-    runtimes = args.runtime or ["eager", "aoti"]
-    report = bench(args.bundle, runtimes, args.batch or [1, 8], args.prompt_tokens, args.tokens)
+    report = bench(
+        args.bundle, args.runtime or _runtimes(args.bundle), args.batch or [1, 8], args.prompt_tokens, args.tokens
+    )
     print(json.dumps(report) if args.json else table(report))
 
 

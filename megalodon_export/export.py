@@ -30,6 +30,7 @@ from .model.config import WeightFormat
 from .weights import CONSTANTS, add_sources, save_constants
 
 Report = Callable[[str], None]
+_CARD_SECTION = "## This bundle"
 _PACKAGES = (
     "torch",
     "transformers",
@@ -167,20 +168,20 @@ def versions() -> dict[str, str]:
 def model_card(manifest: dict[str, Any], checkpoint: Path, parity: dict[str, Any]) -> str:
     """The bundle's README: the checkpoint's own card, then what this bundle is and how exact it is."""
     card = checkpoint / "README.md"
-    own = (
-        card.read_text().rstrip() if card.is_file() else f"# {checkpoint.name}\n\nNo model card came with the weights."
-    )
-    target = manifest["programs"]["aoti"]["target"]
+    own = card.read_text() if card.is_file() else f"# {checkpoint.name}\n\nNo model card came with the weights."
+    own = own.split(_CARD_SECTION)[0].rstrip()  # where the checkpoint is a bundle
+    targets = {name: entry["target"] for name, entry in manifest["programs"].items()}
+    programs = ", ".join(f"{name} for {t['device']} ({t['architecture']})" for name, t in targets.items())
     rows = "\n".join(
         f"| {row['runtime']} | {row['case']} | {row['logits']:.1e} | {row['cache']:.1e} | {row['bound']:.0e} |"
         for row in parity["results"]
     )
     return f"""{own}
 
-## This bundle
+{_CARD_SECTION}
 
-Exported with megalodon-export {manifest["versions"]["megalodon-export"]} and torch {manifest["versions"]["torch"]} for
-{target["device"]} ({target["architecture"]}), {manifest["dtype"]}{_weights_in_words(manifest)}.
+Exported with megalodon-export {manifest["versions"]["megalodon-export"]} and torch {manifest["versions"]["torch"]}:
+{programs}; {manifest["dtype"]}{_weights_in_words(manifest)}.
 Run it with `megalodon-export generate BUNDLE --prompt TEXT`.
 It holds native code: load bundles only from those you trust. Largest differences from the eager model at export:
 

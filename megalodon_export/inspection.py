@@ -19,6 +19,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     config = MegalodonConfig(**manifest["config"])
     parity = folder / bundle.PARITY
     aoti = manifest["programs"].get("aoti", {})
+    graphs = manifest["programs"].get("onnx", {}).get("graphs", {})
     bound = {
         name: {
             (one["file"], numbered(one["tensor"], layer))
@@ -44,20 +45,21 @@ def inspect(folder: Path) -> dict[str, Any]:
         "weights": manifest["weights"],
         "tensors_bound_by_each_program": {name: len(tensors) for name, tensors in bound.items()},
         "distinct_tensors_bound": len(set().union(*bound.values())),
-        "weights_inside_programs": _weights_inside(folder, manifest["weights"], aoti),
+        "weights_inside_programs": _weights_inside(folder, manifest["weights"], aoti, graphs),
         "files": {name: entry["size"] for name, entry in manifest["files"].items()},
         "versions": manifest["versions"],
         "parity": json.loads(parity.read_text()) if parity.is_file() else None,
     }
 
 
-def _weights_inside(folder: Path, weights: str, aoti: dict[str, Any]) -> bool:
-    """Whether a library holds a copy of bytes from the middle of the weights."""
+def _weights_inside(folder: Path, weights: str, aoti: dict[str, Any], graphs: dict[str, Any]) -> bool:
+    """Whether a library or a graph holds a copy of bytes from the middle of the weights."""
     with open(folder / weights, "rb") as file:
         file.seek((folder / weights).stat().st_size // 2)
         sample = file.read(256)
-    libraries = [stage["library"] for stages in aoti.get("stages", {}).values() for stage in stages.values()]
-    return any(sample in (folder / "aoti" / name).read_bytes() for name in libraries)
+    files = [f"aoti/{stage['library']}" for stages in aoti.get("stages", {}).values() for stage in stages.values()]
+    files += [graph["file"] for graph in graphs.values()]
+    return any(sample in (folder / name).read_bytes() for name in files)
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -76,10 +78,11 @@ def table(facts: dict[str, Any]) -> str:
         limits = entry["limits"]
         where = ", ".join(str(target[name][key]) for key in ("device", "architecture"))
         rows.append((name, f"{where}; batch 1..{limits['max_batch']}, up to {limits['max_length']} tokens a call"))
-    if bound:
-        uses = ", ".join(f"{count} by {name}" for name, count in bound.items())
+    if facts["programs"]:
         inside = "and INSIDE the programs" if facts["weights_inside_programs"] else "none inside the programs"
         rows.append(("weights", f"once, in {facts['weights']}; {inside}"))
+    if bound:
+        uses = ", ".join(f"{count} by {name}" for name, count in bound.items())
         rows.append(("bound", f"{facts['distinct_tensors_bound']} tensors, constants included ({uses})"))
     rows += [("file", f"{size:>13,}  {name}") for name, size in facts["files"].items()]
     rows.append(("total", f"{sum(facts['files'].values()):>13,}"))

@@ -23,8 +23,9 @@ from .runtimes import RUNTIMES, Runtime, open_runtime
 BOUNDS = {
     "float32": 1e-4,
     "float64": 1e-9,
-    "bfloat16": 0.5,
-}  # bfloat16: default model 0.25, two units in the last place
+    "bfloat16": 0.5,  # default model 0.25, two units in the last place
+    "float16": 0.1,  # against float32 of the same weights
+}
 
 
 class VerificationError(Exception):

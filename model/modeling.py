@@ -27,9 +27,9 @@ from .quantized import empty_quantized, replace_linear_layers
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def check_dtype(dtype: torch.dtype) -> None:
+def check_dtype(dtype: torch.dtype, supported: tuple[torch.dtype, ...] = SUPPORTED_DTYPES) -> None:
     """TypeError unless the model can run in `dtype`."""
-    if dtype not in SUPPORTED_DTYPES:
+    if dtype not in supported:
         raise TypeError(
             f"Megalodon does not run in {str(dtype).removeprefix('torch.')}: its running statistics and products "
             "overflow or lose precision there; load it with dtype=torch.bfloat16 or torch.float32 (float64 for tests)"
@@ -93,6 +93,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(config)
         self.kernels = False  # see `use_kernels`
+        self.supported_dtypes = SUPPORTED_DTYPES  # an exporter whose runtime keeps statistics in float32 may add to it
         self.embed = nn.Embedding(config.vocab_size, config.model_dim)
         self.rotary = RotaryTable(config.z_head_dim, config.chunk_size, config.rope_base)
         self.layers = nn.ModuleList(MegalodonBlock(config, i) for i in range(config.num_layers))
@@ -130,7 +131,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
 
         `position` (B) is the cache's, None without one.
         """
-        check_dtype(self.dtype_of_weights)
+        check_dtype(self.dtype_of_weights, self.supported_dtypes)
         length = token_ids.shape[1]
         max_length = (max_length or length) + padding_to(max_length or length, BLOCK)
         token_ids = F.pad(token_ids, (0, padding_to(length, BLOCK)))  # once, so that no layer has to
@@ -157,7 +158,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
 
     def begin_decode(self, token_ids: Tensor, position: Tensor) -> tuple[Tensor, Rotary]:
         """As `begin_prefill`, for one token of each row: x (B, D)."""
-        check_dtype(self.dtype_of_weights)
+        check_dtype(self.dtype_of_weights, self.supported_dtypes)
         return self._embed(token_ids), self.rotary(position)
 
     def end_decode(self, x: Tensor, cache: FinalCache) -> Tensor:

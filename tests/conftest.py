@@ -15,6 +15,7 @@ import torch
 from golden_data import convert, write_checkpoint
 from small_models import make_model
 
+from megalodon_export.export_onnx import export_onnx
 from megalodon_export.text import byte_tokenizer
 
 BYTES: dict[str, Any] = {
@@ -100,3 +101,12 @@ def tiny_bundle(bundles: dict[str, Path]) -> Path:
 def short_chunk_bundle(bundles: dict[str, Path]) -> Path:
     """One layer, chunks of 8 tokens: shorter than a block."""
     return bundles["short-chunk"]
+
+
+@pytest.fixture(scope="session")
+def onnx_bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every checkpoint of CHECKPOINTS exported to ONNX."""
+    root = tmp_path_factory.mktemp("onnx-bundles")
+    for name, path in checkpoints.items():
+        export_onnx(path, root / name, max_batch=8)
+    return {name: root / name for name in checkpoints}

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMANDS = {
     "aoti": ("--checkpoint", "--out", "--device", "--dtype", "--max-batch", "--max-length", "--portable"),
+    "onnx": ("--checkpoint", "--out", "--dtype", "--max-batch", "--max-length", "--all-logits", "--add", "--json"),
     "convert": ("upstream", "megalodon-hf", "SRC", "DST"),
     "generate": ("--prompt", "--runtime", "--max-new-tokens", "--temperature", "--top-k", "--seed", "--stop", "--json"),
     "verify": ("bundle", "--json"),

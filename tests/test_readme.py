@@ -49,6 +49,20 @@ def test_command(workplace: Path, line: str) -> None:
         assert "none inside the programs" in printed
 
 
+def test_onnx_commands(workplace: Path) -> None:
+    """In their order: the second and the last read what the first wrote."""
+    lines = blocks("sh")[3].splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
+        words = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
+        printed = run([sys.executable, *words[1:]], workplace)
+        if "generate" in words or "examples" in line:
+            assert len(re.findall(r"\b(the|and|of|shall|LORD|unto|that|his)\b", printed)) >= 3, printed
+        else:
+            assert "programs equal to the eager model" in printed
+
+
 def test_python_program(workplace: Path) -> None:
     (program,) = blocks("python")
     assert "the" in run([sys.executable, "-c", program], workplace)
@@ -63,6 +77,8 @@ def test_ci_runs_the_test_command() -> None:
 def test_readme_names_what_is_in_a_bundle(workplace: Path) -> None:
     bundle = workplace / "artifacts" / "default-aoti-cpu"
     listing = blocks("text")[1]
+    if not (bundle / "decode.onnx").exists():
+        run([sys.executable, "-m", "megalodon_export", "onnx", "--add", str(bundle)], workplace)
     for file in bundle.rglob("*"):
         if file.is_file() and file.name != "tokenizer_config.json":
             assert file.name in listing, f"the README does not name {file.name}"

@@ -1,4 +1,4 @@
-"""Where programs run: one interface for eager and AOTInductor, imported on first use.
+"""Where programs run: one interface for eager, AOTInductor and ONNX Runtime, imported on first use.
 
 A runtime holds the weights and is shared by any number of sessions; the state of a stream is a cache that its caller
 owns. To add one: subclass `Runtime`, name it in RUNTIMES.
@@ -14,7 +14,7 @@ from .base import Runtime, RuntimeUnavailable
 
 __all__ = ["RUNTIMES", "Runtime", "RuntimeUnavailable", "open_runtime"]
 
-RUNTIMES = {"eager": ".eager:EagerRuntime", "aoti": ".aoti:AotiRuntime"}
+RUNTIMES = {"eager": ".eager:EagerRuntime", "aoti": ".aoti:AotiRuntime", "onnx": ".onnx:OnnxRuntime"}
 
 
 def open_runtime(name: str, folder: Path, manifest: dict[str, Any], device: str | None = None) -> Runtime:

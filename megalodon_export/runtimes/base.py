@@ -24,6 +24,8 @@ class Runtime(ABC):
     any length. Rows of a batch are independent and may stand at different positions.
     """
 
+    capturable = True  # on CUDA, a step may be captured in a graph of torch's
+
     def __init__(
         self, config: MegalodonConfig, dtype: torch.dtype, device: torch.device, limits: Limits, all_logits: bool
     ) -> None:
@@ -78,7 +80,7 @@ class Runtime(ABC):
     def decoder(self, cache: MegalodonCache) -> Callable[[Tensor], Tensor]:
         """`decode` bound to one cache. On CUDA it is captured once and replayed; its result is valid until the next."""
         self._check_cache(cache)
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not self.capturable:
             return lambda token_ids: self.run_decode(self._checked(token_ids, cache, dims=1), cache)
         from .cuda_graph import CapturedDecode
 

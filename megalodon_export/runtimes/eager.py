@@ -35,8 +35,9 @@ class ModelRuntime(Runtime):
 
 
 class EagerRuntime(ModelRuntime):
-    """Runs the modules on a bundle's weights."""
+    """Runs the modules on a bundle's weights; float16 ones in float32."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], device: str | None = None) -> None:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        super().__init__(load_model(folder, DTYPES[manifest["dtype"]], chosen))
+        dtype = DTYPES[manifest["dtype"]]
+        super().__init__(load_model(folder, torch.float32 if dtype == torch.float16 else dtype, chosen))

@@ -1,0 +1,262 @@
+"""An ONNX graph under construction: values with symbolic sizes, constants, and shapes that no CPU has to compute.
+
+ONNX Runtime computes with shapes on the CPU, so a graph that does cannot run on CUDA alone. Here nothing does: a
+Reshape has a constant target (0 keeps a dimension, one -1), a dynamic size is taken from a tensor by one Shape node,
+and a join of two dynamic dimensions stays a note in `Val.groups`, since what follows usually splits it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import onnx_ir as ir
+import sympy
+import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from torch import Tensor
+
+OPSET = 24
+BATCH, GRANULES, FOUND = sympy.symbols("B granules found", positive=True, integer=True)  # FOUND: in a tensor's value
+Expr: TypeAlias = sympy.Expr
+Dims: TypeAlias = tuple[Expr, ...]
+
+
+class InGraph:
+    """What a call of the graph computes, so that it is not known at export."""
+
+
+@dataclass(frozen=True, eq=False)
+class Val(InGraph):
+    """A value of the graph. Each dimension that it stands for joins a group of the ONNX value's own."""
+
+    value: ir.Value
+    groups: tuple[Dims, ...]
+
+    @classmethod
+    def of(cls, value: ir.Value, dims: Sequence[Expr]) -> Val:
+        """A value with the dimensions it has."""
+        return cls(value, tuple((dim,) for dim in dims))
+
+    @property
+    def dims(self) -> Dims:
+        """The dimensions of the ONNX value."""
+        return tuple(dim for group in self.groups for dim in group)
+
+    @property
+    def shape(self) -> Dims:
+        """The dimensions that it stands for."""
+        return tuple(sympy.prod(group) for group in self.groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Const:
+    """A tensor known at export: a weight of the checkpoint (it has a name), or what follows from weights."""
+
+    tensor: Tensor
+    name: str | None = None
+
+    @property
+    def shape(self) -> Dims:
+        """Its sizes."""
+        return tuple(sympy.Integer(size) for size in self.tensor.shape)
+
+
+@dataclass(frozen=True)
+class Steps(InGraph):
+    """The whole numbers from start up to stop, not yet in the graph."""
+
+    start: Expr
+    stop: Expr
+    dtype: torch.dtype = torch.int64
+
+    @property
+    def shape(self) -> Dims:
+        """How many there are."""
+        return (sympy.expand(self.stop - self.start),)
+
+
+Operand: TypeAlias = Val | Const | Steps
+
+
+class GraphBuilder:
+    """Nodes, initializers and sizes of one graph. `weight` gives the external tensor of a named constant."""
+
+    def __init__(self, granule: int, largest: dict[Any, int], weight: Callable[[str], ir.ExternalTensor]) -> None:
+        """`largest` values of the symbols."""
+        self.length = granule * GRANULES  # L
+        self.nodes: list[ir.Node] = []
+        self.inputs: dict[str, ir.Value] = {}
+        self.initializers: dict[str, ir.Value] = {}
+        self._granule, self._largest, self._weight = granule, largest, weight
+        self._constants: dict[Any, ir.Value] = {}
+        self._made: dict[Const | Steps, ir.Value] = {}
+        self._kept: list[Const] = []  # a Const is known by its identity, so it must not go
+        self._sources: dict[Expr, tuple[ir.Value, int]] = {}
+        self._shared: dict[Any, ir.Value] = {}
+
+    # ---- nodes and values
+
+    def op(
+        self, kind: str, *inputs: ir.Value, dtype: torch.dtype | None = None, count: int = 1, **attributes: Any
+    ) -> Any:
+        """Add a node; its output (a tuple if `count` > 1) has the given dtype, or the first input's."""
+        of = from_torch_dtype(dtype) if dtype is not None else inputs[0].dtype
+        assert of is not None
+        outputs = [ir.Value(name=f"{kind.lower()}_{len(self.nodes)}_{i}", type=ir.TensorType(of)) for i in range(count)]
+        node = ir.node(kind, inputs, attributes, outputs=outputs, name=f"{kind}_{len(self.nodes)}")
+        self.nodes.append(node)
+        return outputs[0] if count == 1 else tuple(outputs)
+
+    def input(self, name: str, dims: Sequence[Expr], dtype: torch.dtype) -> Val:
+        """Add an input of the graph; sizes found nowhere else are taken from it."""
+        value = ir.Value(name=name, type=ir.TensorType(from_torch_dtype(dtype)), shape=self.named_shape(dims))
+        self.inputs[name] = value
+        for axis, dim in enumerate(dims):
+            if dim.free_symbols:
+                self._sources.setdefault(dim, (value, axis))
+        return Val.of(value, dims)
+
+    def named_shape(self, dims: Sequence[Expr]) -> ir.Shape:
+        """Sizes as a user reads them: numbers, B, L."""
+        names = {BATCH: "B", self.length: "L"}
+        return ir.Shape([int(dim) if dim.is_number else names[dim] for dim in dims])
+
+    def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> ir.Value:
+        """A small constant (a number or nested lists), once for all who use it."""
+        key = repr(value), dtype
+        if key not in self._constants:
+            self._constants[key] = self._initializer(torch.tensor(value, dtype=dtype))
+        return self._constants[key]
+
+    def once(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
+        """What is made for the first who asks, for all who do."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def value(self, operand: Operand) -> ir.Value:
+        """The operand as an ONNX value of its own dimensions."""
+        if isinstance(operand, Val):
+            return self.reshape(operand, operand.shape).value
+        if operand not in self._made:
+            self._made[operand] = self._make(operand)
+        return self._made[operand]
+
+    def val(self, operand: Operand) -> Val:
+        """The operand as a value of the graph, joined dimensions left as they are."""
+        return operand if isinstance(operand, Val) else Val.of(self.value(operand), operand.shape)
+
+    def _make(self, operand: Const | Steps) -> ir.Value:
+        if isinstance(operand, Steps):
+            return self._steps(operand)
+        self._kept.append(operand)
+        if operand.name is not None:
+            external = self._weight(operand.name)
+            value = ir.Value(
+                name=operand.name, type=ir.TensorType(external.dtype), shape=external.shape, const_value=external
+            )
+            return self.initializers.setdefault(operand.name, value)
+        return self._initializer(operand.tensor)
+
+    def _initializer(self, tensor: Tensor) -> ir.Value:
+        name = f"constant_{len(self.initializers)}"
+        kept = TorchTensor(tensor.contiguous(), name=name)
+        value = ir.Value(name=name, type=ir.TensorType(kept.dtype), shape=kept.shape, const_value=kept)
+        self.initializers[name] = value
+        return value
+
+    # ---- shapes
+
+    def reshape(self, x: Val, dims: Sequence[Expr], groups: tuple[Dims, ...] | None = None) -> Val:
+        """x with other dimensions, by a constant target. ValueError where only computed sizes could say it."""
+        own, dims = x.dims, tuple(dims)
+        result = groups or tuple((dim,) for dim in dims)
+        if own == dims:
+            return Val(x.value, result)
+        target = []
+        for axis, dim in enumerate(dims):
+            kept = axis < len(own) and own[axis] == dim
+            target.append(int(dim) if dim.is_number else 0 if kept else -1)
+        if target.count(-1) > 1:
+            raise ValueError(
+                f"no constant target for a Reshape of {own} to {dims}: two sizes would have to be computed"
+            )
+        return Val(self.op("Reshape", x.value, self.constant(target)), result)
+
+    def size(self, dim: Expr) -> ir.Value:
+        """A dynamic size as an int64 tensor of one element, in host memory: for the ends of a Slice, nothing else."""
+        if dim not in self._sources:
+            self._sources[dim] = self._source(dim)
+        value, axis = self._sources[dim]
+        return self.op("Shape", value, dtype=torch.int64, start=axis, end=axis + 1)
+
+    def find(self, number: ir.Value, largest: int) -> None:
+        """Let FOUND be a number that the graph computes, an integer scalar."""
+        self._largest[FOUND] = largest
+        count = self.op("Cast", number, dtype=torch.int64, to=int(ir.DataType.INT64))
+        self._sources[FOUND] = self._first(FOUND, self.op("Reshape", count, self.constant([1]))), 0
+
+    def _first(self, dim: Expr, count: ir.Value) -> ir.Value:
+        """The first so many whole numbers, out of a table."""
+        table = self.value(Const(torch.arange(self.largest(dim))))
+        return self.op("Slice", table, self.constant([0]), count, self.constant([0]))
+
+    def _source(self, dim: Expr) -> tuple[ir.Value, int]:
+        """A tensor with a dimension of a size: the length in parts, or several vectors one after the other."""
+        terms = dim.as_coefficients_dict()
+        factor = terms.get(GRANULES, 0)
+        if set(terms) == {GRANULES} and self._granule % factor == 0:
+            value, axis = self._sources[self.length]
+            assert axis == 1
+            return self.op("Reshape", value, self.constant([0, -1, self._granule // int(factor)])), 1
+        parts: list[ir.Value] = []
+        for symbol, count in terms.items():
+            if not (count.is_Integer and count > 0):
+                raise ValueError(f"no tensor of the graph has a dimension of {dim}")
+            if symbol == 1:
+                parts.append(self.value(Const(torch.arange(int(count)))))
+                continue
+            step = max(d for d in range(1, int(count) + 1) if count % d == 0 and self._granule % d == 0)
+            unit = step * symbol if symbol == GRANULES else symbol
+            parts += [self._first(unit, self.size(unit))] * (int(count) // (step if symbol == GRANULES else 1))
+        return self.op("Concat", *parts, axis=0), 0
+
+    def largest(self, dim: Expr) -> int:
+        """The largest value of a size within the limits."""
+        return int(dim.subs(self._largest))
+
+    def _steps(self, steps: Steps) -> ir.Value:
+        (size,) = steps.shape
+        result = self._first(size, self.size(size))
+        if steps.start != 0:
+            result = self.op("Add", result, self.constant(int(steps.start)))
+        if steps.dtype != torch.int64:
+            result = self.op("Cast", result, dtype=steps.dtype, to=int(from_torch_dtype(steps.dtype)))
+        return result
+
+    def number(self, expression: Expr) -> ir.Value:
+        """A dynamic size as an int64 scalar on the device: the last of so many steps."""
+        steps = self.value(Steps(sympy.Integer(1), expression + 1))
+        return self.op("Gather", steps, self.constant(-1), axis=0)
+
+    # ---- the finished graph
+
+    def graph(self, name: str, outputs: dict[str, Val]) -> ir.Graph:
+        """The graph with the outputs by name; what none of them needs is left out."""
+        results = []
+        for label, val in outputs.items():
+            value = self.value(val)
+            if value.producer() is None or value in results:  # an input or a constant as it is
+                value = self.op("Identity", value)
+            value.name, value.shape = label, self.named_shape(val.shape)
+            results.append(value)
+        return ir.Graph(
+            list(self.inputs.values()),
+            results,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET},
+            name=name,
+        )

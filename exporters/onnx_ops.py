@@ -1,0 +1,282 @@
+"""How ONNX says elementwise operations, sizes and the order of dimensions. Importing registers the handlers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .onnx_fft import Spectrum, multiply
+from .onnx_graph import Expr, Operand, Steps, Val
+from .onnx_translator import Translator, aten, axis_of, handles, place, regroup, with_dim
+
+# ---- elementwise -----------------------------------------------------------------------------------------------------
+
+BINARY: dict[Any, str] = {
+    **{aten.add.Tensor: "Add", aten.sub.Tensor: "Sub", aten.mul.Tensor: "Mul", aten.div.Tensor: "Div"},
+    **{aten.minimum.default: "Min", aten.remainder.Scalar: "Mod", aten.floor_divide.default: "Div"},
+}
+COMPARE: dict[Any, str] = {
+    **{aten.le.Tensor: "LessOrEqual", aten.ge.Tensor: "GreaterOrEqual", aten.lt.Tensor: "Less"},
+    **{aten.le.Scalar: "LessOrEqual", aten.ge.Scalar: "GreaterOrEqual", aten.lt.Scalar: "Less"},
+    **{aten.gt.Scalar: "Greater", aten.eq.Scalar: "Equal"},
+}
+UNARY: dict[Any, str] = {
+    **{aten.exp.default: "Exp", aten.cos.default: "Cos", aten.sin.default: "Sin", aten.neg.default: "Neg"},
+    **{aten.floor.default: "Floor", aten.reciprocal.default: "Reciprocal"},
+}
+
+
+@handles(*BINARY)
+def _binary(t: Translator, node: fx.Node, a: Any, b: Any) -> Any:
+    """Whole numbers are divided as if they were not negative, which those of the model are not."""
+    if isinstance(a, Steps) and node.target is aten.add.Tensor and isinstance(b, int | sympy.Integer):
+        return replace(a, start=a.start + b, stop=a.stop + b)
+    if isinstance(a, Spectrum):
+        return multiply(t, a, b)
+    dtype = node.meta["val"].dtype
+    return t.op(node, BINARY[node.target], t.operand(a, dtype), t.operand(b, dtype))
+
+
+@handles(*COMPARE)
+def _compare(t: Translator, node: fx.Node, a: Any, b: Any) -> Val:
+    dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+    return t.op(node, COMPARE[node.target], t.operand(a, dtype), t.operand(b, dtype))
+
+
+@handles(*UNARY)
+def _unary(t: Translator, node: fx.Node, x: Operand) -> Val:
+    return t.op(node, UNARY[node.target], t.graph.value(x))
+
+
+@handles(aten.__and__.Tensor)
+def _and(t: Translator, node: fx.Node, a: Operand, b: Operand) -> Val:
+    return t.op(node, "And", t.graph.value(a), t.graph.value(b))
+
+
+@handles(aten.clamp.default)
+def _clamp(t: Translator, node: fx.Node, x: Operand, low: Any = None, high: Any = None) -> Val:
+    """Max, not Clip, which has no float64 kernel on CUDA."""
+    dtype = node.meta["val"].dtype
+    value = t.graph.value(x)
+    if low is not None:
+        value = t.graph.op("Max", value, t.operand(low, dtype))
+    if high is not None:
+        value = t.graph.op("Min", value, t.operand(high, dtype))
+    return Val.of(value, t.dims(node))
+
+
+@handles(aten.square.default)
+def _square(t: Translator, node: fx.Node, x: Operand) -> Val:
+    return t.op(node, "Mul", t.graph.value(x), t.graph.value(x))
+
+
+@handles(aten.rsqrt.default)
+def _rsqrt(t: Translator, node: fx.Node, x: Operand) -> Val:
+    return t.op(node, "Reciprocal", t.graph.op("Sqrt", t.graph.value(x)))
+
+
+@handles(aten.silu.default)
+def _silu(t: Translator, node: fx.Node, x: Operand) -> Val:
+    value = t.graph.value(x)
+    return t.op(node, "Mul", value, t.graph.op("Sigmoid", value))
+
+
+@handles(aten.to.dtype)
+def _to(t: Translator, node: fx.Node, x: Operand, dtype: torch.dtype) -> Val:
+    return Val.of(t.cast(t.graph.value(x), dtype), t.dims(node))
+
+
+@handles(aten.where.self, aten.where.ScalarOther)
+def _where(t: Translator, node: fx.Node, condition: Operand, a: Any, b: Any) -> Val:
+    """Among booleans by And and Or: Where has no kernel for them on CUDA."""
+    dtype, chosen = node.meta["val"].dtype, t.graph.value(condition)
+    yes, no = t.operand(a, dtype), t.operand(b, dtype)
+    if dtype != torch.bool:
+        return t.op(node, "Where", chosen, yes, no)
+    otherwise = t.graph.op("And", t.graph.op("Not", chosen), no)
+    return t.op(node, "Or", t.graph.op("And", chosen, yes), otherwise)
+
+
+@handles(aten.clone.default, aten.detach.default)
+def _same(t: Translator, node: fx.Node, x: Operand, memory_format: Any = None) -> Operand:
+    return x
+
+
+# ---- sizes and order -------------------------------------------------------------------------------------------------
+
+
+@handles(aten.arange.default, aten.arange.start)
+def _arange(t: Translator, node: fx.Node, *bounds: Expr, **_: Any) -> Steps:
+    start, stop = bounds if len(bounds) == 2 else (sympy.Integer(0), *bounds)
+    return Steps(sympy.sympify(start), stop, node.meta["val"].dtype)
+
+
+@handles(aten.expand.default)
+def _expand(t: Translator, node: fx.Node, x: Operand, sizes: Sequence[Any]) -> Val:
+    """By adding zeros of the new shape: an Expand would need its sizes in one tensor."""
+    dims, dtype = t.dims(node), node.meta["val"].dtype
+    value = t.graph.value(x)
+    old = (*[None] * (len(dims) - len(x.shape)), *x.shape)
+    for axis, (dim, before) in enumerate(zip(dims, old, strict=True)):
+        if dim != before:
+            steps = t.graph.value(Steps(sympy.Integer(0), dim))
+            zeros = t.cast(t.graph.op("Sub", steps, steps), dtype)
+            after = list(range(1, len(dims) - axis))
+            column = t.graph.op("Unsqueeze", zeros, t.graph.constant(after)) if after else zeros
+            value = t.graph.op("Add", column, value)
+    return Val.of(value, dims)
+
+
+@handles(aten.unsqueeze.default)
+def _unsqueeze(t: Translator, node: fx.Node, x: Operand, axis: int) -> Val:
+    val = t.graph.val(x)
+    groups = [*val.groups]
+    groups.insert(axis % (len(groups) + 1), (sympy.Integer(1),))
+    return regroup(t, val, tuple(groups))
+
+
+@handles(aten.flatten.using_ints)
+def _flatten(t: Translator, node: fx.Node, x: Operand, start: int = 0, end: int = -1) -> Val:
+    """Joins dimensions, on paper."""
+    val = t.graph.val(x)
+    first, last = axis_of(node, start), axis_of(node, end)
+    joined = tuple(dim for group in val.groups[first : last + 1] for dim in group)
+    return Val(val.value, (*val.groups[:first], joined, *val.groups[last + 1 :]))
+
+
+@handles(aten.unflatten.int)
+def _unflatten(t: Translator, node: fx.Node, x: Operand, axis: int, sizes: Sequence[Any]) -> Val:
+    val, axis = t.graph.val(x), axis_of(node, axis)
+    parts = tuple((dim,) for dim in t.dims(node)[axis : axis + len(sizes)])
+    return regroup(t, val, (*val.groups[:axis], *parts, *val.groups[axis + 1 :]))
+
+
+@handles(aten.view.default)
+def _view(t: Translator, node: fx.Node, x: Operand, sizes: Sequence[Any]) -> Val:
+    return t.graph.reshape(t.graph.val(x), t.dims(node))
+
+
+@handles(aten.permute.default)
+def _permute(t: Translator, node: fx.Node, x: Operand, order: Sequence[Any]) -> Val:
+    return transposed(t, x, [int(axis) for axis in order])
+
+
+@handles(aten.transpose.int, aten.mT.default)
+def _transpose(t: Translator, node: fx.Node, x: Any, first: int = -2, second: int = -1) -> Any:
+    if isinstance(x, Spectrum):  # is in one order always
+        return x
+    order = list(range(node.args[0].meta["val"].dim()))  # type: ignore[union-attr]
+    order[first], order[second] = order[second], order[first]
+    return transposed(t, x, order)
+
+
+def transposed(t: Translator, x: Operand, order: Sequence[int]) -> Val:
+    """Dimensions in another order; back in the first one, it is what it was."""
+    val = t.graph.val(x)
+    places = iter(range(len(val.dims)))
+    grouped = [[next(places) for _ in group] for group in val.groups]
+    perm, groups = [place for axis in order for place in grouped[axis]], tuple(val.groups[axis] for axis in order)
+    producer = val.value.producer()
+    if producer is not None and producer.op_type == "Transpose":
+        earlier = producer.attributes["perm"].as_ints()
+        if [earlier[place] for place in perm] == list(range(len(perm))):
+            return Val(producer.inputs[0], groups)  # type: ignore[arg-type]
+    return Val(t.graph.op("Transpose", val.value, perm=perm), groups)
+
+
+@handles(aten.cat.default)
+def _cat(t: Translator, node: fx.Node, parts: Sequence[Operand], axis: int = 0) -> Val:
+    vals, axis = [t.graph.val(part) for part in parts], axis % node.meta["val"].dim()
+    others = {(*val.groups[:axis], *val.groups[axis + 1 :]) for val in vals}
+    if len(others) > 1 or any(len(val.groups[axis]) > 1 for val in vals):
+        vals = [t.graph.reshape(val, val.shape) for val in vals]
+    value = t.graph.op("Concat", *(val.value for val in vals), axis=place(vals[0], axis))
+    result = with_dim(vals[0], value, axis, t.dims(node)[axis])
+    source = node.args[0][0]  # type: ignore[index]
+    while source.target in (aten.unsqueeze.default, aten.index_select.default):  # type: ignore[union-attr,operator]
+        source = source.args[0]  # type: ignore[union-attr]
+    if source in t.inputs.values():
+        t.copies[source] = result, vals[0].shape[axis]  # type: ignore[index]
+    return result
+
+
+@handles(aten.stack.default)
+def _stack(t: Translator, node: fx.Node, parts: Sequence[Operand], axis: int = 0) -> Val:
+    axes = t.graph.constant([axis % node.meta["val"].dim()])
+    return t.op(node, "Concat", *(t.graph.op("Unsqueeze", t.graph.value(p), axes) for p in parts), axis=axis)
+
+
+@handles(aten.chunk.default)
+def _chunk(t: Translator, node: fx.Node, x: Operand, count: Any, axis: int = 0) -> list[Val]:
+    parts = t.graph.op("Split", t.graph.value(x), count=int(count), axis=axis, num_outputs=int(count))
+    return [Val.of(part, t.dims(node, i)) for i, part in enumerate(parts)]
+
+
+@handles(aten.unbind.int)
+def _unbind(t: Translator, node: fx.Node, x: Operand, axis: int = 0) -> list[Val]:
+    value, count = t.graph.value(x), len(node.meta["val"])
+    parts = [t.graph.op("Gather", value, t.graph.constant(i), axis=axis_of(node, axis)) for i in range(count)]
+    return [Val.of(part, t.dims(node, i)) for i, part in enumerate(parts)]
+
+
+@handles(aten.select.int)
+def _select(t: Translator, node: fx.Node, x: Operand, axis: int, index: Any) -> Val:
+    val, axis = t.graph.val(x), axis_of(node, axis)
+    if val.groups[axis] == (sympy.Integer(1),):
+        return regroup(t, val, (*val.groups[:axis], *val.groups[axis + 1 :]))
+    return t.op(node, "Gather", t.graph.value(x), t.graph.constant(int(index)), axis=axis)
+
+
+@handles(aten.narrow.default)
+def _narrow(t: Translator, node: fx.Node, x: Operand, axis: int, start: Any, length: Any) -> Val:
+    return slice_of(t, node, x, axis, start, start + length)
+
+
+@handles(aten.slice.Tensor)
+def slice_of(t: Translator, node: fx.Node, x: Operand, axis: int = 0, start: Any = None, end: Any = None) -> Any:
+    """A part of a dimension. An end that is a size of the graph is read from a tensor that has it."""
+    val, axis = t.graph.val(x), axis_of(node, axis)
+    if len(val.groups[axis]) > 1:
+        val = t.graph.reshape(val, val.shape)
+    end = sympy.Integer(2**62) if end is None else sympy.sympify(end)
+    start = sympy.sympify(start or 0)
+    missing = sympy.expand(end - val.shape[axis])
+    if missing.is_number and missing >= 0 and start == 0:
+        return val
+    if end.is_number:
+        stop = t.graph.constant([min(int(end), 2**62)])
+    elif missing.is_number:
+        stop = t.graph.constant([int(missing)] if missing < 0 else [2**62])
+    else:
+        stop = t.graph.size(end)
+    first = t.graph.constant([int(start)]) if start.is_number else t.graph.size(start)
+    value = t.graph.op("Slice", val.value, first, stop, t.graph.constant([place(val, axis)]))
+    return with_dim(val, value, axis, t.dims(node)[axis])
+
+
+@handles(aten.flip.default)
+def _flip(t: Translator, node: fx.Node, x: Operand, axes: Sequence[Any]) -> Val:
+    places = ([-1] * len(axes), [-(2**62)] * len(axes), [int(axis) for axis in axes], [-1] * len(axes))
+    return t.op(node, "Slice", t.graph.value(x), *(t.graph.constant(place) for place in places))
+
+
+@handles(aten.pad.default)
+def _pad(t: Translator, node: fx.Node, x: Operand, sizes: Sequence[Any]) -> Operand:
+    """Zeros around; in float32 where CUDA's Pad does not know the dtype."""
+    if not any(sizes):
+        return x
+    if not all(sympy.sympify(size).is_number for size in sizes):
+        raise ValueError(f"{node} pads by {sizes}, a size that is not known at export")
+    rank, dtype = node.meta["val"].dim(), node.meta["val"].dtype
+    before, after = [0] * rank, [0] * rank
+    for i in range(0, len(sizes), 2):
+        before[rank - 1 - i // 2], after[rank - 1 - i // 2] = int(sizes[i]), int(sizes[i + 1])
+    value = t.graph.value(x)
+    wide = t.cast(value, torch.float32) if dtype == torch.bfloat16 else value
+    padded = t.graph.op("Pad", wide, t.graph.constant([*before, *after]))
+    return Val.of(t.cast(padded, dtype), t.dims(node))

@@ -1,0 +1,145 @@
+"""Sessions of ONNX Runtime: opened on one device alone, over one copy of the weights, bound to tensors of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime
+import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
+from torch import Tensor
+
+from .base import RuntimeUnavailable
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_MAX_NAMED = 10  # nodes in an error
+
+
+class OnnxSession:
+    """A graph on a device. On CUDA it can be captured, once for each number that `run` is given."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, device: torch.device, kept: list[Any]) -> None:
+        self.onnx, self.device = session, device
+        self._kept = kept  # tensors that the session reads and does not own
+
+    def run(self, binding: onnxruntime.IOBinding, graph: int | None = None) -> None:
+        """Run on bound tensors, and wait for it. `graph`: capture it under this number, or replay it."""
+        options = None
+        if self.device.type == "cuda":
+            options = onnxruntime.RunOptions()
+            options.add_run_config_entry("gpu_graph_id", str(-1 if graph is None else graph))
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
+        self.onnx.run_with_iobinding(binding, options)
+
+    def release(self, graph: int | None) -> None:
+        """Forget what was captured under a number."""
+        if graph is not None and self.device.type == "cuda":
+            self.onnx.release_captured_graph(graph)
+
+
+def require_cuda(device: torch.device) -> None:
+    """RuntimeUnavailable unless torch and ONNX Runtime both have CUDA."""
+    if CUDA not in onnxruntime.get_available_providers() or not torch.cuda.is_available():
+        raise RuntimeUnavailable(
+            f"{device} needs an ONNX Runtime and a torch with CUDA, found onnxruntime {onnxruntime.__version__} with "
+            f"{', '.join(onnxruntime.get_available_providers())} and torch {torch.__version__}; "
+            "install onnxruntime-gpu and a CUDA build of torch, or use the CPU"
+        )
+    onnxruntime.preload_dlls()
+
+
+def open_session(
+    path: Path, device: torch.device, weights: dict[str, onnxruntime.OrtValue], prepack: bool, capture: bool
+) -> OnnxSession:
+    """Open a graph with every node on the device; `weights` by their names in the graph are used as they are.
+
+    RuntimeUnavailable if nodes would run elsewhere; it names them.
+    """
+    if device.type == "cpu":
+        options = _options()
+        if not prepack:  # else every session copies the weights into an order of its own
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return OnnxSession(_open(path, options, [CPU]), device, [])
+    options = _options()
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    for name, value in weights.items():
+        options.add_initializer(name, value)
+    cuda = {"device_id": str(device.index), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+    if capture:
+        cuda["enable_cuda_graph"] = "1"
+    try:
+        session = _open(path, options, [(CUDA, cuda)])
+    except Exception as error:  # pybind's classes of errors have no public names
+        raise RuntimeUnavailable(f"{path.name} does not run on CUDA alone: {error}{_elsewhere(path)}") from error
+    return OnnxSession(session, device, list(weights.values()))
+
+
+def _options() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    return options
+
+
+def _open(path: Path, options: onnxruntime.SessionOptions, providers: list[Any]) -> onnxruntime.InferenceSession:
+    # Constants were folded at export; what is left to fold are weights to be transposed, and copied for that.
+    return onnxruntime.InferenceSession(str(path), options, providers, disabled_optimizers=["ConstantFolding"])
+
+
+def _elsewhere(path: Path) -> str:
+    """Which nodes ONNX Runtime would not run on CUDA, as a sentence; nothing if it has no CUDA provider that works."""
+    options = _options()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = _open(path, options, [CUDA, CPU])
+    if CUDA not in session.get_providers():
+        return "; its CUDA provider could not be loaded: see `megalodon-export doctor`"
+    parts = session.get_provider_graph_assignment_info()
+    nodes = [f"{node.name} ({node.op_type})" for part in parts if part.ep_name != CUDA for node in part.get_nodes()]
+    more = f" and {len(nodes) - _MAX_NAMED} more" if len(nodes) > _MAX_NAMED else ""
+    return f"; on the CPU would run {', '.join(nodes[:_MAX_NAMED])}{more}" if nodes else ""
+
+
+def _external(path: Path) -> dict[str, ir.ExternalTensor]:
+    values = ir.load(path).graph.initializers.values()
+    return {v.name: v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor) and v.name}
+
+
+def shared_weights(paths: list[Path], device: torch.device) -> dict[Path, dict[str, onnxruntime.OrtValue]]:
+    """The external tensors of all graphs on a device, each place in a file once, by their names in each graph."""
+    places: dict[Any, onnxruntime.OrtValue] = {}
+    named: dict[Path, dict[str, onnxruntime.OrtValue]] = {}
+    for path in paths:
+        named[path] = {}
+        for name, tensor in _external(path).items():
+            place = str(tensor.path), tensor.offset
+            if place not in places:
+                places[place] = onnxruntime.OrtValue.from_dlpack(_as_torch(tensor).to(device))
+            named[path][name] = places[place]
+    return named
+
+
+def _as_torch(tensor: ir.ExternalTensor) -> Tensor:
+    dtype = next(d for d in _TORCH_DTYPES if from_torch_dtype(d) == tensor.dtype)
+    return torch.frombuffer(bytearray(tensor.tobytes()), dtype=dtype).reshape(tensor.shape.numpy())
+
+
+_TORCH_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+
+
+def bind(
+    session: OnnxSession, entry: dict[str, Any], inputs: dict[str, Tensor], outputs: dict[str, Tensor]
+) -> onnxruntime.IOBinding:
+    """Bind tensors, by the manifest's names, to a graph's inputs and outputs; by address, so they must stay alive."""
+    binding = session.onnx.io_binding()
+    index = session.device.index or 0
+    for one in entry["inputs"]:
+        tensor = inputs[one["tensor"]]
+        place = (session.device.type, index, int(from_torch_dtype(tensor.dtype)), tensor.shape, tensor.data_ptr())
+        binding.bind_input(one["name"], *place)
+    for one in entry["outputs"]:
+        tensor = outputs[one["tensor"]]
+        place = (session.device.type, index, int(from_torch_dtype(tensor.dtype)), tensor.shape, tensor.data_ptr())
+        binding.bind_output(one["name"], *place)
+    return binding
