@@ -5,15 +5,32 @@ Importing registers the model with transformers' Auto classes. `load` opens a bu
 
 from __future__ import annotations
 
-from contextlib import suppress
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .session import Session, load
     from .snapshot import Snapshot
 
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Where torchao is installed transformers imports it, and it warns of each extension for another kind of GPU."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 # A broken torch must not keep `doctor` from saying so; whatever needs the model raises its error again.
-with suppress(ImportError, OSError):
+with suppress(ImportError, OSError), _without_remarks():
     from . import model  # noqa: F401 - registers the classes
 
 __version__ = "0.1.0"

@@ -8,17 +8,14 @@ the embedding becomes an int8 tensor of its own, so that the embedding stays wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .config import QUANTIZED_FORMATS, WeightFormat
 from .norm import accumulation_dtype, cast
-
-if TYPE_CHECKING:
-    from .modeling import MegalodonForCausalLM
 
 ZERO = 8  # the 4 bits of the integer 0
 _RANGES = {"int8": (-128, 127), "int4": (-8, 7)}
@@ -78,8 +75,8 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.cat([wide & 15, wide >> 4], dim=-1) - ZERO
 
 
-def quantize(model: MegalodonForCausalLM, weight_format: WeightFormat, group_size: int | None = None) -> None:
-    """Quantise the linear layers of a model in place, and say so in its config.
+def quantize(model: PreTrainedModel, weight_format: WeightFormat, group_size: int | None = None) -> None:
+    """Quantise the linear layers of a MegalodonForCausalLM in place, and say so in its config.
 
     `group_size` is int4's number of features a scale (default 32). ValueError for a model that is quantised already,
     for formats that do not exist, or for groups that do not divide half a row; ImportError without torchao.
@@ -103,7 +100,7 @@ def quantize(model: MegalodonForCausalLM, weight_format: WeightFormat, group_siz
         return new.train(layer.training)
 
     replace_linear_layers(model, weight_format, quantized)
-    model.config = model.model.config = config
+    model.config = model.base_model.config = config  # type: ignore[assignment]
     # the head is tied no longer; from __init__ on this lists what saving leaves out
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
 
