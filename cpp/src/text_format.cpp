@@ -47,7 +47,7 @@ std::string type_name(const nlohmann::json& value) {
 std::string list_text(const std::vector<int64_t>& values) {
   std::vector<std::string> items;
   for (const int64_t value : values) items.push_back(std::to_string(value));
-  return "[" + with_commas(items) + "]";
+  return std::string("[").append(with_commas(items)).append("]");
 }
 
 std::string with_commas(const std::vector<std::string>& items) {
