@@ -148,11 +148,17 @@ void hash(std::vector<Suspect>& suspects) {
   work();
 }
 
+// A name as text: a zero byte would end the message.
+std::string shown(std::string name) {
+  for (std::size_t at = name.find('\0'); at != std::string::npos; at = name.find('\0')) name.replace(at, 1, "\\0");
+  return name;
+}
+
 Error report(const fs::path& root, const Problems& problems) {
   std::string text = root.string() + " is not the bundle that was exported:\n";
   std::size_t count = 0;
   for (const auto& [name, problem] : problems) {
-    if (++count <= kMaxProblems) text += "  " + name + ": " + problem + "\n";
+    if (++count <= kMaxProblems) text += "  " + shown(name) + ": " + problem + "\n";
   }
   if (count > kMaxProblems) text += "  ... and " + std::to_string(count - kMaxProblems) + " more\n";
   return bad_bundle(text + kRenew);
@@ -161,7 +167,8 @@ Error report(const fs::path& root, const Problems& problems) {
 }  // namespace
 
 json parse_json(std::string_view text, const fs::path& path) {
-  const auto unreadable = [&](const std::string& why) {
+  const auto unreadable = [&](std::string why) {
+    std::ranges::replace_if(why, [](char c) { return c < ' '; }, '?');  // the parser quotes what it cannot read
     return bad_bundle(path.string() + ": a JSON object expected, found something unreadable (" + why + "). " + kRenew);
   };
   const json::parser_callback_t check_depth = [&](int depth, json::parse_event_t, json&) {
