@@ -97,7 +97,12 @@ def test_other_machines_programs_are_refused(
 LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "limits": (lambda m: m["programs"]["aoti"]["limits"].update(granule=0), r"limits\.granule: a whole number in 1"),
     "cache dtype": (lambda m: m["cache"][0].update(dtype="float8"), r"cache\[0\]\.dtype: no dtype"),
-    "cache size": (lambda m: m["cache"][0].update(row_shape=[2**40, 2**40]), "less than a terabyte"),
+    "cache shape": (
+        lambda m: m["cache"][0].update(row_shape=[2, 64, 4]),
+        r"row_shape: \[2, 64, 8\] expected, \[2, 64, 4",
+    ),
+    "cache size": (lambda m: m["dimensions"].update(C=32), r"row_shape: \[2, 32, 8\] expected, \[2, 64, 8\] found"),
+    "no position": (lambda m: m["cache"].pop(), "final.position, int64, expected, none found"),
     "no library": (lambda m: stage(m).pop("library"), '"library" expected, none found'),
     "a library elsewhere": (lambda m: stage(m).update(library="../../x.so"), "one of the files listed expected"),
     "weights elsewhere": (lambda m: weight(m).update(file="/etc/passwd"), "one of the files listed expected"),

@@ -168,7 +168,8 @@ Error report(const fs::path& root, const Problems& problems) {
 
 json parse_json(std::string_view text, const fs::path& path) {
   const auto unreadable = [&](std::string why) {
-    std::ranges::replace_if(why, [](char c) { return c < ' '; }, '?');  // the parser quotes what it cannot read
+    std::ranges::replace_if(
+        why, [](char c) { return c < ' ' || c > '~'; }, '?');  // the parser quotes what it cannot read
     return bad_bundle(path.string() + ": a JSON object expected, found something unreadable (" + why + "). " + kRenew);
   };
   const json::parser_callback_t check_depth = [&](int depth, json::parse_event_t, json&) {

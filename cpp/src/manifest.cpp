@@ -129,7 +129,20 @@ void check_target(const Node& target, const Node& versions) {
   }
 }
 
-CacheTensor read_cache_tensor(const Node& node) {
+// Programs trust the sizes of the cache, and no hash covers the manifest: what it says twice must agree.
+void check_row_shape(const Node& node, const Node& dimensions) {
+  std::vector<std::int64_t> shape;
+  for (const std::string& dim : node["dims"].texts()) {
+    const bool is_number =
+        !dim.empty() && dim.size() < 10 && std::ranges::all_of(dim, [](char c) { return c >= '0' && c <= '9'; });
+    if (dim != "B") shape.push_back(is_number ? std::stoll(dim) : dimensions[dim].whole(1, std::int64_t{1} << 40));
+  }
+  const std::vector<std::int64_t> found = node["row_shape"].sizes();
+  if (found != shape) throw node["row_shape"].flaw(list_text(shape) + " expected, " + list_text(found) + " found");
+}
+
+CacheTensor read_cache_tensor(const Node& node, const Node& dimensions) {
+  check_row_shape(node, dimensions);
   CacheTensor tensor{node["name"].text(), node["row_shape"].sizes(), node["dtype"].dtype(),
                      node["initial_value"].number(), 0};
   tensor.row_bytes = tensor.dtype->size;
@@ -209,7 +222,13 @@ Manifest read_manifest(const std::filesystem::path& folder, const json& manifest
                   .cache = {},
                   .programs = {}};
   if (result.max_length % result.granule != 0) throw limits.flaw("max_length as a multiple of granule expected");
-  for (const Node& tensor : root["cache"].items()) result.cache.push_back(read_cache_tensor(tensor));
+  for (const Node& tensor : root["cache"].items()) {
+    result.cache.push_back(read_cache_tensor(tensor, root["dimensions"]));
+  }
+  const auto position = std::ranges::find(result.cache, kPosition, &CacheTensor::name);
+  if (position == result.cache.end() || position->dtype->name != "int64" || !position->row_shape.empty()) {
+    throw root["cache"].flaw(std::string(kPosition) + ", int64, expected, none found");
+  }
   for (const char* name : {"prefill", "decode", "decode_one"}) {
     if (std::string(name) == "decode_one" && !entry["stages"].has(name)) continue;
     const Node stages = entry["stages"][name];

@@ -12,6 +12,9 @@
 
 namespace megalodon::impl {
 
+// The cache's count of the tokens of each row.
+inline constexpr const char* kPosition = "final.position";
+
 // One tensor of the cache; its rows (streams) are independent, and contiguous.
 struct CacheTensor {
   std::string name;

@@ -65,7 +65,7 @@ void Session::require_usable() const {
 
 std::int64_t Session::tokens_seen() const {
   const auto& layout = engine_->manifest().cache;
-  const auto index = std::ranges::find(layout, "final.position", &CacheTensor::name) - layout.begin();
+  const auto index = std::ranges::find(layout, kPosition, &CacheTensor::name) - layout.begin();
   std::int64_t position = 0;
   std::memcpy(&position, view_.bytes(static_cast<std::size_t>(index)).data(), sizeof position);
   return position;
