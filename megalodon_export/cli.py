@@ -231,11 +231,13 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from .bundle import read
+    from .runtimes import default_runtime
     from .session import load
 
     _set_threads(args, args.bundle)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    runtime = args.runtime or _runtimes(args.bundle)[-1]
+    runtime = args.runtime or default_runtime(read(args.bundle, "sizes"))
     session = load(args.bundle, runtime=runtime, device=args.device)
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
     pieces = session.generate(prompt, args.max_new_tokens, args.stop, **sampling)
@@ -250,7 +252,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _runtimes(folder: Path) -> list[str]:
-    """What can run a bundle, best last."""
+    """All that can run a bundle, eager first."""
     from .bundle import read
 
     programs = read(folder, "sizes")["programs"]

@@ -27,6 +27,7 @@ from .model import (
     quantize,
 )
 from .model.config import WeightFormat
+from .snapshot import layout_id
 from .weights import CONSTANTS, add_sources, save_constants
 
 Report = Callable[[str], None]
@@ -136,6 +137,7 @@ def describe(
             }
             for t in cache_layout(config)
         ],
+        "layout_id": layout_id(config),
         "boundary": {
             name: {
                 "inputs": [[s.name, list(s.dims), s.dtype] for s in spec.arguments] + ["cache"],

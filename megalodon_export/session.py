@@ -21,7 +21,7 @@ from . import bundle
 from .checkpoints import TOKENIZER
 from .decode_loop import DecodeLoop, padded_batch
 from .model import MegalodonCache
-from .runtimes import Runtime, open_runtime
+from .runtimes import Runtime, default_runtime, open_runtime
 from .sampling import SamplingParams
 from .snapshot import Snapshot
 from .text import TextStream
@@ -32,16 +32,17 @@ class SessionError(RuntimeError):
     """The session cannot be used: an earlier call failed half-way, so its state is unknown until `reset`."""
 
 
-def load(folder: str | Path, runtime: str = "aoti", device: str | None = None, check: bool = True) -> Session:
+def load(folder: str | Path, runtime: str | None = None, device: str | None = None, check: bool = True) -> Session:
     """Open a bundle and start a session on it.
 
-    `runtime` "aoti" or "eager"; `check=False` skips the hashes (sizes are always checked) for a folder verified before.
+    `runtime` "aoti", "onnx" or "eager", by default that of the bundle's programs; `check=False` skips the hashes (sizes
+    are always checked) for a folder verified before.
     BundleError for a damaged bundle, RuntimeUnavailable where its programs cannot run here.
     """
     folder = Path(folder)
     manifest = bundle.read(folder, check="full" if check else "sizes")
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER)) if (folder / TOKENIZER).is_file() else None
-    return Session(open_runtime(runtime, folder, manifest, device), tokenizer)
+    return Session(open_runtime(runtime or default_runtime(manifest), folder, manifest, device), tokenizer)
 
 
 class Session:

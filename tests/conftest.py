@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import native
 import pytest
 import torch
 from golden_data import convert, write_checkpoint
+from readme import blocks, run
 from small_models import make_model
 
 from megalodon_export.export_onnx import export_onnx
@@ -110,3 +112,37 @@ def onnx_bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPath
     for name, path in checkpoints.items():
         export_onnx(path, root / name, max_batch=8)
     return {name: root / name for name in checkpoints}
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's first command has run; every other one starts with `python`."""
+    folder = tmp_path_factory.mktemp("readme")
+    install, export = blocks("sh")[0].strip().split(" && ")
+    assert install == "pip install -e '.[test]'"
+    printed = run([sys.executable, *export.split()[1:], "--device", "cpu"], folder)
+    assert printed.startswith("artifacts/default-aoti-cpu: ")
+    assert "programs equal to the eager model" in printed
+    return folder
+
+
+@pytest.fixture(scope="session")
+def default_bundle(workplace: Path) -> Path:
+    """The default checkpoint, exported."""
+    return workplace / "artifacts" / "default-aoti-cpu"
+
+
+@pytest.fixture(scope="session")
+def cpp_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ library, its tests and its command line, built."""
+    if lacking := native.missing():
+        pytest.skip(f"the C++ library cannot be built here: install {lacking}")
+    folder = tmp_path_factory.mktemp("cpp")
+    native.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def library(cpp_build: Path) -> native.Library:
+    """The C++ library, loaded."""
+    return native.Library(cpp_build / "libmegalodon.so")

@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def run(command: list[str], folder: Path) -> str:
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command} failed: {done.stderr[-2000:]}"
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the first command has run; every README command starts with `python` or installs."""
-    folder = tmp_path_factory.mktemp("readme")
-    install, export = blocks("sh")[0].strip().split(" && ")
-    assert install == "pip install -e '.[test]'"
-    printed = run([sys.executable, *export.split()[1:], "--device", "cpu"], folder)
-    assert printed.startswith("artifacts/default-aoti-cpu: ")
-    assert "programs equal to the eager model" in printed
-    return folder
+from readme import ROOT, blocks, run
 
 
 @pytest.mark.parametrize("line", [line for line in blocks("sh")[2].splitlines() if line])

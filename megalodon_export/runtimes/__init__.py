@@ -12,9 +12,14 @@ from typing import Any
 
 from .base import Runtime, RuntimeUnavailable
 
-__all__ = ["RUNTIMES", "Runtime", "RuntimeUnavailable", "open_runtime"]
+__all__ = ["RUNTIMES", "Runtime", "RuntimeUnavailable", "default_runtime", "open_runtime"]
 
 RUNTIMES = {"eager": ".eager:EagerRuntime", "aoti": ".aoti:AotiRuntime", "onnx": ".onnx:OnnxRuntime"}
+
+
+def default_runtime(manifest: dict[str, Any]) -> str:
+    """The runtime of a bundle's own programs, AOTInductor's first; for one that has none, the one that says so."""
+    return "onnx" if set(manifest["programs"]) == {"onnx"} else "aoti"
 
 
 def open_runtime(name: str, folder: Path, manifest: dict[str, Any], device: str | None = None) -> Runtime:

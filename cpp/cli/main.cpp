@@ -1,0 +1,113 @@
+// megalodon-cli: continues a prompt from the command line or standard input, streaming, and says where the time went.
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <iostream>
+#include <iterator>
+#include <megalodon.hpp>
+#include <optional>
+
+namespace {
+
+megalodon_session* running = nullptr;
+
+void stop(int) { megalodon_session_stop(running); }
+
+struct Arguments {
+  std::string bundle, prompt, restore, save;
+  std::vector<std::int64_t> ids;
+  megalodon::GenerateOptions generate;
+  bool no_hashes = false, quiet = false;
+};
+
+CLI::App& describe(CLI::App& app, Arguments& arguments) {
+  app.add_option("bundle", arguments.bundle, "folder that `megalodon-export aoti` wrote")->required();
+  auto* prompt = app.add_option("--prompt,-p", arguments.prompt, "text to continue; without it, standard input");
+  app.add_option("--ids", arguments.ids, "token ids to continue; the output is ids, one a line")->excludes(prompt);
+  app.add_option("--max-new-tokens,-n", arguments.generate.max_new_tokens, "at most so many")->capture_default_str();
+  megalodon_sampling& sampling = arguments.generate.sampling;
+  app.add_option("--temperature", sampling.temperature, "0 is greedy")->capture_default_str();
+  app.add_option("--top-k", sampling.top_k, "0 is off")->capture_default_str();
+  app.add_option("--top-p", sampling.top_p, "1 is off")->capture_default_str();
+  app.add_option("--min-p", sampling.min_p, "0 is off")->capture_default_str();
+  app.add_option("--seed", sampling.seed, "equal seeds give equal texts")->capture_default_str();
+  app.add_option("--stop", arguments.generate.stop, "string that ends the text; may be given again")
+      ->allow_extra_args(false);
+  app.add_option("--restore", arguments.restore, "snapshot to go on from");
+  app.add_option("--save", arguments.save, "file for a snapshot of the end");
+  app.add_flag("--no-hashes", arguments.no_hashes, "trust the contents of files of the right size");
+  app.add_flag("--quiet,-q", arguments.quiet, "no timings");
+  return app;
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void report(const megalodon_engine_info& info, const megalodon_generate_result& result, double load, double first) {
+  const double per_second =
+      result.prefill_seconds > 0 ? static_cast<double>(result.prompt_tokens) / result.prefill_seconds : 0;
+  std::fprintf(stderr, "\nload         %10.3f s\n", load);
+  std::fprintf(stderr, "prefill      %10.3f s  %lld tokens, %.1f tokens/s\n", result.prefill_seconds,
+               static_cast<long long>(result.prompt_tokens), per_second);
+  std::fprintf(stderr, "first token  %10.3f s  after the start of generation\n", first);
+  const double steps = static_cast<double>(result.new_tokens) - (result.finish == MEGALODON_FINISH_EOS ? 0 : 1);
+  if (steps >= 1 && result.decode_seconds > 0) {
+    const double rate = steps / result.decode_seconds;
+    const double bytes = static_cast<double>(info.weight_bytes + info.state_bytes);
+    std::fprintf(stderr, "decode       %10.3f s  %.0f steps, %.1f tokens/s, %.2f GB/s of weights and state\n",
+                 result.decode_seconds, steps, rate, rate * bytes / 1e9);
+  }
+  std::fprintf(stderr, "sampling     %10.3f s\n", result.sample_seconds);
+}
+
+void run(const Arguments& arguments) {
+  const auto start = std::chrono::steady_clock::now();
+  const megalodon::Engine engine(arguments.bundle, !arguments.no_hashes);
+  megalodon::Session session(engine);
+  if (!arguments.restore.empty()) session.restore(megalodon::Snapshot::load(arguments.restore));
+  const double load = seconds_since(start);
+  running = session.get();
+  std::signal(SIGINT, stop);
+
+  std::optional<double> first;
+  const auto begin = std::chrono::steady_clock::now();
+  megalodon_generate_result result{};
+  if (!arguments.ids.empty()) {
+    result = session.generate(arguments.ids, arguments.generate, [&](std::int64_t token) {
+      if (!first) first = seconds_since(begin);
+      std::cout << token << '\n' << std::flush;
+    });
+  } else {
+    std::string prompt = arguments.prompt;
+    if (prompt.empty()) prompt.assign(std::istreambuf_iterator<char>(std::cin), {});
+    result = session.generate(prompt, arguments.generate, [&](std::string_view piece) {
+      if (!first) first = seconds_since(begin);
+      std::cout << piece << std::flush;
+      return !std::cout;  // nobody reads any more
+    });
+  }
+  if (!arguments.save.empty()) session.snapshot().save(arguments.save);
+  if (!arguments.quiet) report(engine.info(), result, load, first.value_or(0.0));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Arguments arguments;
+  CLI::App app("Continues a text with an exported Megalodon bundle. Text goes to stdout, timings to stderr.");
+  app.set_version_flag("--version", megalodon_version());
+  try {
+    describe(app, arguments).parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
+  try {
+    run(arguments);
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << '\n';
+    return 1;
+  }
+  return 0;
+}

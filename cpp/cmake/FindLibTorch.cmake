@@ -1,0 +1,34 @@
+# LibTorch::LibTorch: the libraries and the C interface of any libtorch. Not torch's own TorchConfig, which asks for a
+# CUDA toolkit where torch was built with CUDA; this library needs no header of it.
+#
+# LibTorch_ROOT, CMAKE_PREFIX_PATH (as for find_package(Torch)), or else the torch of the Python in PATH.
+set(_hints)
+foreach(_prefix IN LISTS CMAKE_PREFIX_PATH)
+  if(_prefix MATCHES "^(.*)/share/cmake/?$") # torch.utils.cmake_prefix_path
+    list(APPEND _hints ${CMAKE_MATCH_1})
+  endif()
+endforeach()
+if(NOT _hints AND NOT LibTorch_ROOT AND NOT LibTorch_INCLUDE_DIR)
+  find_program(LibTorch_PYTHON NAMES python3 python)
+  if(LibTorch_PYTHON)
+    execute_process(
+      COMMAND ${LibTorch_PYTHON} -c "import importlib.util as u; print(*u.find_spec('torch').submodule_search_locations)"
+      OUTPUT_VARIABLE _found OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+    list(APPEND _hints ${_found})
+  endif()
+endif()
+
+find_path(LibTorch_INCLUDE_DIR torch/csrc/inductor/aoti_torch/c/shim.h HINTS ${_hints} PATH_SUFFIXES include)
+find_library(LibTorch_CPU_LIBRARY torch_cpu HINTS ${_hints} PATH_SUFFIXES lib)
+find_library(LibTorch_C10_LIBRARY c10 HINTS ${_hints} PATH_SUFFIXES lib)
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(LibTorch
+  REQUIRED_VARS LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_INCLUDE_DIR
+  REASON_FAILURE_MESSAGE "Install torch for the Python in PATH, or set LibTorch_ROOT to a libtorch.")
+mark_as_advanced(LibTorch_INCLUDE_DIR LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_PYTHON)
+
+if(LibTorch_FOUND AND NOT TARGET LibTorch::LibTorch)
+  add_library(LibTorch::LibTorch INTERFACE IMPORTED)
+  target_include_directories(LibTorch::LibTorch SYSTEM INTERFACE ${LibTorch_INCLUDE_DIR})
+  target_link_libraries(LibTorch::LibTorch INTERFACE ${LibTorch_CPU_LIBRARY} ${LibTorch_C10_LIBRARY})
+endif()

@@ -1,0 +1,307 @@
+// megalodon.hpp: the C interface of megalodon.h as C++17 classes. Errors are exceptions, handles free themselves.
+//
+//     megalodon::Engine engine("bundle");
+//     megalodon::Session session(engine);
+//     session.generate("In the beginning", {}, [](std::string_view piece) { std::cout << piece << std::flush; });
+//
+// Header-only: the library exports C functions alone, so compilers and their settings may differ on the two sides.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#include "megalodon.h"
+
+namespace megalodon {
+
+// What went wrong, in words; `status` is one of megalodon.h.
+class Error : public std::runtime_error {
+ public:
+  Error(megalodon_status status, const std::string& message) : std::runtime_error(message), status(status) {}
+  megalodon_status status;
+};
+
+namespace detail {
+
+inline void check(megalodon_status status) {
+  if (status != MEGALODON_OK) throw Error(status, megalodon_last_error());
+}
+
+template <auto free>
+struct Free {
+  template <typename Handle>
+  void operator()(Handle* handle) const {
+    free(handle);
+  }
+};
+
+}  // namespace detail
+
+// How a text goes on; the defaults are greedy, 256 tokens at most.
+struct GenerateOptions {
+  megalodon_sampling sampling = MEGALODON_GREEDY;
+  std::int64_t max_new_tokens = 256;
+  std::int64_t eos_token_id = MEGALODON_MODEL_EOS;
+  std::vector<std::string> stop = {};
+};
+
+// The token that a stream samples after `index` others.
+inline std::int64_t sample(const std::vector<float>& logits, const megalodon_sampling& sampling, std::uint64_t index) {
+  std::int64_t token_id = 0;
+  detail::check(megalodon_sample(logits.data(), logits.size(), &sampling, index, &token_id));
+  return token_id;
+}
+
+// The weights and programs of one bundle, for any number of threads and sessions.
+class Engine {
+ public:
+  explicit Engine(const std::string& folder, bool check_hashes = true, std::int32_t concurrency = 0) {
+    megalodon_engine_options options = MEGALODON_ENGINE_OPTIONS_INIT;
+    options.check_hashes = check_hashes ? 1 : 0;
+    options.concurrency = concurrency;
+    megalodon_engine* engine = nullptr;
+    detail::check(megalodon_engine_open(folder.c_str(), &options, &engine));
+    handle_.reset(engine);
+  }
+
+  megalodon_engine_info info() const {
+    megalodon_engine_info info{};
+    info.struct_size = sizeof info;
+    detail::check(megalodon_engine_get_info(get(), &info));
+    return info;
+  }
+
+  std::vector<std::int64_t> encode(std::string_view text) const {
+    std::size_t count = 0;
+    detail::check(megalodon_engine_encode(get(), text.data(), text.size(), nullptr, 0, &count));
+    std::vector<std::int64_t> ids(count);
+    detail::check(megalodon_engine_encode(get(), text.data(), text.size(), ids.data(), count, &count));
+    return ids;
+  }
+
+  megalodon_engine* get() const { return handle_.get(); }
+
+ private:
+  std::unique_ptr<megalodon_engine, detail::Free<megalodon_engine_free>> handle_;
+};
+
+// The state of a stream, as bytes that the Python package reads too.
+class Snapshot {
+ public:
+  explicit Snapshot(megalodon_snapshot* handle) : handle_(handle) {}
+
+  static Snapshot load(const std::string& path) {
+    megalodon_snapshot* snapshot = nullptr;
+    detail::check(megalodon_snapshot_load(path.c_str(), &snapshot));
+    return Snapshot(snapshot);
+  }
+  static Snapshot from_bytes(std::string_view bytes) {
+    megalodon_snapshot* snapshot = nullptr;
+    detail::check(megalodon_snapshot_from_bytes(bytes.data(), bytes.size(), &snapshot));
+    return Snapshot(snapshot);
+  }
+  void save(const std::string& path) const { detail::check(megalodon_snapshot_save(get(), path.c_str())); }
+  // Valid as long as the snapshot.
+  std::string_view bytes() const {
+    const void* data = nullptr;
+    std::size_t size = 0;
+    detail::check(megalodon_snapshot_bytes(get(), &data, &size));
+    return {static_cast<const char*>(data), size};
+  }
+
+  const megalodon_snapshot* get() const { return handle_.get(); }
+
+ private:
+  std::unique_ptr<megalodon_snapshot, detail::Free<megalodon_snapshot_free>> handle_;
+};
+
+// One stream of tokens. One call at a time.
+class Session {
+ public:
+  explicit Session(const Engine& engine) {
+    megalodon_session* session = nullptr;
+    detail::check(megalodon_session_create(engine.get(), &session));
+    adopt(session, engine.info().logits_size);
+  }
+
+  Session fork() {
+    megalodon_session* session = nullptr;
+    detail::check(megalodon_session_fork(get(), &session));
+    Session other;
+    other.adopt(session, static_cast<std::int64_t>(logits_size_));
+    return other;
+  }
+
+  void reset() { detail::check(megalodon_session_reset(get())); }
+
+  std::int64_t position() {
+    std::int64_t position = 0;
+    detail::check(megalodon_session_position(get(), &position));
+    return position;
+  }
+
+  // Logits after the last token.
+  std::vector<float> prefill(const std::vector<std::int64_t>& token_ids) {
+    std::vector<float> logits(logits_size_);
+    detail::check(megalodon_session_prefill(get(), token_ids.data(), token_ids.size(), logits.data()));
+    return logits;
+  }
+
+  std::vector<float> decode(std::int64_t token_id) {
+    std::vector<float> logits(logits_size_);
+    detail::check(megalodon_session_decode(get(), token_id, logits.data()));
+    return logits;
+  }
+
+  // Gives each token, or piece of text, to `callback` as soon as it is certain. A callback that returns true ends the
+  // generation, one that returns nothing does not, and what it throws comes out here.
+  template <typename Callback>
+  megalodon_generate_result generate(const std::vector<std::int64_t>& prompt, const GenerateOptions& options,
+                                     Callback&& callback) {
+    Relay<Callback> relay{callback, nullptr};
+    return run(relay, options, [&](const auto* c_options, auto* result) {
+      return megalodon_session_generate(
+          get(), prompt.data(), prompt.size(), c_options,
+          [](void* user, std::int64_t token) { return static_cast<Relay<Callback>*>(user)->call(token); }, &relay,
+          result);
+    });
+  }
+
+  template <typename Callback>
+  megalodon_generate_result generate(const std::string& prompt, const GenerateOptions& options, Callback&& callback) {
+    Relay<Callback> relay{callback, nullptr};
+    return run(relay, options, [&](const auto* c_options, auto* result) {
+      return megalodon_session_generate_text(
+          get(), prompt.c_str(), c_options,
+          [](void* user, const char* piece, std::size_t size) {
+            return static_cast<Relay<Callback>*>(user)->call(std::string_view(piece, size));
+          },
+          &relay, result);
+    });
+  }
+
+  // From any thread: ends the generation that runs, or the next one.
+  void stop() { megalodon_session_stop(get()); }
+
+  Snapshot snapshot() {
+    megalodon_snapshot* snapshot = nullptr;
+    detail::check(megalodon_session_snapshot(get(), &snapshot));
+    return Snapshot(snapshot);
+  }
+  void restore(const Snapshot& snapshot) { detail::check(megalodon_session_restore(get(), snapshot.get())); }
+
+  megalodon_session* get() const { return handle_.get(); }
+
+ private:
+  // Keeps what a callback throws from crossing the C interface.
+  template <typename Callback>
+  struct Relay {
+    Callback& callback;
+    std::exception_ptr thrown;
+
+    template <typename Value>
+    int call(Value value) noexcept {
+      try {
+        if constexpr (std::is_void_v<decltype(callback(value))>) {
+          callback(value);
+          return 0;
+        } else {
+          return callback(value) ? 1 : 0;
+        }
+      } catch (...) {
+        thrown = std::current_exception();
+        return 1;
+      }
+    }
+  };
+
+  Session() = default;
+
+  void adopt(megalodon_session* session, std::int64_t logits_size) {
+    handle_.reset(session);
+    logits_size_ = static_cast<std::size_t>(logits_size);
+  }
+
+  template <typename Callback, typename Call>
+  static megalodon_generate_result run(Relay<Callback>& relay, const GenerateOptions& options, Call call) {
+    std::vector<const char*> stop;
+    for (const std::string& one : options.stop) stop.push_back(one.c_str());
+    megalodon_generate_options c_options = MEGALODON_GENERATE_OPTIONS_INIT;
+    c_options.sampling = options.sampling;
+    c_options.max_new_tokens = options.max_new_tokens;
+    c_options.eos_token_id = options.eos_token_id;
+    c_options.stop = stop.data();
+    c_options.stop_count = stop.size();
+    megalodon_generate_result result{};
+    result.struct_size = sizeof result;
+    const megalodon_status status = call(&c_options, &result);
+    if (relay.thrown) std::rethrow_exception(relay.thrown);
+    detail::check(status);
+    return result;
+  }
+
+  std::unique_ptr<megalodon_session, detail::Free<megalodon_session_free>> handle_;
+  std::size_t logits_size_ = 0;
+};
+
+// Feeds one token to each of several sessions of an engine in one step; the logits of each.
+inline std::vector<std::vector<float>> decode_batch(const std::vector<Session*>& sessions,
+                                                    const std::vector<std::int64_t>& token_ids,
+                                                    std::size_t logits_size) {
+  if (sessions.size() != token_ids.size()) {
+    throw Error(MEGALODON_INVALID_ARGUMENT, "as many token ids as sessions expected");
+  }
+  std::vector<megalodon_session*> handles;
+  for (const Session* session : sessions) handles.push_back(session->get());
+  std::vector<float> flat(sessions.size() * logits_size);
+  detail::check(megalodon_decode_batch(handles.data(), token_ids.data(), handles.size(), flat.data()));
+  std::vector<std::vector<float>> logits;
+  for (std::size_t i = 0; i < sessions.size(); ++i) {
+    const float* row = flat.data() + i * logits_size;
+    logits.emplace_back(row, row + logits_size);
+  }
+  return logits;
+}
+
+// Token ids to text, piece by piece, up to the first stop string; for those who decode themselves.
+class TextStream {
+ public:
+  explicit TextStream(const Engine& engine, const std::vector<std::string>& stop = {}) {
+    std::vector<const char*> strings;
+    for (const std::string& one : stop) strings.push_back(one.c_str());
+    megalodon_text_stream* stream = nullptr;
+    detail::check(megalodon_text_stream_create(engine.get(), strings.data(), strings.size(), &stream));
+    handle_.reset(stream);
+  }
+
+  // The text that no later token can change, possibly none.
+  std::string push(std::int64_t token_id) {
+    const char* piece = nullptr;
+    std::size_t size = 0;
+    std::int32_t stopped = 0;
+    detail::check(megalodon_text_stream_push(handle_.get(), token_id, &piece, &size, &stopped));
+    stopped_ = stopped != 0;
+    return {piece, size};
+  }
+
+  std::string flush() {
+    const char* piece = nullptr;
+    std::size_t size = 0;
+    detail::check(megalodon_text_stream_flush(handle_.get(), &piece, &size));
+    return {piece, size};
+  }
+
+  bool stopped() const { return stopped_; }
+
+ private:
+  std::unique_ptr<megalodon_text_stream, detail::Free<megalodon_text_stream_free>> handle_;
+  bool stopped_ = false;
+};
+
+}  // namespace megalodon

@@ -1,0 +1,375 @@
+// The C ABI: handles around the classes, and no exception beyond this file.
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "error.hpp"
+#include "sampling.hpp"
+#include "session.hpp"
+#include "tokenizer.hpp"
+
+namespace impl = megalodon::impl;
+
+struct megalodon_engine {
+  std::shared_ptr<const impl::Engine> engine;
+};
+struct megalodon_session {
+  std::unique_ptr<impl::Session> session;
+};
+struct megalodon_snapshot {
+  impl::Snapshot snapshot;
+};
+struct megalodon_text_stream {
+  std::shared_ptr<const impl::Engine> engine;
+  impl::TextStream stream;
+  std::string piece;
+};
+
+namespace {
+
+using impl::require;
+
+thread_local std::string last_error;
+
+megalodon_status remember(megalodon_status status, const char* message) noexcept {
+  try {
+    last_error = message;
+  } catch (...) {
+    last_error.clear();
+  }
+  return status;
+}
+
+template <typename Call>
+megalodon_status guarded(Call call) noexcept {
+  try {
+    call();
+    return MEGALODON_OK;
+  } catch (const impl::Error& error) {
+    return remember(error.code, error.what());
+  } catch (const std::bad_alloc&) {
+    return remember(MEGALODON_OUT_OF_MEMORY, "out of memory; use fewer sessions, or a smaller model");
+  } catch (const std::exception& error) {
+    return remember(MEGALODON_FAILED, error.what());
+  } catch (...) {
+    return remember(MEGALODON_FAILED, "something unknown was thrown");
+  }
+}
+
+void need(const void* pointer, const char* name) {
+  require(pointer != nullptr, std::string(name) + " is NULL, expected an address");
+}
+
+// What an option struct of the caller's version holds, over the defaults for what it has not.
+template <typename Options>
+Options read_options(const Options* given, Options defaults) {
+  if (given == nullptr) return defaults;
+  require(given->struct_size >= sizeof given->struct_size && given->struct_size <= 4096,
+          "struct_size is " + std::to_string(given->struct_size) + "; initialise options with their _INIT");
+  std::memcpy(&defaults, given, std::min(given->struct_size, sizeof defaults));
+  return defaults;
+}
+
+// Fills as much of a result as the caller's version of the struct has.
+template <typename Result>
+void write_result(Result* to, Result result) {
+  require(to->struct_size >= sizeof to->struct_size, "struct_size is too small; set it to the size of the struct");
+  result.struct_size = to->struct_size;
+  std::memcpy(to, &result, std::min(to->struct_size, sizeof result));
+}
+
+std::span<const std::int64_t> ids_of(const std::int64_t* token_ids, std::size_t count) {
+  if (count > 0) need(token_ids, "token_ids");
+  return {token_ids, count};
+}
+
+std::span<float> logits_of(const impl::Session& session, float* logits, std::size_t rows) {
+  if (logits == nullptr) return {};
+  return {logits, rows * static_cast<std::size_t>(session.engine()->manifest().logits_size)};
+}
+
+std::vector<std::string> strings_of(const char* const* strings, std::size_t count) {
+  if (count > 0) need(strings, "stop");
+  std::vector<std::string> values;
+  for (std::size_t i = 0; i < count; ++i) {
+    need(strings[i], "a stop string");
+    values.emplace_back(strings[i]);
+  }
+  return values;
+}
+
+impl::Session& of(const megalodon_session* session) {
+  need(session, "session");
+  return *session->session;
+}
+
+const impl::Engine& of(const megalodon_engine* engine) {
+  need(engine, "engine");
+  return *engine->engine;
+}
+
+megalodon_generate_options read_generate_options(const megalodon_generate_options* options) {
+  return read_options(options, megalodon_generate_options MEGALODON_GENERATE_OPTIONS_INIT);
+}
+
+impl::GenerateOptions convert(const megalodon_generate_options& options) {
+  return {options.sampling, options.max_new_tokens, options.eos_token_id};
+}
+
+megalodon_generate_result convert(const impl::GenerateResult& result) {
+  return {0,
+          result.finish,
+          result.prompt_tokens,
+          result.new_tokens,
+          result.prefill_seconds,
+          result.decode_seconds,
+          result.sample_seconds};
+}
+
+}  // namespace
+
+extern "C" {
+
+uint32_t megalodon_abi_version(void) { return MEGALODON_ABI_VERSION; }
+
+const char* megalodon_version(void) { return MEGALODON_VERSION; }
+
+const char* megalodon_last_error(void) { return last_error.c_str(); }
+
+// ---- engines --------------------------------------------------------------------------------------------------------
+
+megalodon_status megalodon_engine_open(const char* folder, const megalodon_engine_options* options,
+                                       megalodon_engine** engine) {
+  return guarded([&] {
+    need(folder, "folder");
+    need(engine, "engine");
+    const auto chosen = read_options(options, megalodon_engine_options MEGALODON_ENGINE_OPTIONS_INIT);
+    auto opened = std::make_shared<const impl::Engine>(folder, chosen.check_hashes != 0, chosen.concurrency);
+    *engine = new megalodon_engine{std::move(opened)};
+  });
+}
+
+void megalodon_engine_free(megalodon_engine* engine) { delete engine; }
+
+megalodon_status megalodon_engine_get_info(const megalodon_engine* engine, megalodon_engine_info* info) {
+  return guarded([&] {
+    need(info, "info");
+    const impl::Engine& one = of(engine);
+    const impl::Manifest& manifest = one.manifest();
+    write_result(info, megalodon_engine_info{.struct_size = 0,
+                                             .vocab_size = manifest.vocab_size,
+                                             .logits_size = manifest.logits_size,
+                                             .bos_token_id = manifest.bos.value_or(-1),
+                                             .eos_token_id = manifest.eos.value_or(-1),
+                                             .max_batch = manifest.max_batch,
+                                             .layers = manifest.layers,
+                                             .state_bytes = one.state_bytes(),
+                                             .weight_bytes = one.weight_bytes(),
+                                             .has_tokenizer = one.has_tokenizer() ? 1 : 0});
+  });
+}
+
+megalodon_status megalodon_engine_encode(const megalodon_engine* engine, const char* text, size_t size,
+                                         int64_t* token_ids, size_t capacity, size_t* count) {
+  return guarded([&] {
+    if (size > 0) need(text, "text");
+    if (capacity > 0) need(token_ids, "token_ids");
+    need(count, "count");
+    const std::vector<std::int64_t> ids = of(engine).tokenizer().encode({text, size});
+    std::copy_n(ids.begin(), std::min(capacity, ids.size()), token_ids);
+    *count = ids.size();
+  });
+}
+
+// ---- sampling -------------------------------------------------------------------------------------------------------
+
+megalodon_status megalodon_sample(const float* logits, size_t logits_size, const megalodon_sampling* sampling,
+                                  uint64_t index, int64_t* token_id) {
+  return guarded([&] {
+    need(logits, "logits");
+    need(token_id, "token_id");
+    require(logits_size > 0, "logits_size is 0, expected the engine's");
+    const megalodon_sampling params = sampling == nullptr ? megalodon_sampling MEGALODON_GREEDY : *sampling;
+    impl::check_sampling(params);
+    *token_id = impl::sample({logits, logits_size}, params, index);
+  });
+}
+
+// ---- sessions -------------------------------------------------------------------------------------------------------
+
+megalodon_status megalodon_session_create(megalodon_engine* engine, megalodon_session** session) {
+  return guarded([&] {
+    of(engine);
+    need(session, "session");
+    *session = new megalodon_session{std::make_unique<impl::Session>(engine->engine)};
+  });
+}
+
+void megalodon_session_free(megalodon_session* session) { delete session; }
+
+megalodon_status megalodon_session_reset(megalodon_session* session) {
+  return guarded([&] { of(session).reset(); });
+}
+
+megalodon_status megalodon_session_fork(megalodon_session* session, megalodon_session** fork) {
+  return guarded([&] {
+    need(fork, "fork");
+    *fork = new megalodon_session{of(session).fork()};
+  });
+}
+
+megalodon_status megalodon_session_position(megalodon_session* session, int64_t* position) {
+  return guarded([&] {
+    need(position, "position");
+    *position = of(session).position();
+  });
+}
+
+megalodon_status megalodon_session_prefill(megalodon_session* session, const int64_t* token_ids, size_t count,
+                                           float* logits) {
+  return guarded([&] { of(session).prefill(ids_of(token_ids, count), logits_of(of(session), logits, 1)); });
+}
+
+megalodon_status megalodon_session_decode(megalodon_session* session, int64_t token_id, float* logits) {
+  return guarded([&] { of(session).decode(token_id, logits_of(of(session), logits, 1)); });
+}
+
+megalodon_status megalodon_decode_batch(megalodon_session* const* sessions, const int64_t* token_ids, size_t count,
+                                        float* logits) {
+  return guarded([&] {
+    if (count > 0) need(sessions, "sessions");
+    require(count > 0, "there are no sessions to feed; give at least one");
+    std::vector<impl::Session*> all;
+    for (std::size_t i = 0; i < count; ++i) all.push_back(&of(sessions[i]));
+    impl::Session::decode_batch(all, ids_of(token_ids, count), logits_of(*all[0], logits, count));
+  });
+}
+
+// ---- generation -----------------------------------------------------------------------------------------------------
+
+megalodon_status megalodon_session_generate(megalodon_session* session, const int64_t* token_ids, size_t count,
+                                            const megalodon_generate_options* options,
+                                            megalodon_token_callback callback, void* user,
+                                            megalodon_generate_result* result) {
+  return guarded([&] {
+    require(callback != nullptr, "callback is NULL, expected a function");
+    const megalodon_generate_options chosen = read_generate_options(options);
+    require(chosen.stop_count == 0, "stop strings end texts; use megalodon_session_generate_text");
+    const auto give = [&](std::int64_t token) {
+      return callback(user, token) == 0 ? std::nullopt : std::optional(MEGALODON_FINISH_STOPPED);
+    };
+    const impl::GenerateResult done = of(session).generate(ids_of(token_ids, count), convert(chosen), give);
+    if (result != nullptr) write_result(result, convert(done));
+  });
+}
+
+megalodon_status megalodon_session_generate_text(megalodon_session* session, const char* prompt,
+                                                 const megalodon_generate_options* options,
+                                                 megalodon_text_callback callback, void* user,
+                                                 megalodon_generate_result* result) {
+  return guarded([&] {
+    need(prompt, "prompt");
+    require(callback != nullptr, "callback is NULL, expected a function");
+    const megalodon_generate_options chosen = read_generate_options(options);
+    const auto give = [&](const std::string& piece) { return callback(user, piece.c_str(), piece.size()) != 0; };
+    const impl::GenerateResult done =
+        of(session).generate_text(prompt, convert(chosen), strings_of(chosen.stop, chosen.stop_count), give);
+    if (result != nullptr) write_result(result, convert(done));
+  });
+}
+
+void megalodon_session_stop(megalodon_session* session) {
+  if (session != nullptr) session->session->stop();
+}
+
+// ---- text -----------------------------------------------------------------------------------------------------------
+
+megalodon_status megalodon_text_stream_create(const megalodon_engine* engine, const char* const* stop,
+                                              size_t stop_count, megalodon_text_stream** stream) {
+  return guarded([&] {
+    need(stream, "stream");
+    impl::TextStream text(of(engine).tokenizer(), strings_of(stop, stop_count));
+    *stream = new megalodon_text_stream{engine->engine, std::move(text), ""};
+  });
+}
+
+void megalodon_text_stream_free(megalodon_text_stream* stream) { delete stream; }
+
+megalodon_status megalodon_text_stream_push(megalodon_text_stream* stream, int64_t token_id, const char** piece,
+                                            size_t* size, int32_t* stopped) {
+  return guarded([&] {
+    need(stream, "stream");
+    need(piece, "piece");
+    need(size, "size");
+    stream->piece = stream->stream.push(token_id);
+    *piece = stream->piece.c_str();
+    *size = stream->piece.size();
+    if (stopped != nullptr) *stopped = stream->stream.stopped() ? 1 : 0;
+  });
+}
+
+megalodon_status megalodon_text_stream_flush(megalodon_text_stream* stream, const char** piece, size_t* size) {
+  return guarded([&] {
+    need(stream, "stream");
+    need(piece, "piece");
+    need(size, "size");
+    stream->piece = stream->stream.flush();
+    *piece = stream->piece.c_str();
+    *size = stream->piece.size();
+  });
+}
+
+// ---- snapshots ------------------------------------------------------------------------------------------------------
+
+megalodon_status megalodon_session_snapshot(megalodon_session* session, megalodon_snapshot** snapshot) {
+  return guarded([&] {
+    need(snapshot, "snapshot");
+    *snapshot = new megalodon_snapshot{of(session).snapshot()};
+  });
+}
+
+megalodon_status megalodon_session_restore(megalodon_session* session, const megalodon_snapshot* snapshot) {
+  return guarded([&] {
+    need(snapshot, "snapshot");
+    of(session).restore(snapshot->snapshot);
+  });
+}
+
+void megalodon_snapshot_free(megalodon_snapshot* snapshot) { delete snapshot; }
+
+megalodon_status megalodon_snapshot_save(const megalodon_snapshot* snapshot, const char* path) {
+  return guarded([&] {
+    need(snapshot, "snapshot");
+    need(path, "path");
+    snapshot->snapshot.save(path);
+  });
+}
+
+megalodon_status megalodon_snapshot_load(const char* path, megalodon_snapshot** snapshot) {
+  return guarded([&] {
+    need(path, "path");
+    need(snapshot, "snapshot");
+    *snapshot = new megalodon_snapshot{impl::Snapshot::load(path)};
+  });
+}
+
+megalodon_status megalodon_snapshot_bytes(const megalodon_snapshot* snapshot, const void** data, size_t* size) {
+  return guarded([&] {
+    need(snapshot, "snapshot");
+    need(data, "data");
+    need(size, "size");
+    *data = snapshot->snapshot.bytes().data();
+    *size = snapshot->snapshot.bytes().size();
+  });
+}
+
+megalodon_status megalodon_snapshot_from_bytes(const void* data, size_t size, megalodon_snapshot** snapshot) {
+  return guarded([&] {
+    if (size > 0) need(data, "data");
+    need(snapshot, "snapshot");
+    const auto* bytes = static_cast<const std::byte*>(data);
+    *snapshot = new megalodon_snapshot{impl::Snapshot::parse({bytes, bytes + size}, "the snapshot")};
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,191 @@
+#include "programs.hpp"
+
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_runtime/interface.h>
+
+#include <algorithm>
+
+#include "error.hpp"
+#include "text_format.hpp"
+
+namespace megalodon::impl {
+
+// ---- weights --------------------------------------------------------------------------------------------------------
+
+const WeightStore::File& WeightStore::open(const std::string& name) {
+  const auto found = files_.find(name);
+  if (found != files_.end()) return found->second;
+  File file{std::make_unique<MappedFile>(folder_ / name), {}};
+  try {
+    file.content = parse_safetensors(file.mapped->bytes(), (folder_ / name).string());
+  } catch (const Error& error) {
+    throw bad_bundle(std::string(error.what()) + "; export the bundle again");
+  }
+  return files_.emplace(name, std::move(file)).first->second;
+}
+
+Tensor WeightStore::find(const StageInput& input, std::int64_t layer) {
+  const std::string name = numbered(input.tensor, layer);
+  const Safetensors& content = open(input.file).content;
+  const auto found = content.tensors.find(name);
+  if (found == content.tensors.end()) {
+    throw bad_bundle(input.file + " has no tensor " + name + ", but the manifest says so; export the bundle again");
+  }
+  const StoredTensor& tensor = found->second;
+  if (tensor.dtype != input.dtype || tensor.shape != input.shape) {
+    throw bad_bundle(input.file + ": " + name + " is " + std::string(tensor.dtype->name) + " " +
+                     list_text(tensor.shape) + ", but the manifest says " + std::string(input.dtype->name) + " " +
+                     list_text(input.shape) + "; export the bundle again");
+  }
+  return Tensor::over(tensor.data.data(), tensor.shape, *tensor.dtype);
+}
+
+// ---- libraries ------------------------------------------------------------------------------------------------------
+
+struct Library::Functions {
+  std::string path;
+  void* library = nullptr;
+  AOTInductorModelContainerHandle container = nullptr;
+  decltype(&AOTInductorModelContainerDelete) remove = nullptr;
+  decltype(&AOTInductorModelContainerRun) run = nullptr;
+  decltype(&AOTInductorGetLastError) last_error = nullptr;
+
+  template <typename Function>
+  Function find(const char* name) const {
+    return reinterpret_cast<Function>(dlsym(library, name));
+  }
+  template <typename Function>
+  Function need(const char* name) const {
+    const auto function = find<Function>(name);
+    if (function == nullptr) throw bad_bundle(path + " is no AOTInductor program: it has no " + name);
+    return function;
+  }
+  void check(AOTIRuntimeError status, const std::string& what) const {
+    if (status == AOTI_RUNTIME_SUCCESS) return;
+    const char* message = nullptr;
+    if (last_error != nullptr) last_error(&message);
+    const std::string why = message != nullptr && *message != '\0' ? std::string(": ") + message : "";
+    throw Error(MEGALODON_FAILED, path + " " + what + why + torch_error());
+  }
+  ~Functions() {
+    if (container != nullptr) remove(container);
+    if (library != nullptr) dlclose(library);
+  }
+};
+
+Library::Library(const std::filesystem::path& path, std::size_t inputs, std::size_t outputs, int concurrent)
+    : functions_(std::make_unique<Functions>()) {
+  Functions& f = *functions_;
+  f.path = path.string();
+  f.library = dlopen(f.path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (f.library == nullptr) {
+    const char* error = dlerror();
+    throw unavailable(f.path + " cannot be loaded: " + (error == nullptr ? "?" : error));
+  }
+  f.remove = f.need<decltype(f.remove)>("AOTInductorModelContainerDelete");
+  f.run = f.need<decltype(f.run)>("AOTInductorModelContainerRun");
+  f.last_error = f.find<decltype(f.last_error)>("AOTInductorGetLastError");  // not in every version of torch
+  const auto create =
+      f.need<decltype(&AOTInductorModelContainerCreateWithDevice)>("AOTInductorModelContainerCreateWithDevice");
+  f.check(create(&f.container, static_cast<std::size_t>(concurrent), "cpu", nullptr), "cannot be started");
+  const auto count = [&](const char* name, std::size_t expected, const std::string& what) {
+    std::size_t found = 0;
+    f.check(f.need<decltype(&AOTInductorModelContainerGetNumInputs)>(name)(f.container, &found), "cannot be asked");
+    if (found != expected) {
+      throw bad_bundle(f.path + " has " + std::to_string(found) + " " + what + ", but the manifest says " +
+                       std::to_string(expected) + "; export the bundle again");
+    }
+  };
+  count("AOTInductorModelContainerGetNumInputs", inputs, "inputs");
+  count("AOTInductorModelContainerGetNumOutputs", outputs, "outputs");
+}
+
+Library::~Library() = default;
+
+void Library::run(std::vector<AtenTensorHandle>& inputs, std::vector<AtenTensorHandle>& outputs) const {
+  const Functions& f = *functions_;
+  f.check(f.run(f.container, inputs.data(), inputs.size(), outputs.data(), outputs.size(), nullptr, nullptr), "failed");
+}
+
+// ---- programs -------------------------------------------------------------------------------------------------------
+
+Program::Program(const std::filesystem::path& folder, const ProgramEntry& entry, const Manifest& manifest,
+                 WeightStore& weights, int concurrent)
+    : layers_(manifest.layers) {
+  // The arguments come first; what a stage gives is known to those after it.
+  place("token_ids");
+  place("lengths");
+  begin_ = load(folder, entry.begin, 1, manifest, weights, concurrent);
+  layer_ = load(folder, entry.layer, layers_, manifest, weights, concurrent);
+  end_ = load(folder, entry.end, 1, manifest, weights, concurrent);
+  place("logits");
+}
+
+std::size_t Program::place(const std::string& name) { return places_.emplace(name, places_.size()).first->second; }
+
+Program::StageRun Program::load(const std::filesystem::path& folder, const Stage& stage, std::int64_t layers,
+                                const Manifest& manifest, WeightStore& weights, int concurrent) {
+  StageRun run;
+  run.sources.resize(static_cast<std::size_t>(layers));
+  run.weights.resize(static_cast<std::size_t>(layers));
+  for (std::int64_t layer = 0; layer < layers; ++layer) {
+    auto& sources = run.sources[static_cast<std::size_t>(layer)];
+    auto& bound = run.weights[static_cast<std::size_t>(layer)];
+    for (const StageInput& input : stage.inputs) {
+      const std::string name = numbered(input.name, layer);
+      const auto nowhere = [&] {
+        return bad_bundle("manifest.json: the input " + name + " of " + stage.library +
+                          " comes from nowhere; export the bundle again");
+      };
+      if (input.kind == InputKind::weight) {
+        bound.push_back(weights.find(input, layer));
+        sources.push_back({input.kind, bound.size() - 1});
+      } else if (input.kind == InputKind::cache) {
+        const auto found = std::ranges::find(manifest.cache, name, &CacheTensor::name);
+        if (found == manifest.cache.end() || found->dtype != input.dtype) throw nowhere();
+        sources.push_back({input.kind, static_cast<std::size_t>(found - manifest.cache.begin())});
+      } else {
+        const auto found = places_.find(name);
+        if (found == places_.end()) throw nowhere();
+        sources.push_back({input.kind, found->second});
+      }
+    }
+  }
+  for (const std::string& output : stage.outputs) run.outputs.push_back(place(output));
+  run.library =
+      std::make_unique<Library>(folder / "aoti" / stage.library, stage.inputs.size(), stage.outputs.size(), concurrent);
+  return run;
+}
+
+Tensor Program::run(const Tensor& token_ids, const Tensor* lengths, const CacheView& cache) const {
+  std::vector<Tensor> tensors(places_.size());
+  tensors[places_.at("token_ids")] = Tensor(token_ids.share());
+  if (lengths != nullptr) tensors[places_.at("lengths")] = Tensor(lengths->share());
+  run_stage(begin_, 0, tensors, cache);
+  for (std::size_t layer = 0; layer < static_cast<std::size_t>(layers_); ++layer) {
+    run_stage(layer_, layer, tensors, cache);
+  }
+  run_stage(end_, 0, tensors, cache);
+  return std::move(tensors[places_.at("logits")]);
+}
+
+void Program::run_stage(const StageRun& stage, std::size_t layer, std::vector<Tensor>& tensors,
+                        const CacheView& cache) const {
+  std::vector<Tensor> inputs;
+  inputs.reserve(stage.sources[layer].size());
+  for (const Source& source : stage.sources[layer]) {
+    const Tensor& tensor = source.kind == InputKind::weight  ? stage.weights[layer][source.index]
+                           : source.kind == InputKind::cache ? cache.tensor(source.index)
+                                                             : tensors[source.index];
+    if (tensor.get() == nullptr) throw bad_bundle("manifest.json: a stage needs a tensor that none before it gives");
+    inputs.emplace_back(tensor.share());
+  }
+  std::vector<AtenTensorHandle> handles;
+  handles.reserve(inputs.size());
+  for (Tensor& input : inputs) handles.push_back(input.release());
+  std::vector<AtenTensorHandle> outputs(stage.outputs.size(), nullptr);
+  stage.library->run(handles, outputs);
+  for (std::size_t i = 0; i < outputs.size(); ++i) tensors[stage.outputs[i]] = Tensor(outputs[i]);
+}
+
+}  // namespace megalodon::impl

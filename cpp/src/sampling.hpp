@@ -1,0 +1,23 @@
+// Choosing the next token, bit for bit as megalodon_export/sampling.py does: its docstring is the algorithm.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "megalodon.h"
+
+namespace megalodon::impl {
+
+// Error MEGALODON_INVALID_ARGUMENT for values out of range.
+void check_sampling(const megalodon_sampling& params);
+
+// The draw in [0, 1) of the token that a stream samples after `index` others.
+double uniform(std::uint64_t seed, std::uint64_t index);
+
+// exp(x) from correctly rounded operations only, x in [-700, 700].
+double exp_reproducible(double x);
+
+// One token id; MEGALODON_INVALID_ARGUMENT if the logits are no distribution.
+std::int64_t sample(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index);
+
+}  // namespace megalodon::impl

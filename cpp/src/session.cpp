@@ -1,0 +1,271 @@
+#include "session.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "error.hpp"
+#include "sampling.hpp"
+
+namespace megalodon::impl {
+namespace {
+
+class Clock {
+ public:
+  // Adds the time since the last call.
+  void lap(double& seconds) {
+    const auto now = std::chrono::steady_clock::now();
+    seconds += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+  void lap() { last_ = std::chrono::steady_clock::now(); }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace
+
+class Session::Use {
+ public:
+  explicit Use(Session& session) : session_(session) {
+    if (session.busy_.exchange(true, std::memory_order_acquire)) {
+      throw Error(MEGALODON_BUSY, "the session is in use by another call; use a fork for that, or wait");
+    }
+  }
+  ~Use() { session_.busy_.store(false, std::memory_order_release); }
+  Use(const Use&) = delete;
+  Use& operator=(const Use&) = delete;
+
+ private:
+  Session& session_;
+};
+
+// ---- one stream -----------------------------------------------------------------------------------------------------
+
+template <typename Call>
+void Session::poisoning(Call call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    broken_ = broken_ || error.code != MEGALODON_INVALID_ARGUMENT;  // that one was refused before anything ran
+    throw;
+  } catch (...) {
+    broken_ = true;
+    throw;
+  }
+}
+
+void Session::require_usable() const {
+  if (broken_) {
+    throw Error(MEGALODON_POISONED,
+                "an earlier call failed half-way, so the stream's state is unknown; call reset or restore");
+  }
+}
+
+std::int64_t Session::tokens_seen() const {
+  const auto& layout = engine_->manifest().cache;
+  const auto index = std::ranges::find(layout, kPosition, &CacheTensor::name) - layout.begin();
+  std::int64_t position = 0;
+  std::memcpy(&position, view_.bytes(static_cast<std::size_t>(index)).data(), sizeof position);
+  return position;
+}
+
+void Session::reset() {
+  const Use use(*this);
+  view_.reset();
+  pending_.reset();
+  broken_ = false;
+}
+
+std::unique_ptr<Session> Session::fork() {
+  const Use use(*this);
+  require_usable();
+  auto other = std::make_unique<Session>(engine_);
+  other->view_.copy_from(view_);
+  other->pending_ = pending_;
+  return other;
+}
+
+std::int64_t Session::position() {
+  const Use use(*this);
+  require_usable();
+  return tokens_seen();
+}
+
+Snapshot Session::snapshot() {
+  const Use use(*this);
+  require_usable();
+  return Snapshot::of(engine_->manifest(), view_, pending_);
+}
+
+void Session::restore(const Snapshot& snapshot) {
+  const Use use(*this);
+  snapshot.copy_to(engine_->manifest(), view_);
+  pending_ = snapshot.pending();
+  broken_ = false;
+}
+
+void Session::feed(std::span<const std::int64_t> token_ids, std::span<float> logits) {
+  require_usable();
+  std::vector<std::int64_t> fed;
+  if (pending_) fed.push_back(*pending_);
+  fed.insert(fed.end(), token_ids.begin(), token_ids.end());
+  poisoning([&] { engine_->prefill(fed, view_, logits); });
+  pending_.reset();
+}
+
+void Session::prefill(std::span<const std::int64_t> token_ids, std::span<float> logits) {
+  const Use use(*this);
+  feed(token_ids, logits);
+}
+
+void Session::decode(std::int64_t token_id, std::span<float> logits) {
+  const Use use(*this);
+  require_usable();
+  const std::span<const std::int64_t> ids(&token_id, 1);
+  if (pending_) return feed(ids, logits);
+  poisoning([&] { engine_->decode(ids, view_, logits); });
+}
+
+// ---- many streams ---------------------------------------------------------------------------------------------------
+
+class Session::Group {
+ public:
+  explicit Group(std::span<Session* const> sessions) : sessions_(sessions) {
+    for (Session* session : sessions) {
+      uses_.push_back(std::make_unique<Use>(*session));
+      session->require_usable();
+      require(session->engine_ == sessions[0]->engine_, "the sessions are of different engines; batch those of one");
+    }
+  }
+
+  // The states of all, in their order, in one block.
+  CacheView together() {
+    const CacheView& first = sessions_[0]->view_;
+    const auto rows = static_cast<std::int64_t>(sessions_.size());
+    bool adjacent = true;
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const CacheView& view = sessions_[static_cast<std::size_t>(i)]->view_;
+      adjacent = adjacent && view.block() == first.block() && view.first() == first.first() + i;
+    }
+    if (!adjacent) move_together(rows);
+    return {first.block(), first.first(), rows};
+  }
+
+ private:
+  void move_together(std::int64_t rows) {
+    const Engine& engine = *sessions_[0]->engine_;
+    const auto block = std::make_shared<CacheBlock>(engine.manifest().cache, rows);
+    std::vector<CacheView> views;
+    for (std::int64_t i = 0; i < rows; ++i) {
+      views.emplace_back(block, i, 1);
+      views.back().copy_from(sessions_[static_cast<std::size_t>(i)]->view_);
+    }
+    for (std::size_t i = 0; i < views.size(); ++i) sessions_[i]->view_ = std::move(views[i]);
+  }
+
+  std::span<Session* const> sessions_;
+  std::vector<std::unique_ptr<Use>> uses_;
+};
+
+void Session::decode_batch(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids,
+                           std::span<float> logits) {
+  require(!sessions.empty(), "there are no sessions to feed; give at least one");
+  const Engine& engine = *sessions[0]->engine_;
+  engine.check_batch(static_cast<std::int64_t>(sessions.size()));
+  engine.check_ids(token_ids);
+  Group group(sessions);
+  for (Session* session : sessions) {
+    if (session->pending_) session->feed({}, {});
+  }
+  const CacheView view = group.together();
+  try {
+    engine.decode(token_ids, view, logits);
+  } catch (...) {
+    for (Session* session : sessions) session->broken_ = true;
+    throw;
+  }
+}
+
+// ---- generation -----------------------------------------------------------------------------------------------------
+
+// A stream must begin with something: the beginning-of-sequence token stands in for an empty prompt.
+std::vector<std::int64_t> Session::opening(std::span<const std::int64_t> prompt) const {
+  if (!prompt.empty() || pending_ || tokens_seen() > 0) return {prompt.begin(), prompt.end()};
+  const auto start = engine_->manifest().bos;
+  require(start.has_value(), "the prompt is empty and the model has no bos_token_id to begin with; give some text");
+  return {*start};
+}
+
+GenerateResult Session::generate(std::span<const std::int64_t> prompt, const GenerateOptions& options,
+                                 const TokenCallback& callback) {
+  const Use use(*this);
+  return run(prompt, options, callback);
+}
+
+GenerateResult Session::run(std::span<const std::int64_t> prompt, const GenerateOptions& options,
+                            const TokenCallback& callback) {
+  require_usable();
+  check_sampling(options.sampling);
+  require(options.max_new_tokens >= 1,
+          "max_new_tokens is " + std::to_string(options.max_new_tokens) + ", expected at least 1");
+  const std::int64_t eos =
+      options.eos_token_id == MEGALODON_MODEL_EOS ? engine_->manifest().eos.value_or(-1) : options.eos_token_id;
+  std::vector<float> logits(static_cast<std::size_t>(engine_->manifest().logits_size));
+  const std::vector<std::int64_t> first = opening(prompt);
+  GenerateResult result{.prompt_tokens = static_cast<std::int64_t>(first.size())};
+  Clock clock;
+  feed(first, logits);
+  clock.lap(result.prefill_seconds);
+  for (std::int64_t index = 0; index < options.max_new_tokens; ++index) {
+    if (index > 0) {
+      const std::int64_t fed = *pending_;
+      clock.lap();
+      poisoning([&] { engine_->decode({&fed, 1}, view_, logits); });
+      clock.lap(result.decode_seconds);
+      pending_.reset();
+    }
+    std::int64_t token = 0;
+    try {
+      token = sample(logits, options.sampling, static_cast<std::uint64_t>(index));
+    } catch (const Error& error) {  // NaN: the state has it too
+      broken_ = true;
+      throw Error(MEGALODON_FAILED, error.what());
+    }
+    clock.lap(result.sample_seconds);
+    pending_ = token;
+    if (token == eos) {
+      result.finish = MEGALODON_FINISH_EOS;
+      break;
+    }
+    ++result.new_tokens;
+    const auto finish = callback(token);
+    if (finish || stop_.load()) {
+      result.finish = finish.value_or(MEGALODON_FINISH_STOPPED);
+      break;
+    }
+  }
+  stop_ = false;
+  return result;
+}
+
+GenerateResult Session::generate_text(const std::string& prompt, const GenerateOptions& options,
+                                      std::vector<std::string> stop, const PieceCallback& callback) {
+  const Use use(*this);
+  const Tokenizer& tokenizer = engine_->tokenizer();
+  TextStream text(tokenizer, std::move(stop));
+  const auto push = [&](std::int64_t token) -> std::optional<megalodon_finish> {
+    const std::string piece = text.push(token);
+    if (!piece.empty() && callback(piece)) return MEGALODON_FINISH_STOPPED;
+    return text.stopped() ? std::optional(MEGALODON_FINISH_STOP_STRING) : std::nullopt;
+  };
+  GenerateResult result = run(tokenizer.encode(prompt), options, push);
+  if (result.finish == MEGALODON_FINISH_LENGTH || result.finish == MEGALODON_FINISH_EOS) {
+    if (const std::string piece = text.flush(); !piece.empty()) callback(piece);
+    if (text.stopped()) result.finish = MEGALODON_FINISH_STOP_STRING;
+  }
+  return result;
+}
+
+}  // namespace megalodon::impl

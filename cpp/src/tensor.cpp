@@ -1,0 +1,102 @@
+#include "tensor.hpp"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <array>
+
+#include "error.hpp"
+#include "text_format.hpp"
+
+namespace megalodon::impl {
+namespace {
+
+constexpr std::array kDTypes{
+    DType{"float32", "F32", 4, aoti_torch_dtype_float32}, DType{"bfloat16", "BF16", 2, aoti_torch_dtype_bfloat16},
+    DType{"float64", "F64", 8, aoti_torch_dtype_float64}, DType{"float16", "F16", 2, aoti_torch_dtype_float16},
+    DType{"int64", "I64", 8, aoti_torch_dtype_int64},     DType{"int32", "I32", 4, aoti_torch_dtype_int32},
+    DType{"int16", "I16", 2, aoti_torch_dtype_int16},     DType{"int8", "I8", 1, aoti_torch_dtype_int8},
+    DType{"uint8", "U8", 1, aoti_torch_dtype_uint8},      DType{"bool", "BOOL", 1, aoti_torch_dtype_bool},
+};
+
+void check(AOTITorchError status) {
+  if (status != AOTI_TORCH_SUCCESS) throw Error(MEGALODON_FAILED, "libtorch refused a tensor" + torch_error());
+}
+
+}  // namespace
+
+const DType* dtype_by_name(std::string_view name) {
+  const auto found = std::ranges::find(kDTypes, name, &DType::name);
+  return found == kDTypes.end() ? nullptr : &*found;
+}
+
+const DType* dtype_by_safetensors_name(std::string_view name) {
+  const auto found = std::ranges::find(kDTypes, name, &DType::safetensors);
+  return found == kDTypes.end() ? nullptr : &*found;
+}
+
+std::string dtype_text(std::int32_t number) {
+  const auto found = std::ranges::find_if(kDTypes, [&](const DType& dtype) { return dtype.number() == number; });
+  return found == kDTypes.end() ? "dtype " + std::to_string(number) : std::string(found->name);
+}
+
+Tensor::~Tensor() {
+  if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
+}
+
+Tensor Tensor::over(void* data, std::span<const std::int64_t> shape, const DType& dtype) {
+  std::vector<std::int64_t> strides(shape.size(), 1);
+  for (std::size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<std::int64_t>(shape[i], 1);
+  AtenTensorHandle handle = nullptr;
+  check(aoti_torch_create_tensor_from_blob(data, static_cast<std::int64_t>(shape.size()), shape.data(), strides.data(),
+                                           0, dtype.number(), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+AtenTensorHandle Tensor::share() const {
+  AtenTensorHandle handle = nullptr;
+  check(aoti_torch_new_tensor_handle(handle_, &handle));
+  return handle;
+}
+
+std::vector<std::int64_t> Tensor::shape() const {
+  std::int64_t dims = 0;
+  std::int64_t* sizes = nullptr;
+  check(aoti_torch_get_dim(handle_, &dims));
+  check(aoti_torch_get_sizes(handle_, &sizes));
+  return {sizes, sizes + dims};
+}
+
+const void* Tensor::contiguous(const DType& dtype, std::span<const std::int64_t> shape) const {
+  std::int32_t found = 0, device = 0;
+  bool is_contiguous = false;
+  check(aoti_torch_get_dtype(handle_, &found));
+  check(aoti_torch_get_device_type(handle_, &device));
+  check(aoti_torch_is_contiguous(handle_, &is_contiguous));
+  const std::vector<std::int64_t> sizes = this->shape();
+  if (found != dtype.number() || !std::ranges::equal(sizes, shape) || !is_contiguous ||
+      device != aoti_torch_device_type_cpu()) {
+    throw Error(MEGALODON_FAILED, "a program returned " + dtype_text(found) + " " + list_text(sizes) +
+                                      ", but the manifest says " + std::string(dtype.name) + " " +
+                                      list_text({shape.begin(), shape.end()}) + "; export the bundle again");
+  }
+  void* data = nullptr;
+  check(aoti_torch_get_data_ptr(handle_, &data));
+  return data;
+}
+
+std::string torch_version() {
+  const std::uint64_t version = aoti_torch_abi_version();  // one byte each: major, minor, patch
+  const auto part = [&](int index) { return std::to_string((version >> (56 - 8 * index)) & 0xFF); };
+  return part(0) + "." + part(1) + "." + part(2);
+}
+
+std::string torch_error() {
+  // From torch 2.13 on; looked up, so that older ones still load.
+  static const auto what =
+      reinterpret_cast<const char* (*)()>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  const char* text = what == nullptr ? nullptr : what();
+  return text == nullptr || *text == '\0' ? "" : std::string(": ") + text;
+}
+
+}  // namespace megalodon::impl

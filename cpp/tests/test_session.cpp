@@ -1,0 +1,304 @@
+// Sessions through the public interface, on the bundle in MEGALODON_TEST_BUNDLE.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <megalodon.hpp>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <thread>
+
+namespace {
+
+using megalodon::Engine;
+using megalodon::Error;
+using megalodon::GenerateOptions;
+using megalodon::Session;
+using Ids = std::vector<std::int64_t>;
+
+const char* bundle() { return std::getenv("MEGALODON_TEST_BUNDLE"); }
+
+const Engine& engine() {
+  static const Engine one(bundle());
+  return one;
+}
+
+Ids tokens(std::size_t count, std::int64_t start = 0) {
+  Ids ids(count);
+  std::iota(ids.begin(), ids.end(), start);
+  for (std::int64_t& id : ids) id = id * 37 % 251;
+  return ids;
+}
+
+GenerateOptions options(std::int64_t count, double temperature = 0.0, std::uint64_t seed = 0) {
+  GenerateOptions result;
+  result.max_new_tokens = count;
+  result.sampling.temperature = temperature;
+  result.sampling.seed = seed;
+  result.eos_token_id = MEGALODON_NO_EOS;
+  return result;
+}
+
+Ids generate(Session& session, const Ids& prompt, const GenerateOptions& how) {
+  Ids written;
+  session.generate(prompt, how, [&](std::int64_t token) { written.push_back(token); });
+  return written;
+}
+
+megalodon_status status_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    EXPECT_STRNE(error.what(), "");
+    return error.status;
+  }
+  return MEGALODON_OK;
+}
+
+void expect_close(const std::vector<float>& a, const std::vector<float>& b) {
+  ASSERT_EQ(a.size(), b.size());
+  for (std::size_t i = 0; i < a.size(); ++i) ASSERT_NEAR(a[i], b[i], 1e-3) << i;
+}
+
+TEST(Session, AnySplitGivesTheSameLogits) {
+  const Ids ids = tokens(300);  // crosses chunks, and the limit of a call
+  Session whole(engine());
+  const auto expected = whole.prefill(ids);
+  for (const std::size_t size : {std::size_t{1}, std::size_t{31}, std::size_t{64}, std::size_t{129}}) {
+    Session session(engine());
+    std::vector<float> logits;
+    for (std::size_t at = 0; at < ids.size(); at += size) {
+      const auto end = std::min(at + size, ids.size());
+      const Ids part(ids.begin() + static_cast<std::ptrdiff_t>(at), ids.begin() + static_cast<std::ptrdiff_t>(end));
+      logits = part.size() == 1 ? session.decode(part[0]) : session.prefill(part);
+    }
+    expect_close(logits, expected);
+    EXPECT_EQ(session.position(), 300);
+  }
+}
+
+TEST(Session, GenerateIsALoopOverPrefillAndDecode) {
+  Session session(engine()), by_hand(engine());
+  const Ids written = generate(session, tokens(5), options(40, 0.9, 3));
+  auto logits = by_hand.prefill(tokens(5));
+  for (std::uint64_t index = 0; index < written.size(); ++index) {
+    const std::int64_t token = megalodon::sample(logits, options(1, 0.9, 3).sampling, index);
+    ASSERT_EQ(token, written[index]);
+    logits = by_hand.decode(token);
+  }
+}
+
+TEST(Session, GenerationGoesOnWhereItStopped) {
+  Session whole(engine()), parts(engine());
+  const Ids expected = generate(whole, tokens(5), options(20));
+  Ids written = generate(parts, tokens(5), options(7));
+  EXPECT_EQ(parts.position(), 5 + 6);  // the last token is given out, but not fed
+  const Ids rest = generate(parts, {}, options(13));
+  written.insert(written.end(), rest.begin(), rest.end());
+  EXPECT_EQ(written, expected);
+}
+
+TEST(Session, ForkSnapshotAndResetAreWhatTheySay) {
+  Session session(engine());
+  generate(session, tokens(70), options(9));
+  const auto snapshot = session.snapshot();
+  Session fork = session.fork();
+  const Ids expected = generate(session, {}, options(12));
+  EXPECT_EQ(generate(fork, {}, options(12)), expected);
+  session.restore(snapshot);
+  EXPECT_EQ(generate(session, {}, options(12)), expected);
+  Session other(engine());
+  other.restore(megalodon::Snapshot::from_bytes(snapshot.bytes()));
+  EXPECT_EQ(generate(other, {}, options(12)), expected);
+  session.reset();
+  EXPECT_EQ(session.position(), 0);
+  Session fresh(engine());
+  EXPECT_EQ(generate(session, tokens(3), options(5)), generate(fresh, tokens(3), options(5)));
+}
+
+TEST(Session, SnapshotOfAnotherModelIsRefused) {
+  Session session(engine());
+  session.prefill(tokens(3));
+  std::string bytes(session.snapshot().bytes());
+  const auto at = bytes.find("\"model\":\"") + 9;
+  bytes[at] = bytes[at] == '0' ? '1' : '0';
+  EXPECT_EQ(status_of([&] { session.restore(megalodon::Snapshot::from_bytes(bytes)); }), MEGALODON_INVALID_ARGUMENT);
+  EXPECT_EQ(session.position(), 3);
+}
+
+TEST(Session, StopsWhereItIsTold) {
+  Session session(engine());
+  const auto by_callback = session.generate(tokens(5), options(50), [n = 0](std::int64_t) mutable { return ++n == 4; });
+  EXPECT_EQ(by_callback.finish, MEGALODON_FINISH_STOPPED);
+  EXPECT_EQ(by_callback.new_tokens, 4);
+  session.stop();
+  EXPECT_EQ(session.generate(Ids{}, options(50), [](std::int64_t) {}).new_tokens, 1);
+  EXPECT_EQ(session.generate(Ids{}, options(50), [](std::int64_t) {}).new_tokens, 50);
+  session.reset();
+  Ids written = generate(session, tokens(5), options(6));
+  session.reset();
+  GenerateOptions how = options(50);
+  how.eos_token_id = written[3];
+  const auto first = std::find(written.begin(), written.end(), written[3]) - written.begin();
+  const auto by_eos = session.generate(tokens(5), how, [](std::int64_t) {});
+  EXPECT_EQ(by_eos.finish, MEGALODON_FINISH_EOS);
+  EXPECT_EQ(by_eos.new_tokens, first);
+}
+
+TEST(Session, WhatACallbackThrowsComesOut) {
+  Session session(engine());
+  const auto raise = [](std::int64_t) { throw std::domain_error("mine"); };
+  EXPECT_THROW(session.generate(tokens(5), options(5), raise), std::domain_error);
+  EXPECT_EQ(generate(session, {}, options(3)).size(), 3U);
+}
+
+TEST(Session, ASecondCallIsRefusedWhileOneRuns) {
+  Session session(engine());
+  megalodon_status inner = MEGALODON_OK;
+  session.generate(tokens(5), options(2), [&](std::int64_t) { inner = status_of([&] { session.decode(1); }); });
+  EXPECT_EQ(inner, MEGALODON_BUSY);
+  session.decode(1);
+}
+
+TEST(Session, InvalidArgumentsLeaveTheStreamAsItIs) {
+  Session session(engine());
+  session.prefill(tokens(5));
+  const std::vector<std::function<void()>> calls{[&] { session.prefill({}); },
+                                                 [&] { session.prefill({1, -1}); },
+                                                 [&] { session.prefill({1, 100'000}); },
+                                                 [&] { session.decode(-1); },
+                                                 [&] { generate(session, {}, options(0)); },
+                                                 [&] { generate(session, {}, options(5, -1.0)); },
+                                                 [&] { generate(session, {1'000'000}, options(5)); },
+                                                 [&] { megalodon::decode_batch({&session, &session}, {1}, 257); },
+                                                 [&] { megalodon::decode_batch({}, {}, 257); }};
+  for (const auto& call : calls) EXPECT_EQ(status_of(call), MEGALODON_INVALID_ARGUMENT);
+  EXPECT_EQ(status_of([&] { megalodon::decode_batch({&session, &session}, {1, 1}, 257); }), MEGALODON_BUSY);
+  EXPECT_EQ(session.position(), 5);
+  EXPECT_EQ(megalodon_session_create(nullptr, nullptr), MEGALODON_INVALID_ARGUMENT);
+  EXPECT_EQ(megalodon_session_prefill(session.get(), nullptr, 3, nullptr), MEGALODON_INVALID_ARGUMENT);
+  EXPECT_EQ(megalodon_engine_open(nullptr, nullptr, nullptr), MEGALODON_INVALID_ARGUMENT);
+}
+
+// A copy of the bundle whose manifest promises wider logits than the programs give.
+std::filesystem::path lying_bundle() {
+  const auto folder = std::filesystem::path(testing::TempDir()) / "megalodon-lying-bundle";
+  std::filesystem::remove_all(folder);
+  std::filesystem::copy(bundle(), folder, std::filesystem::copy_options::recursive);
+  std::ifstream old(folder / "manifest.json");
+  nlohmann::json manifest = nlohmann::json::parse(old);
+  manifest["dimensions"]["V"] = 300;
+  std::ofstream(folder / "manifest.json") << manifest.dump();
+  return folder;
+}
+
+TEST(Session, AFailedProgramPoisonsItsSessionsUntilReset) {
+  const auto folder = lying_bundle();
+  {
+    const Engine lying(folder.string());
+    Session session(lying), other(lying);
+    const auto fresh = session.snapshot();
+    EXPECT_EQ(status_of([&] { session.prefill({1}); }), MEGALODON_FAILED);
+    EXPECT_EQ(status_of([&] { session.prefill({1}); }), MEGALODON_POISONED);
+    EXPECT_EQ(status_of([&] { session.snapshot(); }), MEGALODON_POISONED);
+    EXPECT_EQ(status_of([&] { session.fork(); }), MEGALODON_POISONED);
+    EXPECT_EQ(status_of([&] { megalodon::decode_batch({&other, &session}, {1, 1}, 300); }), MEGALODON_POISONED);
+    EXPECT_EQ(other.position(), 0);
+    session.reset();
+    EXPECT_EQ(session.position(), 0);
+    EXPECT_EQ(status_of([&] { megalodon::decode_batch({&other, &session}, {1, 1}, 300); }), MEGALODON_FAILED);
+    EXPECT_EQ(status_of([&] { other.decode(1); }), MEGALODON_POISONED);
+    other.restore(fresh);
+    EXPECT_EQ(other.position(), 0);
+  }
+  std::filesystem::remove_all(folder);
+}
+
+TEST(Batch, RowsAreStreamsOfTheirOwn) {
+  std::vector<Session> batched, alone;
+  for (const std::size_t length : {3U, 64U, 100U, 1U, 7U}) {
+    batched.emplace_back(engine()).prefill(tokens(length, static_cast<std::int64_t>(length)));
+    alone.push_back(batched.back().fork());
+  }
+  const auto width = static_cast<std::size_t>(engine().info().logits_size);
+  const auto step = [&](const std::vector<std::size_t>& rows, std::int64_t token) {
+    std::vector<Session*> sessions;
+    Ids ids;
+    for (const std::size_t row : rows) {
+      sessions.push_back(&batched[row]);
+      ids.push_back(token + static_cast<std::int64_t>(row));
+    }
+    const auto logits = megalodon::decode_batch(sessions, ids, width);
+    for (std::size_t i = 0; i < rows.size(); ++i) expect_close(logits[i], alone[rows[i]].decode(ids[i]));
+  };
+  for (std::int64_t token = 0; token < 70; ++token) step({0, 1, 2, 3, 4}, token);  // crosses a chunk
+  step({1, 2, 3}, 80);                                                             // some of a group, where they are
+  step({4, 2, 0}, 90);                                                             // another order
+  step({3}, 91);                                                                   // one of a group
+  batched[2].reset();                                                              // touches nobody else's row
+  alone[2].reset();
+  step({0, 1, 2, 3, 4}, 92);
+  batched.erase(batched.begin());  // the others keep the memory that they share
+  alone.erase(alone.begin());
+  step({0, 1, 2, 3}, 100);
+}
+
+TEST(Batch, TokensGivenOutAreFedFirst) {
+  Session session(engine()), other(engine()), same(engine());
+  other.prefill({1});
+  const Ids written = generate(session, tokens(5), options(6));
+  same.prefill(tokens(5));
+  for (const std::int64_t token : written) same.decode(token);
+  const auto logits = megalodon::decode_batch({&session, &other}, {9, 9}, 257);
+  expect_close(logits[0], same.decode(9));
+  EXPECT_EQ(session.position(), same.position());
+}
+
+TEST(Batch, LargerThanTheBundleIsRefused) {
+  std::vector<Session> sessions;
+  std::vector<Session*> batch;
+  const auto count = static_cast<std::size_t>(engine().info().max_batch + 1);
+  for (std::size_t i = 0; i < count; ++i) sessions.emplace_back(engine());
+  for (Session& session : sessions) batch.push_back(&session);
+  EXPECT_EQ(status_of([&] { megalodon::decode_batch(batch, Ids(count, 1), 257); }), MEGALODON_INVALID_ARGUMENT);
+}
+
+TEST(Threads, EightGiveWhatOneGives) {
+  constexpr std::size_t count = 64;
+  const auto work = [](std::size_t i) {
+    Session session(engine());
+    return generate(session, tokens(i + 1, static_cast<std::int64_t>(i)), options(24, 0.8, i));
+  };
+  std::vector<Ids> expected(count), found(count);
+  for (std::size_t i = 0; i < count; ++i) expected[i] = work(i);
+  std::atomic<std::size_t> next = 0;
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < 8; ++thread) {
+    threads.emplace_back([&] {
+      for (std::size_t i = next++; i < count; i = next++) found[i] = work(i);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(found, expected);
+}
+
+TEST(Engine, SessionsKeepItAlive) {
+  auto mine = std::make_unique<Engine>(bundle());
+  Session session(*mine);
+  mine.reset();
+  EXPECT_EQ(generate(session, tokens(3), options(3)).size(), 3U);
+}
+
+TEST(Abi, StructsOfOtherVersions) {
+  EXPECT_EQ(megalodon_abi_version(), static_cast<std::uint32_t>(MEGALODON_ABI_VERSION));
+  megalodon_engine_info info{};
+  EXPECT_EQ(megalodon_engine_get_info(engine().get(), &info), MEGALODON_INVALID_ARGUMENT);  // no struct_size
+  info.struct_size = 2 * sizeof(std::int64_t);                                              // of an older caller
+  EXPECT_EQ(megalodon_engine_get_info(engine().get(), &info), MEGALODON_OK);
+  EXPECT_GT(info.vocab_size, 0);
+  EXPECT_EQ(info.logits_size, 0);
+}
+
+}  // namespace

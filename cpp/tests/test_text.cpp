@@ -1,0 +1,102 @@
+// Bytes to text, stop strings, and which tokenizers are read.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+
+#include "error.hpp"
+#include "file.hpp"
+#include "text_format.hpp"
+#include "tokenizer.hpp"
+
+namespace megalodon::impl {
+namespace {
+
+nlohmann::json tokenizer_file() {
+  return nlohmann::json::parse(
+      read_file(std::filesystem::path(std::getenv("MEGALODON_TEST_BUNDLE")) / "tokenizer.json"));
+}
+
+std::string decode(const std::string& bytes, std::vector<std::string> stop = {}) {
+  const Tokenizer tokenizer(tokenizer_file());
+  TextStream stream(tokenizer, std::move(stop));
+  std::string text;
+  for (const char byte : bytes) text += stream.push(static_cast<unsigned char>(byte));
+  return text + stream.flush();
+}
+
+TEST(Text, WholeCharactersPass) {
+  const std::string text = "a\xC3\xA9\xE2\x82\xAC\xF0\x9F\xA6\x88z";
+  EXPECT_EQ(decode(text), text);
+}
+
+TEST(Text, NoPieceEndsInsideACharacter) {
+  const Tokenizer tokenizer(tokenizer_file());
+  TextStream stream(tokenizer, {});
+  EXPECT_EQ(stream.push(0xE2), "");
+  EXPECT_EQ(stream.push(0x82), "");
+  EXPECT_EQ(stream.push(0xAC), "\xE2\x82\xAC");
+}
+
+TEST(Text, WhatIsNoTextIsReplaced) {
+  const std::string r = "\xEF\xBF\xBD";
+  EXPECT_EQ(decode("\xFF"), r);
+  EXPECT_EQ(decode("a\xE2\x82"), "a" + r);  // incomplete at the end
+  EXPECT_EQ(decode("\xE2\x82"
+                   "b"),
+            r + "b");                                    // incomplete before another character
+  EXPECT_EQ(decode("\xC0\xAF"), r + r);                  // overlong
+  EXPECT_EQ(decode("\xE0\x9F\x80"), r + r + r);          // overlong
+  EXPECT_EQ(decode("\xED\xA0\x80"), r + r + r);          // a surrogate
+  EXPECT_EQ(decode("\xF4\x90\x80\x80"), r + r + r + r);  // beyond Unicode
+  EXPECT_EQ(decode("\xF0\x9F\xA6\xF0\x9F\xA6\x88"), r + "\xF0\x9F\xA6\x88");
+}
+
+TEST(Text, TheEarliestStopStringWins) {
+  EXPECT_EQ(decode("abcdef", {"d"}), "abc");
+  EXPECT_EQ(decode("abcdef", {"de", "bcde"}), "a");
+  EXPECT_EQ(decode("aaab", {"aab"}), "a");
+  EXPECT_EQ(decode("abcab", {"abx"}), "abcab");
+  EXPECT_EQ(decode("ab\xE2\x82\xAC", {"\xE2\x82\xAC"}), "ab");
+  EXPECT_THROW(decode("a", {""}), Error);
+}
+
+TEST(Text, SpecialTokensAreFoundAndHaveNoText) {
+  const Tokenizer tokenizer(tokenizer_file());
+  EXPECT_EQ(tokenizer.encode("a<|endoftext|>b"), (std::vector<std::int64_t>{97, 256, 98}));
+  EXPECT_EQ(tokenizer.encode("<|endof"), tokenizer.encode("<|endof"));
+  TextStream stream(tokenizer, {});
+  EXPECT_EQ(stream.push(256) + stream.push(9999) + stream.push(97), "a");
+  EXPECT_THROW(stream.push(-1), Error);
+  stream.flush();
+  EXPECT_THROW(stream.push(97), Error);
+}
+
+TEST(Text, OtherTokenizersAreRefused) {
+  const std::vector<std::string> changes{R"({"model":{"type":"Unigram"}})",
+                                         R"({"model":{"merges":[["a","b"]]}})",
+                                         R"({"model":{"vocab":{"Q":"x"}}})",
+                                         R"({"model":{"vocab":{"more":300}}})",
+                                         R"({"normalizer":{"type":"NFC"}})",
+                                         R"({"pre_tokenizer":{"add_prefix_space":true}})",
+                                         R"({"decoder":{"type":"WordPiece"}})",
+                                         R"({"post_processor":{"single":[1,2]}})",
+                                         R"({"added_tokens":[{"id":256,"content":"x","special":false}]})",
+                                         R"({"model":[]})",
+                                         R"({"truncation":{"max_length":5}})"};
+  for (const std::string& change : changes) {
+    nlohmann::json file = tokenizer_file();
+    file.merge_patch(nlohmann::json::parse(change));
+    EXPECT_THROW(Tokenizer{file}, Error) << change;
+  }
+}
+
+TEST(Format, NumbersAsPythonWritesThem) {
+  EXPECT_EQ(repr(1.0), "1.0");
+  EXPECT_EQ(repr(-0.1), "-0.1");
+  EXPECT_EQ(repr(1e-05), "1e-05");
+  EXPECT_EQ(repr(1e16), "1e+16");
+  EXPECT_EQ(repr(123456789012.0), "123456789012.0");
+}
+
+}  // namespace
+}  // namespace megalodon::impl
