@@ -102,6 +102,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         r"row_shape: \[2, 64, 8\] expected, \[2, 64, 4",
     ),
     "cache size": (lambda m: m["dimensions"].update(C=32), r"row_shape: \[2, 32, 8\] expected, \[2, 64, 8\] found"),
+    "initial value": (lambda m: m["cache"][0].update(initial_value=1.0, dtype="bfloat16"), "0 expected for bfloat16"),
     "no position": (lambda m: m["cache"].pop(), "final.position, int64, expected, none found"),
     "no library": (lambda m: stage(m).pop("library"), '"library" expected, none found'),
     "a library elsewhere": (lambda m: stage(m).update(library="../../x.so"), "one of the files listed expected"),

@@ -5,8 +5,6 @@
 #include <cstring>
 #include <new>
 
-#include "error.hpp"
-
 namespace megalodon::impl {
 namespace {
 
@@ -52,16 +50,12 @@ std::span<std::byte> CacheView::bytes(std::size_t index) const {
 void CacheView::reset() {
   for (std::size_t i = 0; i < tensors_.size(); ++i) {
     const CacheTensor& tensor = block_->layout()[i];
-    const std::string_view dtype = tensor.dtype->name;
     if (tensor.fill == 0.0) {
       std::ranges::fill(bytes(i), std::byte{0});
-    } else if (dtype == "float32") {
-      fill(bytes(i), static_cast<float>(tensor.fill));
-    } else if (dtype == "int64") {
+    } else if (tensor.dtype->name == "int64") {
       fill(bytes(i), static_cast<std::int64_t>(tensor.fill));
-    } else {
-      throw bad_bundle("manifest.json: " + tensor.name + " of the cache: no initial value but 0 expected for " +
-                       std::string(dtype) + ". Export the bundle again.");
+    } else {  // the manifest was refused unless it is float32
+      fill(bytes(i), static_cast<float>(tensor.fill));
     }
   }
 }

@@ -20,8 +20,6 @@ Engine::Engine(const std::filesystem::path& folder, bool check_hashes, int concu
   require(concurrency >= 0, "concurrency is " + std::to_string(concurrency) + ", expected 1 or more, or 0");
   const nlohmann::json manifest = read_bundle(folder, check_hashes);
   manifest_ = read_manifest(folder, manifest);
-  check_batch(1);
-  new_cache();  // refuses initial values that it cannot set, before native code is loaded
   if (manifest["files"].contains(kTokenizer)) {
     try {
       tokenizer_.emplace(parse_json(read_file(folder / kTokenizer), folder / kTokenizer));

@@ -145,6 +145,9 @@ CacheTensor read_cache_tensor(const Node& node, const Node& dimensions) {
   check_row_shape(node, dimensions);
   CacheTensor tensor{node["name"].text(), node["row_shape"].sizes(), node["dtype"].dtype(),
                      node["initial_value"].number(), 0};
+  if (tensor.fill != 0.0 && tensor.dtype->name != "float32" && tensor.dtype->name != "int64") {
+    throw node["initial_value"].flaw("0 expected for " + std::string(tensor.dtype->name));
+  }
   tensor.row_bytes = tensor.dtype->size;
   for (const std::int64_t size : tensor.row_shape) {
     if (__builtin_mul_overflow(tensor.row_bytes, static_cast<std::size_t>(size), &tensor.row_bytes) ||
