@@ -66,9 +66,7 @@ def _command(commands: Any, name: str, function: Any, about: str) -> argparse.Ar
 def _add_aoti(commands: Any) -> None:
     about = "export a checkpoint with AOTInductor to a bundle: a folder with weights, compiled programs and proof"
     command = _command(commands, "aoti", _aoti, about)
-    command.add_argument(
-        "--checkpoint", type=Path, help="a folder that from_pretrained loads (default: the one included)"
-    )
+    _add_export_options(command)
     command.add_argument("--out", type=Path, help="the bundle's folder (default: artifacts/NAME-aoti-DEVICE[-FORMAT])")
     command.add_argument("--device", help="cpu or cuda (default: this machine's best)")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
@@ -79,12 +77,18 @@ def _add_aoti(commands: Any) -> None:
         help="quantise linear layers, with torchao (default: weights in --dtype); int4 keeps the head in int8",
     )
     command.add_argument("--group-size", type=int, help="int4: features of a row that share a scale (default 32)")
+    command.add_argument("--portable", action="store_true", help="cpu: for any x86-64 with AVX2, not just this one")
+
+
+def _add_export_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--checkpoint", type=Path, help="a folder that from_pretrained loads (default: the one included)"
+    )
     command.add_argument("--max-batch", type=int, default=64, help="largest batch the programs take (default 64)")
     command.add_argument("--max-length", type=int, help="most tokens in one prefill call (default: one chunk)")
     command.add_argument(
         "--all-logits", action="store_true", help="prefill returns the logits of every token, to score text"
     )
-    command.add_argument("--portable", action="store_true", help="cpu: for any x86-64 with AVX2, not just this one")
     command.add_argument("--add", type=Path, metavar="BUNDLE", help="add the programs to this bundle, of its weights")
     command.add_argument("--json", action="store_true", help="print the manifest's main facts as JSON")
 
@@ -92,18 +96,9 @@ def _add_aoti(commands: Any) -> None:
 def _add_onnx(commands: Any) -> None:
     about = "export a checkpoint as ONNX graphs, for ONNX Runtime on a CPU or on CUDA, to a bundle"
     command = _command(commands, "onnx", _onnx, about)
-    command.add_argument(
-        "--checkpoint", type=Path, help="a folder that from_pretrained loads (default: the one included)"
-    )
+    _add_export_options(command)
     command.add_argument("--out", type=Path, help="the bundle's folder (default: artifacts/NAME-onnx)")
     command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32")
-    command.add_argument("--max-batch", type=int, default=64, help="largest batch the programs take (default 64)")
-    command.add_argument("--max-length", type=int, help="most tokens in one prefill call (default: one chunk)")
-    command.add_argument(
-        "--all-logits", action="store_true", help="prefill returns the logits of every token, to score text"
-    )
-    command.add_argument("--add", type=Path, metavar="BUNDLE", help="add the programs to this bundle, of its weights")
-    command.add_argument("--json", action="store_true", help="print the manifest's main facts as JSON")
 
 
 def _add_convert(commands: Any) -> None:

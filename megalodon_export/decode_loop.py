@@ -110,7 +110,7 @@ class DecodeLoop:
         """Start one step."""
         if self._saved:
             _copy(self._saved[self._issued % self.lookahead], self._state)
-        if self.runtime.device.type != "cuda" or not self.runtime.capturable:
+        if not self.runtime.captures:
             self._step()
         else:
             if self._kind not in self._captured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import sys
@@ -75,8 +76,6 @@ def export_aoti(
     at `destination` is replaced at the end, or stays as it is if anything fails: CheckpointError, CompileError,
     BundleError, VerificationError, ValueError for limits or dtypes that do not exist.
     """
-    from .verify import verify_folder
-
     report = report or progress(time.monotonic())
     device = device or default_device()
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -92,13 +91,24 @@ def export_aoti(
         specs = program_specs(model.config, DTYPES[dtype], all_logits)
         entry = exporter("aoti").build(staging, staging / "aoti", device, dtype, limits, report, all_logits, portable)
         add_sources(entry["stages"], model.config.num_layers, staging)
-        manifest = describe(model.config, dtype, specs, {"aoti": entry})
-        report("checking the programs against the model in eager mode")
-        parity = verify_folder(staging, manifest, ["aoti"], report=report)
-        (staging / "README.md").write_text(model_card(manifest, checkpoint, parity))
-        sealed = bundle.seal(staging, manifest)
-        bundle.update_parity(staging, parity)
+        sealed = finish(staging, checkpoint, describe(model.config, dtype, specs, {"aoti": entry}), "aoti", report)
     report(f"wrote {destination}")
+    return sealed
+
+
+def finish(staging: Path, source: Path, manifest: dict[str, Any], kind: str, report: Report) -> dict[str, Any]:
+    """Verify the new programs of a staged bundle, then write its card, its manifest and what was measured."""
+    from .verify import verify_folder
+
+    report("checking the programs against the model in eager mode")
+    parity = verify_folder(staging, manifest, [kind], report=report)
+    others = manifest["programs"].keys() - {kind}
+    if others and (source / bundle.PARITY).is_file():  # were in the bundle already, with what was measured of them
+        earlier = json.loads((source / bundle.PARITY).read_text())["results"]
+        parity["results"] = [row for row in earlier if row["runtime"] in others] + parity["results"]
+    (staging / "README.md").write_text(model_card(manifest, source, parity))
+    sealed = bundle.seal(staging, manifest)
+    bundle.update_parity(staging, parity)
     return sealed
 
 

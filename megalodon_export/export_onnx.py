@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -13,11 +12,10 @@ import torch
 
 from . import bundle
 from .checkpoints import DTYPES, WEIGHTS, load_model
-from .export import Report, describe, model_card, progress, versions, write_checkpoint
+from .export import Report, describe, finish, progress, versions, write_checkpoint
 from .exporters import exporter
 from .exporters.programs import Limits, program_specs
 from .model import MegalodonConfig, MegalodonForCausalLM
-from .verify import verify_folder
 from .weights import CONSTANTS, add_sources
 
 Build = Callable[[Path, dict[str, Any], bool], dict[str, Any]]
@@ -53,7 +51,7 @@ def export_onnx(
         write_checkpoint(model, checkpoint, staging)
         specs = program_specs(model.config, DTYPES[dtype], all_logits)
         manifest = describe(model.config, dtype, specs, {"onnx": _build(staging, dtype, limits, all_logits, report)})
-        sealed = _finish(staging, checkpoint, manifest, "onnx", report)
+        sealed = finish(staging, checkpoint, manifest, "onnx", report)
     report(f"wrote {destination}")
     return sealed
 
@@ -117,7 +115,7 @@ def _add(folder: Path, kind: str, build: Build, report: Report) -> dict[str, Any
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, staging / name)
         manifest["programs"][kind] = build(staging, manifest, all_logits)
-        sealed = _finish(staging, folder, manifest, kind, report)
+        sealed = finish(staging, folder, manifest, kind, report)
     report(f"added {kind} programs to {folder}")
     return sealed
 
@@ -127,19 +125,6 @@ def _build(staging: Path, dtype: str, limits: Limits, all_logits: bool, report: 
     for name in entry["files"]:  # safetensors lets only their owner read them
         shutil.copymode(staging / "config.json", staging / name)
     return {"target": {"device": "cpu or cuda", "architecture": "any"}, **entry, "versions": versions()}
-
-
-def _finish(staging: Path, source: Path, manifest: dict[str, Any], kind: str, report: Report) -> dict[str, Any]:
-    """Verify the new programs of a staged bundle, then write its card, its manifest and what was measured."""
-    report("checking the programs against the model in eager mode")
-    parity = verify_folder(staging, manifest, [kind], report=report)
-    if (source / bundle.PARITY).is_file():
-        earlier = json.loads((source / bundle.PARITY).read_text())["results"]
-        parity["results"] = [row for row in earlier if row["runtime"] != kind] + parity["results"]
-    (staging / "README.md").write_text(model_card(manifest, source, parity))
-    sealed = bundle.seal(staging, manifest)
-    bundle.update_parity(staging, parity)
-    return sealed
 
 
 def _check_can_run(dtype: str) -> None:

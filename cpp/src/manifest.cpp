@@ -176,8 +176,8 @@ StageInput read_input(const Node& node) {
 
 Stage read_stage(const Node& node, const json& files) {
   Stage stage{node["library"].text(), {}, node["outputs"].texts()};
-  if (!files.contains("aoti/" + stage.library)) {
-    throw node["library"].flaw("one of the files listed expected, aoti/" + stage.library + " found");
+  if (!files.contains("aoti/" + stage.file)) {
+    throw node["library"].flaw("one of the files listed expected, aoti/" + stage.file + " found");
   }
   for (const Node& input : node["inputs"].items()) {
     stage.inputs.push_back(read_input(input));

@@ -35,7 +35,7 @@ struct StageInput {
 };
 
 struct Stage {
-  std::string library;
+  std::string file;  // of the bundle, in aoti/
   std::vector<StageInput> inputs;
   std::vector<std::string> outputs;
 };

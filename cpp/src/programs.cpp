@@ -44,7 +44,7 @@ Tensor WeightStore::find(const StageInput& input, std::int64_t layer) {
 
 struct Library::Functions {
   std::string path;
-  void* library = nullptr;
+  void* handle = nullptr;
   AOTInductorModelContainerHandle container = nullptr;
   decltype(&AOTInductorModelContainerDelete) remove = nullptr;
   decltype(&AOTInductorModelContainerRun) run = nullptr;
@@ -52,7 +52,7 @@ struct Library::Functions {
 
   template <typename Function>
   Function find(const char* name) const {
-    return reinterpret_cast<Function>(dlsym(library, name));
+    return reinterpret_cast<Function>(dlsym(handle, name));
   }
   template <typename Function>
   Function need(const char* name) const {
@@ -69,7 +69,7 @@ struct Library::Functions {
   }
   ~Functions() {
     if (container != nullptr) remove(container);
-    if (library != nullptr) dlclose(library);
+    if (handle != nullptr) dlclose(handle);
   }
 };
 
@@ -77,8 +77,8 @@ Library::Library(const std::filesystem::path& path, std::size_t inputs, std::siz
     : functions_(std::make_unique<Functions>()) {
   Functions& f = *functions_;
   f.path = path.string();
-  f.library = dlopen(f.path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (f.library == nullptr) {
+  f.handle = dlopen(f.path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (f.handle == nullptr) {
     const char* error = dlerror();
     throw unavailable(f.path + " cannot be loaded: " + (error == nullptr ? "?" : error));
   }
@@ -134,7 +134,7 @@ Program::StageRun Program::load(const std::filesystem::path& folder, const Stage
     for (const StageInput& input : stage.inputs) {
       const std::string name = numbered(input.name, layer);
       const auto nowhere = [&] {
-        return bad_bundle("manifest.json: the input " + name + " of " + stage.library +
+        return bad_bundle("manifest.json: the input " + name + " of " + stage.file +
                           " comes from nowhere; export the bundle again");
       };
       if (input.kind == InputKind::weight) {
@@ -152,8 +152,8 @@ Program::StageRun Program::load(const std::filesystem::path& folder, const Stage
     }
   }
   for (const std::string& output : stage.outputs) run.outputs.push_back(place(output));
-  run.library =
-      std::make_unique<Library>(folder / "aoti" / stage.library, stage.inputs.size(), stage.outputs.size(), concurrent);
+  run.compiled =
+      std::make_unique<Library>(folder / "aoti" / stage.file, stage.inputs.size(), stage.outputs.size(), concurrent);
   return run;
 }
 
@@ -184,7 +184,7 @@ void Program::run_stage(const StageRun& stage, std::size_t layer, std::vector<Te
   handles.reserve(inputs.size());
   for (Tensor& input : inputs) handles.push_back(input.release());
   std::vector<AtenTensorHandle> outputs(stage.outputs.size(), nullptr);
-  stage.library->run(handles, outputs);
+  stage.compiled->run(handles, outputs);
   for (std::size_t i = 0; i < outputs.size(); ++i) tensors[stage.outputs[i]] = Tensor(outputs[i]);
 }
 

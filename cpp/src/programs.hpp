@@ -64,7 +64,7 @@ class Program {
     std::size_t index;
   };
   struct StageRun {
-    std::unique_ptr<Library> library;
+    std::unique_ptr<Library> compiled;
     std::vector<std::vector<Source>> sources;  // per layer
     std::vector<std::vector<Tensor>> weights;  // per layer
     std::vector<std::size_t> outputs;          // places among the tensors of the call

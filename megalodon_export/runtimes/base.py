@@ -34,6 +34,11 @@ class Runtime(ABC):
         sizes = dimension_sizes(config)
         self._layout = [(t.name, t.shape(sizes, 1)[1:], t.torch_dtype(dtype)) for t in cache_layout(config)]
 
+    @property
+    def captures(self) -> bool:
+        """Whether steps run as captured CUDA graphs."""
+        return self.device.type == "cuda" and self.capturable
+
     @abstractmethod
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
         """One call of the prefill program, inside the limits."""
@@ -80,7 +85,7 @@ class Runtime(ABC):
     def decoder(self, cache: MegalodonCache) -> Callable[[Tensor], Tensor]:
         """`decode` bound to one cache. On CUDA it is captured once and replayed; its result is valid until the next."""
         self._check_cache(cache)
-        if self.device.type != "cuda" or not self.capturable:
+        if not self.captures:
             return lambda token_ids: self.run_decode(self._checked(token_ids, cache, dims=1), cache)
         from .cuda_graph import CapturedDecode
 
