@@ -46,7 +46,7 @@ class Subject:
     device: str
     dtype: str
     max_batch: int
-    programs: Path  # where AOTInductor programs that belong to no bundle are kept
+    programs: Path | None  # AOTInductor programs that belong to no bundle are kept here; None: those of the bundle
     folder: Path | None = None
     weight_format: WeightFormat = "float"
 
@@ -59,7 +59,7 @@ def open_engine(name: str, subject: Subject) -> Runtime:
         model = loaded_model(subject)
         use_kernels(model)
         return ModelRuntime(model)
-    if name == "aoti" and subject.folder is None:
+    if name == "aoti" and subject.programs is not None:
         return compile_from_config(subject)
     if name == "eager" and subject.folder is None:
         return ModelRuntime(random_model(subject))
@@ -165,6 +165,7 @@ def compile_from_config(subject: Subject) -> Runtime:
     entry = programs_of(subject)
     model = random_model(subject)
     freeze_constants(model)
+    assert subject.programs is not None
     return BoundPrograms(model, Limits(**entry["limits"]), entry["stages"], subject.programs / entry["package"])
 
 
@@ -176,6 +177,7 @@ def programs_of(subject: Subject) -> dict[str, Any]:
     config = MegalodonConfig(**{**subject.config.to_diff_dict(), "num_layers": 1})
     sizes = json.loads(json.dumps(config.to_diff_dict(), default=str))
     made_of = {"config": sizes, "dtype": subject.dtype, "max_batch": subject.max_batch, "torch": torch.__version__}
+    assert subject.programs is not None
     folder = subject.programs
     record = folder / "programs.json"
     if record.is_file():

@@ -29,6 +29,8 @@ def markdown(found: dict[str, Any]) -> str:
     lines += _table("Prefill", [r for r in results if "prefill_seconds" in r], _PREFILL)
     lines += _table("Decode (streams near the end of a chunk)", [r for r in results if "decode_seconds" in r], _DECODE)
     lines += _table("Contexts, batch 1, streamed", [r for r in found["contexts"] if "error" not in r], _CONTEXTS)
+    for row in found.get("kernels", []):
+        lines += _kernels(row)
     lines += _table("Not measured", [r for r in results + found["contexts"] if "error" in r], _ERRORS)
     for name in ("export_seconds", "compile_seconds", "process_memory", "cuda_graph"):
         if name in found:
@@ -52,7 +54,7 @@ def plots(found: dict[str, Any], out: Path) -> None:
     from matplotlib import pyplot
 
     title = f"{found['model']}, {_numbers(found)}, {found['machine']}"
-    contexts = [r for r in found["contexts"] if "error" not in r]
+    contexts = [r for r in found["contexts"] if "error" not in r and not r.get("again")]
     if contexts:
         figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))
         for axis, key, label, scale in (
@@ -105,6 +107,23 @@ def _table(title: str, rows: list[Row], columns: Iterable[Column]) -> list[str]:
     return ["", f"## {title}", "", header, "|" + "---|" * len(columns), *body]
 
 
+_LISTED = 16  # kernels of a pass
+
+
+def _kernels(row: Row) -> list[str]:
+    """Where the time of one pass goes."""
+    where = f"{row['tokens']:,} tokens" if "tokens" in row else f"at {row['position']:,}"
+    title = f"Kernels of a {row['pass']} ({row['runtime']}, batch {row['batch']}, {where})"
+    shares = ", ".join(f"{group} {share:.1%}" for group, share in row["shares"].items())
+    columns: list[Column] = [
+        ("kernel", lambda k: f"`{k['name'].split('(')[0][:60]}`"),
+        ("launches", _number("launches", ".0f")),
+        ("us", _number("microseconds", ",.1f")),
+    ]
+    table = _table(title, row["kernels"][:_LISTED], columns)
+    return [*table[:2], "", f"{row['microseconds']:,.0f} us on the device: {shares}.", *table[2:]]
+
+
 _HEAD: list[Column] = [("runtime", lambda r: r["runtime"]), ("batch", lambda r: r.get("batch", "-"))]
 _MEMORY: list[Column] = [("memory GB", _number("memory_bytes", ".2f", 1e9))]
 _PREFILL: list[Column] = [
@@ -130,7 +149,7 @@ _DECODE: list[Column] = [
 ]
 _CONTEXTS: list[Column] = [
     ("runtime", lambda r: r["runtime"]),
-    ("context", lambda r: f"{r['context_tokens']:,}"),
+    ("context", lambda r: f"{r['context_tokens']:,}{', again' if r.get('again') else ''}"),
     ("prefill tokens/s", _number("prefill_tokens_per_second", ",.0f")),
     ("of floor", _number("prefill_share", ".1%")),
     ("decode ms", _number("decode_seconds", ",.3f", 1e-3)),

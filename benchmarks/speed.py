@@ -26,6 +26,7 @@ from typing import Any
 import report
 import torch
 from engines import Subject, make_bundle, open_engine, programs_of
+from kernel_times import kernel_times
 from peer import open_peer, time_peer
 from processes import graph_against_none, memory_of_a_process, resident_memory
 
@@ -50,7 +51,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--bundle", type=Path, help="measure this bundle, not a preset; made there if it is missing")
     parser.add_argument("--runtime", nargs="+", default=["eager", "aoti"], help="eager, compile, kernels, aoti, onnx")
-    parser.add_argument("--from-config", action="store_true", help="aoti: bind weights on the device, write no bundle")
+    parser.add_argument("--from-config", action="store_true", help="aoti: weights on the device, no bundle")
     parser.add_argument("--programs", type=Path, help="with --from-config: compile here, or take what is here")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128, 2048])
@@ -63,6 +64,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer-batch", type=int, nargs="+", help="batches of the peer (default: the same)")
     parser.add_argument("--process-memory", action="store_true", help="also what a fresh process needs for the bundle")
     parser.add_argument("--graph-steps", type=int, default=0, help="CUDA: greedy steps of aoti, a graph against none")
+    parser.add_argument(
+        "--profile", action="store_true", help="CUDA: where a prefill's and a step's time goes, by kernel"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for speed.json, speed.md and plots")
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
@@ -107,7 +111,9 @@ def prepare(args: argparse.Namespace, scratch: Path) -> tuple[Subject, dict[str,
     if args.layers:
         overrides["num_layers"] = args.layers
     config, most = preset(args.preset, **overrides), max(64, *args.batch)
-    subject = Subject(config, args.device, args.dtype, most, args.programs or scratch / "programs")
+    programs = (args.programs or scratch / "programs") if args.from_config else None
+    subject = Subject(config, args.device, args.dtype, most, programs)
+    in_memory = (*IN_MEMORY, "aoti") if args.from_config else IN_MEMORY
     found: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -117,13 +123,13 @@ def prepare(args: argparse.Namespace, scratch: Path) -> tuple[Subject, dict[str,
         "model": str(args.bundle) if args.bundle else args.preset,
         "weight_format": args.weight_format,
     }
-    wanted = bool(set(args.runtime) - set(IN_MEMORY)) and not args.from_config
+    wanted = [name for name in args.runtime if name not in in_memory]
     if folder is None and wanted:
         folder = scratch / "bundle"
     if folder is not None and not bundle.is_bundle(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        make_bundle(subject, folder, args.runtime)
+        make_bundle(subject, folder, wanted)
         found["export_seconds"] = time.monotonic() - started
     if folder is not None:
         manifest = bundle.read(folder, check="sizes")
@@ -157,6 +163,9 @@ def measure(name: str, subject: Subject, args: argparse.Namespace, ceilings: Cei
         found["contexts"] += guarded(streamed, {"runtime": name}, subject.device)
     if args.graph_steps and name == "aoti" and device.type == "cuda":
         found.setdefault("cuda_graph", {})[name] = graph_against_none(runtime, args.graph_steps)
+    if args.profile and device.type == "cuda":
+        kernels = found.setdefault("kernels", [])
+        kernels += [{"runtime": name, **row} for row in kernel_times(runtime, args.batch[0], args.prompt_tokens[-1])]
 
 
 def guarded(rows: Iterator[dict[str, Any]], head: dict[str, Any], device: str) -> list[dict[str, Any]]:
@@ -183,26 +192,29 @@ def guarded(rows: Iterator[dict[str, Any]], head: dict[str, Any], device: str) -
 def stream(runtime: Runtime, contexts: Sequence[int], steps: int, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
     """One stream fed with random tokens up to each context in turn, a call of the prefill program's length at a time.
 
-    Per context: the rate since the context before, and a decode step there.
+    Per context: the rate since the context before, and a decode step there, in a copy of the stream. Last, the first
+    context again: by then the device has worked for as long as the others took, and is as warm.
     """
     config, device, cache = runtime.config, runtime.device, runtime.new_cache(1)
+    prefill, copy = runtime.prefiller(cache), runtime.new_cache(1)
 
     def feed(tokens: int) -> None:
-        ids = torch.randint(config.vocab_size, (1, tokens), device=device)
-        runtime.prefill(ids, torch.tensor([tokens]), cache)
+        prefill(torch.randint(config.vocab_size, (1, tokens), device=device), torch.tensor([tokens]))
 
     segment = runtime.limits.max_length
-    feed(segment)
-    step, token_ids = runtime.decoder(cache), torch.randint(config.vocab_size, (1,), device=device)
+    for _ in range(WARM_UP):
+        feed(segment)
+    step, token_ids = runtime.decoder(copy), torch.randint(config.vocab_size, (1,), device=device)
     cache.reset()
-    for context in contexts:
+    for index, context in enumerate([*contexts, contexts[0]]):
+        if index == len(contexts):
+            cache.reset()
         start = int(cache.position[0])  # waits for the device
-        started, position = time.perf_counter(), start
-        while position < context:
+        started = time.perf_counter()
+        for position in range(start, context, segment):
             feed(min(segment, context - position))
-            position += min(segment, context - position)
         fed = int(cache.position[0]) - start
-        row: dict[str, Any] = {"context_tokens": context}
+        row: dict[str, Any] = {"context_tokens": context, "again": index == len(contexts)}
         if fed:
             seconds = time.perf_counter() - started
             operations = prefill_flops(config, 1, fed, start, runtime.all_logits)
@@ -211,6 +223,8 @@ def stream(runtime: Runtime, contexts: Sequence[int], steps: int, ceilings: Ceil
                 "prefill_tokens_per_second": fed / seconds,
                 "prefill_share": operations / ceilings.matmul / seconds,
             }
+        for new, old in zip(copy.tensors(), cache.tensors(), strict=True):
+            new.copy_(old)
         seconds = median_seconds(lambda: step(token_ids), device, steps)
         visible = visible_tokens(config, start + fed + WARM_UP, steps) / steps
         moved = decode_bytes(config, runtime.dtype, 1, visible)

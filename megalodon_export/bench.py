@@ -104,16 +104,14 @@ def time_prefill(
 
     def first_token() -> list[int]:
         cache.position.zero_()  # a fresh stream for the programs: nothing of the ring is visible
-        logits = last_logits(runtime, prompt.to(device), lengths, cache)
+        logits = last_logits(loop.prefill(prompt.to(device), lengths), lengths)
         loop.start(logits, [SamplingParams()] * batch, 1)
         return loop.read()
 
     on_device = prompt.to(device)
     loop = DecodeLoop(runtime, cache, 0)
     calls = repeats, warm_up
-    seconds = median_seconds(
-        lambda: (cache.position.zero_(), runtime.prefill(on_device, lengths, cache)), device, *calls
-    )
+    seconds = median_seconds(lambda: (cache.position.zero_(), loop.prefill(on_device, lengths)), device, *calls)
     operations = prefill_flops(runtime.config, batch, tokens, all_logits=runtime.all_logits)
     return {
         "prompt_tokens": tokens,

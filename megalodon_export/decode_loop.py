@@ -33,6 +33,7 @@ class DecodeLoop:
     ) -> None:
         device, batch = runtime.device, cache.batch
         self.runtime, self.cache = runtime, cache
+        self.prefill = runtime.prefiller(cache)
         self.lookahead = LOOKAHEAD[device.type] if lookahead is None else lookahead
         self._token_ids = torch.zeros(batch, dtype=torch.int64, device=device)  # sampled last, to be fed next
         self._index = torch.zeros((), dtype=torch.int64, device=device)  # tokens sampled since `start`

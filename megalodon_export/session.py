@@ -103,7 +103,8 @@ class Session:
             raise ValueError("there are no tokens to feed; give at least one")
         with self._guarded():
             ids = torch.tensor([fed], device=self.runtime.device)
-            logits = last_logits(self.runtime, ids, torch.tensor([len(fed)]), self._cache)[0]
+            lengths = torch.tensor([len(fed)])
+            logits = last_logits(self._loop.prefill(ids, lengths), lengths)[0]
         self._pending = None
         return logits
 
@@ -180,7 +181,7 @@ class Session:
         ids = [self._with_start(tokenizer.encode(prompt).ids) for prompt in prompts]
         loop, self._batch_loop = self._loop_for(len(prompts)), None
         rows += [base] * (loop.cache.batch - len(rows))
-        logits = _prefill_rows(runtime, ids, loop.cache)
+        logits = _prefill_rows(loop, ids)
         loop.start(logits, rows, max_new_tokens)
         streams = [TextStream(tokenizer, stop) for _ in prompts]
         texts, done = [""] * len(prompts), [False] * len(prompts)
@@ -252,13 +253,14 @@ class Session:
             raise
 
 
-def _prefill_rows(runtime: Runtime, prompts: Sequence[Sequence[int]], cache: MegalodonCache) -> Tensor:
-    """Feed each prompt to its row of a fresh cache, nothing to the rows beyond; logits (B, V)."""
-    lengths = torch.tensor([*map(len, prompts), *[0] * (cache.batch - len(prompts))])
-    padded = torch.zeros(cache.batch, int(lengths.max()), dtype=torch.int64)
+def _prefill_rows(loop: DecodeLoop, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Feed each prompt to its row of a loop's fresh cache, nothing to the rows beyond; logits (B, V)."""
+    batch = loop.cache.batch
+    lengths = torch.tensor([*map(len, prompts), *[0] * (batch - len(prompts))])
+    padded = torch.zeros(batch, int(lengths.max()), dtype=torch.int64)
     for row, tokens in zip(padded, prompts, strict=False):
         row[: len(tokens)] = torch.tensor(tokens)
-    return last_logits(runtime, padded.to(runtime.device), lengths, cache)
+    return last_logits(loop.prefill(padded.to(loop.runtime.device), lengths), lengths)
 
 
 def _check_count(max_new_tokens: int) -> None:

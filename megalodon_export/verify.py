@@ -130,7 +130,10 @@ def compare(candidate: Runtime, reference: Runtime, case: Case) -> tuple[float, 
         pair = []
         for runtime, cache in zip((candidate, reference), caches, strict=True):
             ids = token_ids.to(runtime.device)
-            logits = runtime.decode(ids, cache) if call is None else last_logits(runtime, ids, lengths, cache)
+            if call is None:
+                logits = runtime.decode(ids, cache)
+            else:
+                logits = last_logits(runtime.prefill(ids, lengths, cache), lengths)
             pair.append(logits[lengths.to(logits.device) > 0].clone())
         worst = max(worst, _difference(pair[0], pair[1]))
         equal += int((pair[0].argmax(-1) == pair[1].argmax(-1)).sum())
@@ -142,10 +145,9 @@ def compare(candidate: Runtime, reference: Runtime, case: Case) -> tuple[float, 
     return worst, cache_difference, equal / compared
 
 
-def last_logits(runtime: Runtime, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
-    """Prefill; the logits (B, V) after each row's last token, also from programs that return those of all tokens."""
-    logits = runtime.prefill(token_ids, lengths, cache)
-    if not runtime.all_logits:
+def last_logits(logits: Tensor, lengths: Tensor) -> Tensor:
+    """The logits (B, V) after each row's last token, also of a prefill that returned those of all tokens (B, L, V)."""
+    if logits.dim() == 2:
         return logits
     rows = torch.arange(logits.shape[0], device=logits.device)
     return logits[rows, (lengths.to(logits.device) - 1).clamp(min=0)]

@@ -58,6 +58,25 @@ class Runtime(ABC):
         Returns float32 logits (B, V) after each row's last token, zeros for a row of length 0; with `all_logits`
         (B, L, V). ValueError for ids or lengths out of range.
         """
+        return self._prefill(token_ids, lengths, cache, self.run_prefill)
+
+    def prefiller(self, cache: MegalodonCache) -> Callable[[Tensor, Tensor], Tensor]:
+        """`prefill` bound to one cache. On CUDA, short calls are captured when a size comes again, and replayed."""
+        if not self.captures:
+            return lambda token_ids, lengths: self.prefill(token_ids, lengths, cache)
+        from .cuda_graph import CapturedPrefills
+
+        run = CapturedPrefills(self.run_prefill)
+        return lambda token_ids, lengths: self._prefill(token_ids, lengths, cache, run)
+
+    def _prefill(
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        cache: MegalodonCache,
+        run: Callable[[Tensor, Tensor, MegalodonCache], Tensor],
+    ) -> Tensor:
+        """`prefill`, with calls of the program made by `run`."""
         self._check_cache(cache)
         token_ids = self._checked(token_ids, cache, dims=2)
         length = token_ids.shape[1]
@@ -70,7 +89,7 @@ class Runtime(ABC):
             piece = token_ids[:, start : start + self.limits.max_length]
             missing = -piece.shape[1] % self.limits.granule
             valid = (lengths - start).clamp(0, piece.shape[1])
-            logits = self.run_prefill(F.pad(piece, (0, missing)).contiguous(), valid, cache)
+            logits = run(F.pad(piece, (0, missing)).contiguous(), valid, cache)
             if self.all_logits:
                 pieces.append(logits[:, : piece.shape[1]])
             else:

@@ -1,7 +1,8 @@
-"""A step over a cache as a CUDA graph: captured once, replayed for every token."""
+"""Programs over a cache as CUDA graphs: a decode step, captured once and replayed for every token; prefills by size."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -63,3 +64,55 @@ class CapturedDecode:
         self.token_ids.copy_(token_ids)
         self._step()
         return self.logits
+
+
+_MOST_TOKENS = 4096  # of a captured prefill: with more, the device is busy for longer than the host launches
+_KEPT = 8  # captured prefills of one cache
+
+
+class CapturedPrefills:
+    """A prefill program over one cache, captured for each size (B, L) that comes a second time, and replayed then.
+
+    The first time it runs as it is, which loads its kernels; a capture then runs nothing, and leaves the cache alone.
+    """
+
+    def __init__(self, run: Callable[[Tensor, Tensor, MegalodonCache], Tensor]) -> None:
+        self._run = run
+        self._seen: set[torch.Size] = set()
+        self._captured: OrderedDict[torch.Size, _CapturedPrefill] = OrderedDict()
+        self._pool: object | None = None  # of memory: no two of the graphs run at a time, and results are copied out
+
+    def __call__(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
+        """The program's logits, the caller's own. The cache is the same at every call."""
+        size = token_ids.shape
+        if size not in self._captured:
+            if size not in self._seen or token_ids.numel() > _MOST_TOKENS:
+                self._seen.add(size)
+                return self._run(token_ids, lengths, cache)
+            if len(self._captured) == _KEPT:
+                self._captured.popitem(last=False)
+            self._captured[size] = _CapturedPrefill(self._run, token_ids, lengths, cache, self._pool)
+            self._pool = self._captured[size].graph.pool()
+        self._captured.move_to_end(size)
+        return self._captured[size](token_ids, lengths)
+
+
+class _CapturedPrefill:
+    def __init__(
+        self,
+        run: Callable[[Tensor, Tensor, MegalodonCache], Tensor],
+        token_ids: Tensor,
+        lengths: Tensor,
+        cache: MegalodonCache,
+        pool: object | None,
+    ) -> None:
+        self._token_ids, self._lengths = token_ids.clone(), lengths.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self._logits = run(self._token_ids, self._lengths, cache)
+
+    def __call__(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        self._token_ids.copy_(token_ids)
+        self._lengths.copy_(lengths)
+        self.graph.replay()
+        return self._logits.clone()

@@ -1,0 +1,77 @@
+"""Where the time of a prefill and of a decode step goes, by kernel, on CUDA: `speed.py --profile`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megalodon_export.bench import WARM_UP, fill, random_tokens
+from megalodon_export.runtimes import Runtime
+
+_CALLS = 5
+
+# Parts of kernels' names -> what they are for; the first that fits.
+GROUPS = {
+    "EMA and norms": ("moments", "megalodon_norm", "local", "carry", "scan", "rms", "layer_norm", "ema_step"),
+    "attention": ("rotate", "scores", "weigh", "store", "attend", "combine"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "project", "linear", "feed_up"),
+}
+OTHERS = "element by element, copies"
+
+
+def kernel_times(runtime: Runtime, batch: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """Per pass: microseconds on the device by group and by kernel, and each group's share of their sum.
+
+    In stream order, without a captured graph, so kernels do not overlap and gaps between them are not counted.
+    """
+    cache, lengths = runtime.new_cache(batch), torch.full((batch,), tokens)
+    prompt = random_tokens(runtime, batch, tokens).to(runtime.device)
+
+    def prefill() -> None:
+        cache.position.zero_()
+        runtime.prefill(prompt, lengths, cache)
+
+    yield {"pass": "prefill", "batch": batch, "tokens": tokens, **_profiled(prefill)}
+    position = runtime.config.chunk_size - _CALLS - WARM_UP
+    fill(cache, position)
+    yield {
+        "pass": "decode",
+        "batch": batch,
+        "position": position,
+        **_profiled(lambda: runtime.decode(prompt[:, 0], cache)),
+    }
+
+
+def _profiled(call: Callable[[], object]) -> dict[str, Any]:
+    for _ in range(WARM_UP):
+        call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(_CALLS):
+            call()
+        torch.cuda.synchronize()
+    on_device = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    launches = Counter(event.name for event in on_device)
+    times: Counter[str] = Counter()
+    for event in on_device:
+        times[event.name] += event.device_time / _CALLS
+    groups: Counter[str] = Counter()
+    for name, microseconds in times.items():
+        groups[_group(name)] += microseconds
+    total = sum(times.values())
+    return {
+        "microseconds": total,
+        "shares": {group: microseconds / total for group, microseconds in groups.most_common()},
+        "kernels": [
+            {"name": name, "launches": launches[name] / _CALLS, "microseconds": microseconds}
+            for name, microseconds in times.most_common()
+        ],
+    }
+
+
+def _group(kernel: str) -> str:
+    return next((group for group, parts in GROUPS.items() if any(part in kernel for part in parts)), OTHERS)
