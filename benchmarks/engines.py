@@ -176,6 +176,8 @@ def programs_of(subject: Subject) -> dict[str, Any]:
     """
     config = MegalodonConfig(**{**subject.config.to_diff_dict(), "num_layers": 1})
     sizes = json.loads(json.dumps(config.to_diff_dict(), default=str))
+    for name in ("architectures", "dtype"):  # which a config has or not by how it came here
+        sizes.pop(name, None)
     made_of = {"config": sizes, "dtype": subject.dtype, "max_batch": subject.max_batch, "torch": torch.__version__}
     assert subject.programs is not None
     folder = subject.programs

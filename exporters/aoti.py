@@ -23,7 +23,7 @@ import torch._higher_order_ops.triton_kernel_wrap as triton_kernel_wrap
 from transformers.utils import logging
 
 from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants, use_kernels
-from .programs import PREFILL, Limits, programs_for, sizes_of_one_are_not_special
+from .programs import DECODE, DECODE_ONE, PREFILL, Limits, sizes_of_one_are_not_special
 from .stages import Stage, export_stages
 from .streaming import stream_products
 from .workers import Worker, run_side_by_side, serve
@@ -177,7 +177,7 @@ def build(
     """
     from torch.export.pt2_archive._package import package_pt2
 
-    programs = programs_for(device)
+    programs = (PREFILL, DECODE, DECODE_ONE)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=directory) as scratch:
         workers = []

@@ -199,8 +199,12 @@ class GraphBuilder:
         self._sources[FOUND] = self._first(FOUND, self.op("Reshape", count, self.constant([1]))), 0
 
     def _first(self, dim: Expr, count: ir.Value) -> ir.Value:
-        """The first so many whole numbers, out of a table."""
-        table = self.value(Const(torch.arange(self.largest(dim))))
+        """The first so many whole numbers, out of a table.
+
+        Not of one entry: ONNX Runtime would take it for the same constant as the axis, which lies on the host, and
+        CUDA's Slice would read it there.
+        """
+        table = self.value(Const(torch.arange(max(self.largest(dim), 2))))
         return self.op("Slice", table, self.constant([0]), count, self.constant([0]))
 
     def _source(self, dim: Expr) -> tuple[ir.Value, int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import onnx_ir as ir
 import sympy
 import torch
 from torch import fx
@@ -267,16 +269,35 @@ def _flip(t: Translator, node: fx.Node, x: Operand, axes: Sequence[Any]) -> Val:
 
 @handles(aten.pad.default)
 def _pad(t: Translator, node: fx.Node, x: Operand, sizes: Sequence[Any]) -> Operand:
-    """Zeros around; in float32 where CUDA's Pad does not know the dtype."""
-    if not any(sizes):
-        return x
+    """Zeros around, joined on: CUDA's Pad takes longer than all of a layer's products, and has no bfloat16."""
     if not all(sympy.sympify(size).is_number for size in sizes):
         raise ValueError(f"{node} pads by {sizes}, a size that is not known at export")
-    rank, dtype = node.meta["val"].dim(), node.meta["val"].dtype
-    before, after = [0] * rank, [0] * rank
-    for i in range(0, len(sizes), 2):
-        before[rank - 1 - i // 2], after[rank - 1 - i // 2] = int(sizes[i]), int(sizes[i + 1])
-    value = t.graph.value(x)
-    wide = t.cast(value, torch.float32) if dtype == torch.bfloat16 else value
-    padded = t.graph.op("Pad", wide, t.graph.constant([*before, *after]))
-    return Val.of(t.cast(padded, dtype), t.dims(node))
+    value, dims, dtype = t.graph.value(x), [*x.shape], node.meta["val"].dtype
+    for i, (before, after) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
+        axis = len(dims) - 1 - i
+        front, back = (
+            [zeros(t, (*dims[:axis], sympy.Integer(int(count)), *dims[axis + 1 :]), dtype)] if count else []
+            for count in (before, after)
+        )
+        if front or back:
+            value = t.graph.op("Concat", *front, value, *back, axis=axis)
+            dims[axis] += int(before) + int(after)
+    return Val.of(value, t.dims(node))
+
+
+def zeros(t: Translator, dims: tuple[Expr, ...], dtype: torch.dtype) -> ir.Value:
+    """Zeros of a shape, made once: sums of vectors, since to be told the sizes a node would need them in one tensor."""
+
+    def make() -> ir.Value:
+        parts = []
+        for axis, dim in enumerate(dims):
+            if dim.is_number:
+                vector = t.graph.constant([0] * int(dim), dtype)
+            else:
+                steps = t.graph.value(Steps(sympy.Integer(0), dim))
+                vector = t.cast(t.graph.op("Sub", steps, steps), dtype)
+            others = [other for other in range(len(dims)) if other != axis]
+            parts.append(t.graph.op("Unsqueeze", vector, t.graph.constant(others)) if others else vector)
+        return functools.reduce(lambda a, b: t.graph.op("Add", a, b), parts)
+
+    return t.graph.once(("zeros", dims, dtype), make)

@@ -1,4 +1,4 @@
-"""The two programs of a model, prefill and decode: their inputs and outputs by name, and their limits.
+"""The programs of a model, prefill and decode: their inputs and outputs by name, and their limits.
 
 Every exporter and runtime works from `program_specs`. A program updates the cache in place and returns the logits.
 """
@@ -17,12 +17,7 @@ from ..model import MegalodonConfig, cache_layout, dimension_sizes
 from ..model.ema import BLOCK
 
 PREFILL, DECODE = "prefill", "decode"
-DECODE_ONE = "decode_one"  # decode once more, for a batch of 1 alone: a form of its own is several times as fast
-
-
-def programs_for(device: str | torch.device) -> tuple[str, ...]:
-    """The programs that an export to a device has."""
-    return (PREFILL, DECODE, DECODE_ONE) if torch.device(device).type == "cpu" else (PREFILL, DECODE)
+DECODE_ONE = "decode_one"  # decode once more, for a batch of 1 alone: on a CPU in a form of its own
 
 
 @dataclass(frozen=True)

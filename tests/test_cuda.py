@@ -58,6 +58,20 @@ def test_a_captured_decode_gives_the_same_tokens(folder: Path, name: str) -> Non
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["aoti", "eager"])
+def test_a_captured_prefill_gives_what_the_program_gives(folder: Path, name: str) -> None:
+    """Sizes that come a third time are replayed, in any order, with other lengths and from other positions."""
+    runtime = opened(folder, name)
+    plain, graphed = runtime.new_cache(2), runtime.new_cache(2)
+    prefill = runtime.prefiller(graphed)
+    for index, length in enumerate((70, 33, 70, 33, 70, 1, 33, 128, 70, 128, 200, 128, 33)):
+        ids = torch.randint(runtime.config.vocab_size, (2, length), device="cuda")
+        lengths = torch.tensor([length, (index * 17) % (length + 1)])
+        assert torch.equal(prefill(ids, lengths), runtime.prefill(ids, lengths, plain)), f"call {index}"
+        for a, b in zip(plain.tensors(), graphed.tensors(), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("lookahead", [0, 2])
 @pytest.mark.parametrize(
     "params",

@@ -7,6 +7,7 @@ its weights while the one before it still runs; everywhere else both are free.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,9 +39,20 @@ def silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
-def kernel(function: Any) -> Any:
-    """The launcher of a @triton.jit function, traceable unless it is interpreted."""
-    return function if INTERPRETED else wrap_triton(function)
+class kernel:
+    """The launcher of a @triton.jit function, traceable unless it is interpreted: `kernel(function)[grid](...)`.
+
+    A grid that is known to be empty launches nothing, and a program that is traced has no such kernel.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._launcher = function if INTERPRETED else wrap_triton(function)
+
+    def __getitem__(self, grid: tuple[Any, ...]) -> Callable[..., None]:
+        if any(isinstance(size, int) and size == 0 for size in grid):
+            return lambda *tensors, **sizes: None
+        launch: Callable[..., None] = self._launcher[grid]
+        return launch
 
 
 def programmatic(x: Tensor) -> bool:

@@ -24,7 +24,9 @@ _PROGRAMS = 264  # of attention: two for each multiprocessor of a large GPU
 
 def in_turn(columns: int) -> dict[str, int]:
     """Rows of a weight in one program and its warps, so that a thread holds some 32 to 128 of its numbers."""
-    return {"ROWS": 2, "num_warps": 2} if columns <= 2560 else {"ROWS": 4, "num_warps": 8}
+    if columns <= 2560:
+        return {"ROWS": 2, "num_warps": 2}
+    return {"ROWS": 4 if columns <= 4096 else 2, "num_warps": 8}
 
 
 def in_tiles(rows: int, x: Tensor, bits: int) -> dict[str, Any]:
