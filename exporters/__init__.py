@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-EXPORTERS = {"aoti": ".aoti", "onnx": ".onnx"}
+EXPORTERS = {"aoti": ".aoti", "onnx": ".onnx.graphs"}
 
 
 def exporter(name: str) -> ModuleType:

@@ -22,8 +22,8 @@ import megalodon_export
 from megalodon_export import bundle
 from megalodon_export.export import describe, write_checkpoint
 from megalodon_export.export_onnx import add_onnx, export_onnx, halve
-from megalodon_export.exporters import onnx as exporter
-from megalodon_export.exporters import onnx_check
+from megalodon_export.exporters.onnx import check as onnx_check
+from megalodon_export.exporters.onnx import graphs as exporter
 from megalodon_export.exporters.programs import Limits, program_specs
 from megalodon_export.model import MegalodonForCausalLM
 from megalodon_export.runtimes import Runtime, RuntimeUnavailable, open_runtime

@@ -10,9 +10,9 @@ import sympy
 import torch
 from torch import fx
 
-from .onnx_graph import Const, Expr, Operand, Steps, Val
-from .onnx_ops import slice_of, transposed
-from .onnx_translator import Translator, aten, axis_of, handles, regroup
+from .graph import Const, Expr, Operand, Steps, Val
+from .ops import slice_of, transposed
+from .translator import Translator, aten, axis_of, handles, regroup
 
 # ---- reductions and products -----------------------------------------------------------------------------------------
 

@@ -12,9 +12,9 @@ import sympy
 import torch
 from torch import fx
 
-from .onnx_fft import Spectrum, multiply
-from .onnx_graph import Expr, Operand, Steps, Val
-from .onnx_translator import Translator, aten, axis_of, handles, place, regroup, with_dim
+from .fft import Spectrum, multiply
+from .graph import Expr, Operand, Steps, Val
+from .translator import Translator, aten, axis_of, handles, place, regroup, with_dim
 
 # ---- elementwise -----------------------------------------------------------------------------------------------------
 

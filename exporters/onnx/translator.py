@@ -1,4 +1,4 @@
-"""From a stage's traced graph to ONNX: node by node, by the handlers of `onnx_ops.py` and `onnx_products.py`.
+"""From a stage's traced graph to ONNX: node by node, by the handlers of `ops.py` and `products.py`.
 
 Operations on constants alone are computed here and now. What a stage does in place becomes a new value of the tensor;
 the writes into the rings are TensorScatter, which a runtime can let work in place.
@@ -17,8 +17,8 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor, fx
 from torch.utils._pytree import tree_any, tree_map
 
-from .onnx_graph import FOUND, Const, Dims, Expr, GraphBuilder, InGraph, Operand, Steps, Val
-from .stages import Stage
+from ..stages import Stage
+from .graph import FOUND, Const, Dims, Expr, GraphBuilder, InGraph, Operand, Steps, Val
 
 aten = torch.ops.aten
 Handler = Callable[..., Any]

@@ -1,6 +1,6 @@
 """What can be known of a graph without a GPU: that each node has a CUDA kernel, that caches may be updated in place.
 
-`onnxruntime_cuda_kernels.json` is a table of where ONNX Runtime ran every operation, by opset and dtype, on a GPU.
+`cuda_kernels.json` is a table of where ONNX Runtime ran every operation, by opset and dtype, on a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-TABLE = Path(__file__).with_name("onnxruntime_cuda_kernels.json")
+TABLE = Path(__file__).with_name("cuda_kernels.json")
 _DTYPES = {
     **{ir.DataType.FLOAT: "f32", ir.DataType.FLOAT16: "f16", ir.DataType.BFLOAT16: "bf16", ir.DataType.DOUBLE: "f64"},
     **{ir.DataType.INT64: "i64", ir.DataType.INT32: "i32", ir.DataType.BOOL: "bool"},

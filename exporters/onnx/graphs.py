@@ -26,14 +26,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..model import MegalodonConfig, MegalodonForCausalLM
-from . import onnx_ops, onnx_products  # noqa: F401 - register what they write
-from .aoti import Request, one_layer_model
-from .onnx_check import require
-from .onnx_graph import BATCH, GRANULES, OPSET, Const, Expr, GraphBuilder, Operand
-from .onnx_translator import Translator
-from .programs import DECODE, PREFILL, Limits, ProgramSpec, TensorSpec, program_specs, static_sizes
-from .stages import BEGIN, END, LAYER, LAYER_INDEX, Stage, export_stages
+from ...model import MegalodonConfig, MegalodonForCausalLM
+from ..aoti import Request, one_layer_model
+from ..programs import DECODE, PREFILL, Limits, ProgramSpec, TensorSpec, program_specs, static_sizes
+from ..stages import BEGIN, END, LAYER, LAYER_INDEX, Stage, export_stages
+from . import ops, products  # noqa: F401 - register what they write
+from .check import require
+from .graph import BATCH, GRANULES, OPSET, Const, Expr, GraphBuilder, Operand
+from .translator import Translator
 
 CONSTANTS = "onnx_constants.safetensors"
 IR_VERSION = 11  # an older one than onnx writes by default: ONNX Runtime lags behind it

@@ -16,9 +16,9 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ..model.plan import BLOCK
-from .onnx_graph import Const, Dims, Expr, InGraph, Operand, Val
-from .onnx_translator import Translator, aten, handles
+from ...model.plan import BLOCK
+from .graph import Const, Dims, Expr, InGraph, Operand, Val
+from .translator import Translator, aten, handles
 
 
 @dataclass(frozen=True, eq=False)
