@@ -33,9 +33,7 @@ def merge_parts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first, *others = parts
     for number, other in enumerate(others, 1):
         if unlike := sorted(first.keys() ^ other.keys()):
-            raise ValueError(
-                f"parts 0 and {number} do not hold the same tensors: one of them lacks {', '.join(unlike)}"
-            )
+            raise ValueError(f"one of parts 0 and {number} lacks what the other has: {', '.join(unlike)}")
     return {name: _merge(name, [part[name] for part in parts]) for name in first}
 
 
