@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from .constants import DerivedConstants
 from .ema import ComplexEMA
 from .norm import NormState, RMSNorm, TimestepNorm, accumulation_dtype, cast
 from .plan import PrefillPlan
+
+if TYPE_CHECKING:
+    from .sequence_parallel import Relay
 
 
 class Rotary(NamedTuple):
@@ -192,11 +195,18 @@ class GatedAttention(nn.Module):
         self.beta = nn.Parameter(torch.zeros(2, z))
 
     def forward(
-        self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None
+        self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None, relay: Relay | None = None
     ) -> tuple[Tensor, NormState, Tensor]:
         """x (B, L, D) -> x + h, new norm state, new EMA state. Key and value of the cache are updated in place."""
-        x_norm, norm = self.timenorm(x, plan, self._norm_state(cache, x))
-        y, ema = self.cema(x_norm, plan, None if cache is None else cache.ema_state)
+        norm, ema = self._states(cache, x)
+        if relay is not None:
+            states = (*norm, self.cema.initial_state(x) if ema is None else ema)
+            *norm_state, ema = relay.receive(self, states, x, self.timenorm, self.cema)
+            norm = NormState(*norm_state)
+        x_norm, norm = self.timenorm(x, plan, norm)
+        y, ema = self.cema(x_norm, plan, ema)
+        if relay is not None:
+            y = relay.send(self, y, (*norm, ema))
         m, q, k, v = self._project(x_norm, y, rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, d)
         dropout = self.attention_dropout if self.training else 0.0
@@ -213,10 +223,10 @@ class GatedAttention(nn.Module):
         m, q, k, v = self._project(x_norm, y, rotary)
         return self._gate(x, m, attend_step(q, k, v, cache, position)), norm, ema
 
-    def _norm_state(self, cache: LayerCache | None, x: Tensor) -> NormState:
+    def _states(self, cache: LayerCache | None, x: Tensor) -> tuple[NormState, Tensor | None]:
         if cache is None:
-            return self.timenorm.initial_state(x.shape[0], x.device)
-        return NormState(cache.norm_mean, cache.norm_var)
+            return self.timenorm.initial_state(x.shape[0], x.device), None
+        return NormState(cache.norm_mean, cache.norm_var), cache.ema_state
 
     def _project(self, x_norm: Tensor, y: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """m (..., D) and per head q, k (..., H, dz), v (..., H, dv), from the norm's and the EMA's output."""

@@ -82,6 +82,10 @@ class ComplexEMA(DerivedConstants):
         constants["planes"] = planes
         return {**{name: tensor.to(dtype) for name, tensor in constants.items()}, "turns": turns}
 
+    def initial_state(self, x: Tensor) -> Tensor:
+        """The state (B, D, N, 2) before the first token of x (B, L, D): zeros, in the accumulation dtype."""
+        return x.new_zeros(x.shape[0], self.dim, self.ndim, 2, dtype=accumulation_dtype(x.dtype))
+
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: x (B, D), state (B, D, N, 2) -> y (B, D) in the accumulation dtype, new state."""
         c = self.constants()
@@ -97,17 +101,25 @@ class ComplexEMA(DerivedConstants):
 
         Returns y (B, L, D) in the accumulation dtype and the state after each row's last valid step.
         """
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._prefill(x, plan, state)
+        with torch.autocast(x.device.type, enabled=False):  # which would round the products to bfloat16
+            return self._prefill(x, plan, state)
+
+    def _prefill(self, x: Tensor, plan: PrefillPlan, state: Tensor | None) -> tuple[Tensor, Tensor]:
         c = self.constants()
         x = cast(x, c["p"].dtype)
-        batch, length, dim = x.shape
+        length = x.shape[1]
         if state is None:
-            state = x.new_zeros(batch, dim, self.ndim, 2)
+            state = self.initial_state(x)
         scan = scan_blocks(c, x, plan, state)
         if self.form == "blocked":
             inside = torch.bmm(scan.blocks, toeplitz(c["kernel"], plan))
             y = torch.baddbmm(inside, scan.carried.flatten(1, 2).flatten(2), scan.from_state(c))
             y = from_blocks(y.unflatten(1, scan.padded.shape[:2]).permute(1, 2, 3, 0), 1, length)
         else:
+            if torch.is_grad_enabled():
+                state = state.clone()  # autograd keeps it, and a cache's is overwritten in place
             starts = block_powers(c, length, x.device)
             y = causal_convolution(x, convolution_kernel(c, scan.powers, starts, length))
             y = y + from_incoming(state, scan.from_state(c), starts, length) + c["omega"] * x
