@@ -52,7 +52,7 @@ def parallel_case(case: str) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Loss, summed gradients, and this process's logits."""
     model, token_ids, labels = prepared(case)
     if "checkpointing" in case:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     loss = m.parallel_loss(model, token_ids, labels)
     loss.backward()
     m.sum_gradients(model)
