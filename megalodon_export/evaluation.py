@@ -22,11 +22,11 @@ from torch import Tensor
 from . import bundle
 from .checkpoints import DTYPES, TOKENIZER, load_model
 from .model import MegalodonCache, MegalodonConfig
+from .model.loss import IGNORED
 from .runtimes import Runtime, default_runtime, open_runtime
 from .runtimes.eager import ModelRuntime
 from .session import Session
 
-IGNORED = -100  # the target of a step that is not scored
 TRUNCATION_STRIDE = 2  # chunks a call when statistics are truncated, as in the original's inference.py
 
 

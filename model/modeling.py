@@ -20,6 +20,7 @@ from .config import MegalodonConfig
 from .constants import unfreeze_constants
 from .ema import ComplexEMA
 from .feed_forward import FeedForward
+from .loss import cross_entropy
 from .norm import NormState, TimestepNorm
 from .plan import BLOCK, PrefillPlan
 from .quantized import empty_quantized, replace_linear_layers
@@ -270,7 +271,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
         items = unsupported.pop("num_items_in_batch", None)
         out = self.model(input_ids, past_key_values, use_cache, lengths, **unsupported)
         logits = self.logits(out.last_hidden_state)
-        loss = None if labels is None else causal_loss(logits, labels, items)
+        loss = None if labels is None else cross_entropy(logits[:, :-1], labels[:, 1:], items)
         past = out.past_key_values
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)  # type: ignore[call-arg,unused-ignore]
 
@@ -282,14 +283,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
             return linear(hidden, *parts(self.lm_head), None, None, None, torch.float32)
         logits = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def causal_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
-    """Cross entropy of logits (B, L, V) with the next of the labels (B, L): its mean, or its sum over `items`."""
-    predicted, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    if items is None:
-        return F.cross_entropy(predicted, targets, ignore_index=-100)
-    return F.cross_entropy(predicted, targets, ignore_index=-100, reduction="sum") / items
 
 
 def last_valid(hidden: Tensor, lengths: Tensor) -> Tensor:

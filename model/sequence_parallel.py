@@ -15,10 +15,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .loss import IGNORED, cross_entropy
+
 if TYPE_CHECKING:
     from .modeling import MegalodonForCausalLM
-
-IGNORED = -100
 
 
 class Relay:
@@ -128,8 +128,7 @@ def parallel_loss(
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     logits = parallel_logits(model, token_ids, group)
     piece = piece_of(targets, model.config.chunk_size, group)
-    share = F.cross_entropy(logits.flatten(0, 1), piece.flatten(), ignore_index=IGNORED, reduction="sum")
-    share = share / (targets != IGNORED).sum()
+    share = cross_entropy(logits, piece, (targets != IGNORED).sum())
     total = share.detach().clone()
     dist.all_reduce(total, group=group)
     return share + (total - share.detach())
