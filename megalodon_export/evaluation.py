@@ -23,6 +23,7 @@ from . import bundle
 from .checkpoints import DTYPES, TOKENIZER, load_model
 from .model import MegalodonCache, MegalodonConfig
 from .model.loss import IGNORED
+from .model.norm import NormState
 from .runtimes import Runtime, default_runtime, open_runtime
 from .runtimes.eager import ModelRuntime
 from .session import Session
@@ -101,9 +102,9 @@ def _losses(runtime: Runtime, ids: Tensor, targets: Tensor, lengths: Tensor, cac
 
 def _replace_statistics(cache: MegalodonCache, recent: MegalodonCache) -> None:
     """Take over the norms' statistics and their count; both caches stand between chunks, where the rings are empty."""
-    for old, new in zip([*cache.layers, cache.final], [*recent.layers, recent.final], strict=True):
-        old.norm_mean.copy_(new.norm_mean)
-        old.norm_var.copy_(new.norm_var)
+    for old, new in zip(cache.layers, recent.layers, strict=True):
+        NormState(new.norm_mean, new.norm_var).store(old)
+    NormState(recent.final.norm_mean, recent.final.norm_var).store(cache.final)
     cache.position.copy_(recent.position)
 
 
