@@ -27,6 +27,7 @@ from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from megalodon_export import bundle
+from megalodon_export.evaluation import score
 from megalodon_export.runtimes.onnx import OnnxRuntime
 
 sys.path.append(str(Path(__file__).parent.parent / "artifacts" / "recipe"))
@@ -48,13 +49,7 @@ def quantize(source: Path, target: Path, bits: int) -> None:
 
 def bits_per_byte(runtime: OnnxRuntime, tokens: torch.Tensor) -> float:
     """Bits of every token but the first, as one stream, over the bytes among the tokens."""
-    cache, bits, following = runtime.new_cache(1), 0.0, torch.zeros(0, runtime.config.logits_size)
-    for piece in tokens.split(runtime.limits.max_length):
-        logits = runtime.prefill(piece[None], torch.tensor([len(piece)]), cache)[0]
-        guesses = torch.log_softmax(torch.cat([following, logits[:-1]]), -1)  # none for the first of all
-        bits -= float(guesses.gather(-1, piece[len(piece) - len(guesses) :, None]).double().sum()) / math.log(2)
-        following = logits[-1:]
-    return bits / int((tokens < 256).sum())
+    return score(runtime, [tokens]).nats / math.log(2) / int((tokens < 256).sum())
 
 
 def step_milliseconds(runtime: OnnxRuntime) -> float:

@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py --text kjv.txt --out benchmarks/results/quality-default.json
 
-`artifacts/recipe/README.md` says how to get the text; the measure is the recipe's own: all held-out bytes as one
-stream, in eager mode, the state carried from the first byte to the last. Perplexity is that of a byte, 2 to the bits.
+`artifacts/recipe/README.md` says how to get the text; the measure is the recipe's own, scored as `eval` does: all
+held-out bytes as one stream, in eager mode, the state carried from the first byte to the last. Perplexity is that of a
+byte, 2 to the bits.
 """
 
 from __future__ import annotations

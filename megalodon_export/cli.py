@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_onnx(commands)
     _add_convert(commands)
     _add_generate(commands)
+    _add_eval(commands)
     for name, function, about in (
         ("verify", _verify, "check a bundle's hashes, then its programs' numbers against the eager model"),
         ("inspect", _inspect, "show what is in a bundle"),
@@ -118,15 +119,44 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--runtime", help="aoti, onnx or eager (default: what the bundle has, aoti first)")
     command.add_argument("--device", help="default: where the programs were compiled for")
     command.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+    _add_sampling_options(command)
+    command.add_argument(
+        "--stop", action="append", default=[], help="end before this string; may be given more than once"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
+
+
+def _add_sampling_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most probable token")
     command.add_argument("--top-k", type=int, default=0, help="sample among the K most probable (0: off)")
     command.add_argument("--top-p", type=float, default=1.0, help="sample among the most probable that make up P")
     command.add_argument("--min-p", type=float, default=0.0, help="drop tokens below P times the most probable")
     command.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts")
+
+
+def _add_eval(commands: Any) -> None:
+    command = _command(commands, "eval", _eval, "measure perplexity over texts, and continue prompts, from JSON lines")
+    command.add_argument("folder", type=Path, help="a bundle's folder, or a checkpoint's")
     command.add_argument(
-        "--stop", action="append", default=[], help="end before this string; may be given more than once"
+        "--ppl", type=Path, action="append", default=[], metavar="FILE", help="score the field text of every line"
     )
-    command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="continue the field text of every line")
+    command.add_argument("--runtime", help="aoti, onnx or eager (default: what a bundle has; eager for a checkpoint)")
+    command.add_argument("--device", help="default: where the programs were compiled for; a checkpoint: the best one")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of a checkpoint (default: float32 on cpu, bfloat16 on cuda)"
+    )
+    command.add_argument("--batch", type=int, default=1, help="documents to score side by side (default 1)")
+    command.add_argument(
+        "--truncate-chunks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="from N chunks on, keep the norms' statistics of the last N - 2 alone (default 0: off; the original: 8)",
+    )
+    command.add_argument("--max-new-tokens", type=int, default=512, help="of a continuation; default 512")
+    _add_sampling_options(command)
+    command.add_argument("--json", action="store_true", help="print one JSON object a line")
 
 
 def _add_bench(commands: Any) -> None:
@@ -234,7 +264,7 @@ def _generate(args: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     runtime = args.runtime or default_runtime(read(args.bundle, "sizes"))
     session = load(args.bundle, runtime=runtime, device=args.device)
-    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+    sampling = _sampling(args)
     pieces = session.generate(prompt, args.max_new_tokens, args.stop, **sampling)
     if args.json:
         print(json.dumps({"prompt": prompt, "text": "".join(pieces), "runtime": runtime, **sampling}))
@@ -244,6 +274,32 @@ def _generate(args: argparse.Namespace) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from .evaluation import Target, generations, perplexity
+
+    if not args.ppl and args.prompts is None:
+        print("megalodon-export eval: nothing to do; give --ppl FILE, --prompts FILE or both", file=sys.stderr)
+        return 2
+    _set_threads(args, args.folder)
+    target = Target.open(args.folder, args.runtime, args.device, args.dtype)
+    if args.ppl and not target.runtime.all_logits:
+        note = "prefill returns the last token's logits alone, so every token is scored by a decode step; a bundle "
+        print(f"{args.folder}: {note}exported with --all-logits is scored faster", file=sys.stderr)
+    for path in args.ppl:
+        found = perplexity(target, path, args.batch, args.truncate_chunks)
+        size = f"{found['tokens']:,} tokens in {found['documents']:,} documents, {target.name}"
+        text = f"{path}: perplexity {found['perplexity']:.6g}, {found['nats_per_token']:.6f} nats a token ({size})"
+        print(json.dumps(found) if args.json else text, flush=True)
+    if args.prompts is not None:
+        for made in generations(target, args.prompts, args.max_new_tokens, **_sampling(args)):
+            print(json.dumps(made, ensure_ascii=False) if args.json else "".join(made.values()) + "\n", flush=True)
+    return 0
 
 
 def _runtimes(folder: Path) -> list[str]:

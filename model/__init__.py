@@ -8,6 +8,7 @@ from .constants import freeze_constants, unfreeze_constants
 from .kernels import use_kernels
 from .modeling import MegalodonForCausalLM, MegalodonModel, check_dtype
 from .quantized import QuantizedLinear, quantize
+from .sequence_parallel import parallel_logits, parallel_loss, sum_gradients
 
 AutoConfig.register("megalodon", MegalodonConfig, exist_ok=True)
 AutoModel.register(MegalodonConfig, MegalodonModel, exist_ok=True)
@@ -25,8 +26,11 @@ __all__ = [
     "check_dtype",
     "dimension_sizes",
     "freeze_constants",
+    "parallel_logits",
+    "parallel_loss",
     "preset",
     "quantize",
+    "sum_gradients",
     "unfreeze_constants",
     "use_kernels",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from .constants import DerivedConstants
 from .ema import ComplexEMA
 from .norm import NormState, RMSNorm, TimestepNorm, accumulation_dtype, cast
 from .plan import PrefillPlan
+
+if TYPE_CHECKING:
+    from .sequence_parallel import Relay
 
 
 class Rotary(NamedTuple):
@@ -62,23 +65,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def masked_softmax(scores: Tensor, allowed: Tensor, dtype: torch.dtype, dropout: float = 0.0) -> Tensor:
-    """softmax of the allowed scores, computed in float32 or better."""
-    scores = torch.where(allowed, cast(scores, accumulation_dtype(scores.dtype)), MIN_SCORE)
-    weights = cast(torch.softmax(scores, dim=-1), dtype)
+def masked_softmax(
+    scores: Tensor, allowed: Tensor, dtype: torch.dtype, dropout: float = 0.0, drop_key: bool = False
+) -> Tensor:
+    """softmax of the allowed scores, computed in float32 or better, with dropout of weights or (DropKey) of keys."""
+    scores = cast(scores, accumulation_dtype(scores.dtype))
     # not training=dropout > 0: torch.compile(dynamic=True) makes a symbol of the rate
+    if dropout > 0 and drop_key:  # before the softmax, so what is left sums to 1; a query may lose every key
+        allowed = allowed & (torch.rand_like(scores) >= dropout)
+        weights = torch.softmax(torch.where(allowed, scores, MIN_SCORE), dim=-1)
+        return cast(torch.where(allowed.any(-1, keepdim=True), weights, 0.0), dtype)
+    weights = cast(torch.softmax(torch.where(allowed, scores, MIN_SCORE), dim=-1), dtype)
     return F.dropout(weights, dropout) if dropout > 0 else weights
 
 
 def attend_prefill(
-    q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, cache: LayerCache | None, chunk: int, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: PrefillPlan,
+    cache: LayerCache | None,
+    chunk: int,
+    dropout: float = 0.0,
+    drop_key: bool = False,
 ) -> Tensor:
     """Attention of new tokens inside their chunks: q, k (B, H, L, dz), v (B, H, L, dv) -> (B, H, L, dv).
 
     With a cache, over the ring as well, which it does not change; without one every row starts at position 0.
     """
     if not plan.single:
-        return _attend_in_blocks(q, k, v, plan, cache, chunk, dropout)
+        return _attend_in_blocks(q, k, v, plan, cache, chunk, dropout, drop_key)
     heads, length, before = q.shape[:2], q.shape[2], 0
     time = plan.time.expand(q.shape[0], -1)
     if cache is not None:
@@ -93,7 +109,7 @@ def attend_prefill(
         query_time, chunk_start = plan.time.narrow(0, start, size), plan.chunk_start.narrow(1, start, size)
         allowed = visible(time.narrow(1, 0, end), query_time, chunk_start)[:, None]
         scores = torch.bmm(q.narrow(1, start, size), k.narrow(1, 0, end).mT).unflatten(0, heads)
-        weights = masked_softmax(scores, allowed, v.dtype, dropout)
+        weights = masked_softmax(scores, allowed, v.dtype, dropout, drop_key)
         out.append(torch.bmm(weights.flatten(0, 1), v.narrow(1, 0, end)))
     return torch.cat(out, dim=1).unflatten(0, heads)
 
@@ -105,7 +121,14 @@ def visible(key_time: Tensor, query_time: Tensor, chunk_start: Tensor) -> Tensor
 
 
 def _attend_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, cache: LayerCache | None, chunk: int, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: PrefillPlan,
+    cache: LayerCache | None,
+    chunk: int,
+    dropout: float,
+    drop_key: bool,
 ) -> Tensor:
     """The same in blocks of C queries over their own keys, with a cache over the C keys before those as well."""
     length = q.shape[2]
@@ -116,7 +139,7 @@ def _attend_in_blocks(
         k, v = _behind(cache.key, k, 2), _behind(cache.value, v, 2)  # (B, H, blocks, 2C, d)
         key_time = _behind(plan.ring_time, key_time, 1)
     allowed = visible(key_time, query_time, chunk_start)[:, None]
-    weights = masked_softmax(batched_matmul(q, k.mT), allowed, v.dtype, dropout)
+    weights = masked_softmax(batched_matmul(q, k.mT), allowed, v.dtype, dropout, drop_key)
     return from_blocks(batched_matmul(weights, v), 2, length)
 
 
@@ -158,7 +181,7 @@ class GatedAttention(nn.Module):
         dim, z, e = config.model_dim, config.z_dim, config.value_dim
         self.heads, self.chunk = config.num_heads, config.chunk_size
         self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
-        self.hidden_dropout = config.hidden_dropout
+        self.hidden_dropout, self.drop_key = config.hidden_dropout, config.drop_key
         self.timenorm = TimestepNorm(dim, config.norm_num_groups, config.norm_eps, config.norm_statistics)
         self.cema = ComplexEMA(dim, config.cema_ndim, config.ema_prefill)
         self.rmsnorm = RMSNorm(dim if config.norm_affine else None, config.norm_eps)
@@ -172,14 +195,22 @@ class GatedAttention(nn.Module):
         self.beta = nn.Parameter(torch.zeros(2, z))
 
     def forward(
-        self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None
+        self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None, relay: Relay | None = None
     ) -> tuple[Tensor, NormState, Tensor]:
         """x (B, L, D) -> x + h, new norm state, new EMA state. Key and value of the cache are updated in place."""
-        x_norm, norm = self.timenorm(x, plan, self._norm_state(cache, x))
-        y, ema = self.cema(x_norm, plan, None if cache is None else cache.ema_state)
+        norm, ema = self._states(cache, x)
+        if relay is not None:
+            states = (*norm, self.cema.initial_state(x) if ema is None else ema)
+            *norm_state, ema = relay.receive(self, states, x, self.timenorm, self.cema)
+            norm = NormState(*norm_state)
+        x_norm, norm = self.timenorm(x, plan, norm)
+        y, ema = self.cema(x_norm, plan, ema)
+        if relay is not None:
+            y = relay.send(self, y, (*norm, ema))
         m, q, k, v = self._project(x_norm, y, rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, d)
-        o = attend_prefill(q, k, v, plan, cache, self.chunk, self.attention_dropout if self.training else 0.0)
+        dropout = self.attention_dropout if self.training else 0.0
+        o = attend_prefill(q, k, v, plan, cache, self.chunk, dropout, self.drop_key)
         if cache is not None:
             write_ring(cache.key, k.detach(), plan)
             write_ring(cache.value, v.detach(), plan)
@@ -192,10 +223,10 @@ class GatedAttention(nn.Module):
         m, q, k, v = self._project(x_norm, y, rotary)
         return self._gate(x, m, attend_step(q, k, v, cache, position)), norm, ema
 
-    def _norm_state(self, cache: LayerCache | None, x: Tensor) -> NormState:
+    def _states(self, cache: LayerCache | None, x: Tensor) -> tuple[NormState, Tensor | None]:
         if cache is None:
-            return self.timenorm.initial_state(x.shape[0], x.device)
-        return NormState(cache.norm_mean, cache.norm_var)
+            return self.timenorm.initial_state(x.shape[0], x.device), None
+        return NormState(cache.norm_mean, cache.norm_var), cache.ema_state
 
     def _project(self, x_norm: Tensor, y: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """m (..., D) and per head q, k (..., H, dz), v (..., H, dv), from the norm's and the EMA's output."""

@@ -30,6 +30,14 @@ class LayerCache:
     norm_mean: Tensor = tensor_field("B G", "float32", "running mean of the layer's TimestepNorm")
     norm_var: Tensor = tensor_field("B G", "float32", "running variance of the layer's TimestepNorm", fill=1.0)
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors in the order of the layout; not copies."""
+        return [getattr(self, f.name) for f in fields(self)]
+
+    def clone(self) -> LayerCache:
+        """An independent copy."""
+        return LayerCache(*(t.clone() for t in self.tensors()))
+
 
 @dataclass
 class FinalCache:

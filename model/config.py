@@ -23,6 +23,8 @@ class MegalodonConfig(PreTrainedConfig):
     `output_size` is the head's width, -1 for V. `rope_base` None means 10000.
     `norm_statistics` "megalodon" is the original's running variance, "megalodon-hf" that port's (group means alone,
     prior m2 = 1, floor 1e-6). `projection_bias` adds biases to wh2, fc1, fc2, fc3, as megalodon-hf has them.
+    `dropout` is of the embedding and of what a block adds, `hidden_dropout` of what is inside a block,
+    `attention_dropout` of attention weights, or with `drop_key` of keys (the original's fused attention).
     `ema_prefill` picks how prefill evaluates the complex EMA: "blocked" (Toeplitz blocks) or "fft"; same numbers.
     `weight_format` is what linear layers hold: "float" (the model's dtype), or "int8" or "int4", the latter with one
     scale for `group_size` features of a row (`model/quantized.py`).
@@ -62,6 +64,7 @@ class MegalodonConfig(PreTrainedConfig):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         hidden_dropout: float = 0.0,
+        drop_key: bool = False,
         init_mode: str = "he",
         ema_prefill: EMAForm = "blocked",
         use_cache: bool = True,
@@ -101,6 +104,7 @@ class MegalodonConfig(PreTrainedConfig):
         self.dropout = dropout
         self.attention_dropout = attention_dropout
         self.hidden_dropout = hidden_dropout
+        self.drop_key = drop_key
         self.init_mode = init_mode
         self.ema_prefill = ema_prefill
         self.use_cache = use_cache

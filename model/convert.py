@@ -1,7 +1,7 @@
 """Other people's Megalodon checkpoints, converted to a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
 A layout says for each of our tensors which tensors of the source it is made of; one loader checks all of them before
-anything is written. Layouts: the original (XuezheMax/megalodon, one consolidated part) and megalodon-hf.
+anything is written. Layouts: the original (XuezheMax/megalodon, in one part or several) and megalodon-hf.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .config import MegalodonConfig
+from .model_parallel import merge_parts
 from .modeling import MegalodonForCausalLM
 
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
@@ -45,7 +46,7 @@ _UPSTREAM_DEFAULTS: dict[str, Any] = {
     **{"swiglu": False, "rescale_nffn": False, "scale_emb": False, "share_emb": False},
 }
 _HF_DEFAULTS = {**_UPSTREAM_DEFAULTS, "num_layers": 12, "ffn_hidden_dim": 2560, "vocab_size": 32_000}
-# How the original computes or trains, not what: kernels, recomputation, the parallel loss.
+# How the original computes or trains, not what: kernels (but see drop_key), recomputation, the parallel loss.
 _UPSTREAM_INERT_KEYS = frozenset({"efficient_attn", "layerwise_ckpt", "custom_bwd", "loss_parallel"})
 
 # Ours -> theirs, applied in order to a tensor's name.
@@ -87,26 +88,22 @@ class Layout:
 def convert_upstream(src: Path, dst: Path, dtype: torch.dtype | None = None) -> MegalodonConfig:
     """Convert a checkpoint of the original (config.json, consolidate_config.json, consolidated.pth) to the folder dst.
 
+    Of a checkpoint in N model-parallel parts the weights are consolidated.00.pth, .01.pth and so on.
     `dtype` float32 or bfloat16, by default the source's; the complex EMA's parameters stay float32. `dst` must not
     exist or be empty. Raises ConversionError, with nothing written. Source: XuezheMax/megalodon, reloading.py.
     """
     src, dst = Path(src), Path(dst)
     _check_output(dst, dtype)
     raw = _read_config(src, "upstream")
-    parts = _read_json(src / "consolidate_config.json").get("model_parallel_size", 1)
-    if parts != 1:
-        raise ConversionError(
-            f"{src} was consolidated for model_parallel_size {parts}, in as many parts; only one part can be "
-            "converted: consolidate it for model_parallel_size 1"
-        )
     unknown = sorted(raw["model"].keys() - _UPSTREAM_DEFAULTS.keys() - _UPSTREAM_INERT_KEYS)
     if unknown:
         raise ConversionError(
             f"{src / 'config.json'}: unknown keys in section model: {', '.join(unknown)}; they may change what the "
             f"model computes. Known: {', '.join(sorted(_UPSTREAM_DEFAULTS.keys() | _UPSTREAM_INERT_KEYS))}"
         )
-    tensors = _read_pth(src / "consolidated.pth")
+    tensors = _read_parts(src, _read_json(src / "consolidate_config.json").get("model_parallel_size", 1))
     settings = {key: raw["model"].get(key, default) for key, default in _UPSTREAM_DEFAULTS.items()}
+    settings["drop_key"] = raw["model"].get("efficient_attn") is not None  # its fused attention drops keys, not weights
     if settings["vocab_size"] == -1:  # the original takes it from its tokenizer; the embedding has the same number
         embedding = tensors.get("embed.weight")
         if not isinstance(embedding, Tensor) or embedding.dim() != 2:
@@ -325,10 +322,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _read_parts(src: Path, count: Any) -> dict[str, Any]:
+    """The state dict of a consolidated checkpoint, its model-parallel parts put together."""
+    if count == 1:
+        return _read_pth(src / "consolidated.pth")
+    if not isinstance(count, int) or count < 1:
+        raise ConversionError(
+            f"{src / 'consolidate_config.json'}: model_parallel_size is {count!r}, expected a whole number from 1 on"
+        )
+    try:
+        return merge_parts([_read_pth(src / f"consolidated.{part:02d}.pth") for part in range(count)])
+    except ValueError as error:
+        raise ConversionError(f"{src}: {error}") from error
+
+
 def _read_pth(path: Path) -> dict[str, Any]:
     """The state dict of a .pth file, memory-mapped; nothing but tensors is unpickled."""
     if not path.is_file():
-        raise ConversionError(f"{path} does not exist; expected the consolidated weights in one part")
+        raise ConversionError(f"{path} does not exist; consolidate_config.json promises weights there")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

@@ -16,6 +16,7 @@ No complex tensors: pairs (real, imaginary) in a last dimension of 2. Powers of 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,10 @@ class ComplexEMA(DerivedConstants):
         constants["planes"] = planes
         return {**{name: tensor.to(dtype) for name, tensor in constants.items()}, "turns": turns}
 
+    def initial_state(self, x: Tensor) -> Tensor:
+        """The state (B, D, N, 2) before the first token of x (B, L, D): zeros, in the accumulation dtype."""
+        return x.new_zeros(x.shape[0], self.dim, self.ndim, 2, dtype=accumulation_dtype(x.dtype))
+
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: x (B, D), state (B, D, N, 2) -> y (B, D) in the accumulation dtype, new state."""
         c = self.constants()
@@ -96,55 +101,98 @@ class ComplexEMA(DerivedConstants):
 
         Returns y (B, L, D) in the accumulation dtype and the state after each row's last valid step.
         """
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._prefill(x, plan, state)
+        with torch.autocast(x.device.type, enabled=False):  # which would round the products to bfloat16
+            return self._prefill(x, plan, state)
+
+    def _prefill(self, x: Tensor, plan: PrefillPlan, state: Tensor | None) -> tuple[Tensor, Tensor]:
         c = self.constants()
         x = cast(x, c["p"].dtype)
-        batch, length, dim = x.shape
+        length = x.shape[1]
         if state is None:
-            state = x.new_zeros(batch, dim, self.ndim, 2)
-        padded = to_blocks(x, 1, BLOCK)  # (B, blocks, T, D)
-        count = padded.shape[1]
-        blocks = compact(padded.permute(3, 0, 1, 2)).flatten(1, 2)  # (D, B*blocks, T), as batched products want it
-
-        powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], plan.exponents)
-        decays = powers[:, BLOCK + 1 :]  # of q over 1, 2, 4 ... blocks
-        to_state = (powers[:, :BLOCK].flip(1) * c["p"][:, None, :, None]).flatten(2)  # (D, T, 2N)
-        added = torch.bmm(blocks, to_state).unflatten(-1, (self.ndim, 2))
-        # State at the start of every block: prefix sums of what blocks add, decayed by q^T a block, by doubling.
-        carried = torch.cat([state.transpose(0, 1)[:, :, None], added.unflatten(1, (batch, count))[:, :, :-1]], dim=2)
-        for i, shift in enumerate(carry_shifts(plan.max_length)):
-            earlier = first(F.pad(carried, (0, 0, 0, 0, shift, 0)), 2, count)
-            carried = carried + complex_mul(earlier, decays[:, None, None, i])
-
-        from_state = real_part_weights(complex_mul(powers[:, 1 : BLOCK + 1], c["gamma"][:, None]))  # (D, 2N, T)
+            state = self.initial_state(x)
+        scan = scan_blocks(c, x, plan, state)
         if self.form == "blocked":
-            inside = torch.bmm(blocks, toeplitz(c["kernel"], plan))
-            y = torch.baddbmm(inside, carried.flatten(1, 2).flatten(2), from_state)
-            y = from_blocks(y.unflatten(1, (batch, count)).permute(1, 2, 3, 0), 1, length)
+            inside = torch.bmm(scan.blocks, toeplitz(c["kernel"], plan))
+            y = torch.baddbmm(inside, scan.carried.flatten(1, 2).flatten(2), scan.from_state(c))
+            y = from_blocks(y.unflatten(1, scan.padded.shape[:2]).permute(1, 2, 3, 0), 1, length)
         else:
-            y = self._convolve(x, state, powers, from_state, c)
+            if torch.is_grad_enabled():
+                state = state.clone()  # autograd keeps it, and a cache's is overwritten in place
+            starts = block_powers(c, length, x.device)
+            y = causal_convolution(x, convolution_kernel(c, scan.powers, starts, length))
+            y = y + from_incoming(state, scan.from_state(c), starts, length) + c["omega"] * x
+        return y, scan.last_state(plan)
 
-        # Each row's own last state: from the start of its last block, over that block's valid tokens.
-        tail = torch.where(plan.tail_valid, padded.flatten(1, 2)[plan.rows[:, None], plan.tail_index], 0.0)  # (B, T, D)
-        added = torch.bmm(tail.permute(2, 0, 1), to_state).unflatten(-1, (self.ndim, 2))
-        start = carried[:, plan.rows, plan.last_block]  # (D, B, N, 2)
-        last = complex_mul(powers.index_select(1, plan.last_steps), start) + added
-        return y, last.transpose(0, 1)
 
-    def _convolve(self, x: Tensor, state: Tensor, powers: Tensor, from_state: Tensor, c: dict[str, Tensor]) -> Tensor:
-        """y by FFT of size 2L: the kernel over the whole length, and what the incoming state adds, in two levels."""
-        batch, length, _ = x.shape
-        count = (length + BLOCK - 1) // BLOCK
-        starts = torch.arange(count, device=x.device)[:, None] * BLOCK
-        starts = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], starts)  # q^(T b): (D, blocks, N, 2)
-        gamma_powers = real_part_weights(complex_mul(powers[:, :BLOCK], c["gamma"][:, None]))
-        kernel = torch.bmm((starts * c["p"][:, None, :, None]).flatten(2), gamma_powers)
-        kernel = from_blocks(kernel, 1, length)
-        size = 2 * length
-        spectrum = torch.fft.rfft(x, n=size, dim=1) * torch.fft.rfft(kernel, n=size, dim=1).mT
-        y = first(torch.fft.irfft(spectrum, n=size, dim=1), 1, length)
-        decayed = complex_mul(state.transpose(0, 1)[:, :, None], starts[:, None])  # (D, B, blocks, N, 2)
-        incoming = torch.bmm(decayed.flatten(1, 2).flatten(2), from_state).unflatten(1, (batch, count))
-        return y + from_blocks(incoming.permute(1, 2, 3, 0), 1, length) + c["omega"] * x
+class Scan(NamedTuple):
+    """What `scan_blocks` finds: powers of q, the tokens in blocks, and the states between the blocks."""
+
+    powers: Tensor  # (D, T + 1 + shifts, N, 2): the plan's exponents of q
+    padded: Tensor  # (B, blocks, T, D)
+    blocks: Tensor  # (D, B * blocks, T): the same, as batched products want it
+    to_state: Tensor  # (D, T, 2N): what a token of a block adds to the state at its end
+    carried: Tensor  # (D, B, blocks, N, 2): the state at the start of every block
+
+    def from_state(self, c: dict[str, Tensor]) -> Tensor:
+        """(D, 2N, T), which times the state at the start of a block gives what it adds to the outputs."""
+        return real_part_weights(complex_mul(self.powers[:, 1 : BLOCK + 1], c["gamma"][:, None]))
+
+    def last_state(self, plan: PrefillPlan) -> Tensor:
+        """Each row's own last state (B, D, N, 2): from the start of its last block, over that block's valid tokens."""
+        picked = self.padded.flatten(1, 2)[plan.rows[:, None], plan.tail_index]
+        tail = torch.where(plan.tail_valid, picked, 0.0)  # (B, T, D)
+        added = torch.bmm(tail.permute(2, 0, 1), self.to_state).unflatten(-1, (-1, 2))
+        start = self.carried[:, plan.rows, plan.last_block]  # (D, B, N, 2)
+        last = complex_mul(self.powers.index_select(1, plan.last_steps), start) + added
+        return last.transpose(0, 1)
+
+
+def scan_blocks(c: dict[str, Tensor], x: Tensor, plan: PrefillPlan, state: Tensor) -> Scan:
+    """The states between the blocks of x (B, L, D), which starts from `state` (B, D, N, 2); `c` as from `derive`."""
+    batch, ndim = x.shape[0], state.shape[2]
+    padded = to_blocks(x, 1, BLOCK)
+    count = padded.shape[1]
+    blocks = compact(padded.permute(3, 0, 1, 2)).flatten(1, 2)
+    powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], plan.exponents)
+    decays = powers[:, BLOCK + 1 :]  # of q over 1, 2, 4 ... blocks
+    to_state = (powers[:, :BLOCK].flip(1) * c["p"][:, None, :, None]).flatten(2)
+    added = torch.bmm(blocks, to_state).unflatten(-1, (ndim, 2))
+    # State at the start of every block: prefix sums of what blocks add, decayed by q^T a block, by doubling.
+    carried = torch.cat([state.transpose(0, 1)[:, :, None], added.unflatten(1, (batch, count))[:, :, :-1]], dim=2)
+    for i, shift in enumerate(carry_shifts(plan.max_length)):
+        earlier = first(F.pad(carried, (0, 0, 0, 0, shift, 0)), 2, count)
+        carried = carried + complex_mul(earlier, decays[:, None, None, i])
+    return Scan(powers, padded, blocks, to_state, carried)
+
+
+def block_powers(c: dict[str, Tensor], length: int, device: torch.device) -> Tensor:
+    """q^(T b) for every block b of a length: (D, blocks, N, 2)."""
+    starts = torch.arange((length + BLOCK - 1) // BLOCK, device=device)[:, None] * BLOCK
+    return powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], starts)
+
+
+def convolution_kernel(c: dict[str, Tensor], powers: Tensor, starts: Tensor, length: int) -> Tensor:
+    """K[s] = Re(sum_n gamma p q^s) for s < L, (D, L), in two levels: `powers` of q from 0 on, `starts` of blocks."""
+    gamma_powers = real_part_weights(complex_mul(powers[:, :BLOCK], c["gamma"][:, None]))
+    kernel = torch.bmm((starts * c["p"][:, None, :, None]).flatten(2), gamma_powers)
+    return from_blocks(kernel, 1, length)
+
+
+def causal_convolution(x: Tensor, kernel: Tensor) -> Tensor:
+    """y_t = sum_{s <= t} K[s] x_{t-s} by FFT of size 2L: x (B, L, D), kernel (D, L) -> (B, L, D)."""
+    length = x.shape[1]
+    size = 2 * length
+    spectrum = torch.fft.rfft(x, n=size, dim=1) * torch.fft.rfft(kernel, n=size, dim=1).mT
+    return first(torch.fft.irfft(spectrum, n=size, dim=1), 1, length)
+
+
+def from_incoming(state: Tensor, from_state: Tensor, starts: Tensor, length: int) -> Tensor:
+    """What the state (B, D, N, 2) before the first token adds, Re(sum_n gamma q^(t+1) h): (B, L, D)."""
+    decayed = complex_mul(state.transpose(0, 1)[:, :, None], starts[:, None])  # (D, B, blocks, N, 2)
+    incoming = torch.bmm(decayed.flatten(1, 2).flatten(2), from_state).unflatten(1, (state.shape[0], starts.shape[1]))
+    return from_blocks(incoming.permute(1, 2, 3, 0), 1, length)
 
 
 def real_part_weights(coefficients: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,14 @@ from .config import MegalodonConfig
 from .constants import unfreeze_constants
 from .ema import ComplexEMA
 from .feed_forward import FeedForward
+from .loss import cross_entropy
 from .norm import NormState, TimestepNorm
 from .plan import BLOCK, PrefillPlan
 from .quantized import empty_quantized, replace_linear_layers
+from .sequence_parallel import Relay
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -46,7 +51,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MegalodonBlock"]  # noqa: RUF012
     # bfloat16 keeps 8 bits of theta; over a hundred steps of phase that is another model. Scales: of quantised weights.
     _keep_in_fp32_modules_strict = ["cema", "scale"]  # noqa: RUF012
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
 
     def _init_weights(self, module: nn.Module) -> None:
         """The original's initialisation; transformers skips tensors that came from a checkpoint."""
@@ -93,6 +98,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(config)
         self.kernels = False  # see `use_kernels`
+        self.sequence_group: ProcessGroup | None = None  # see `parallel_loss`
         self.supported_dtypes = SUPPORTED_DTYPES  # an exporter whose runtime keeps statistics in float32 may add to it
         self.embed = nn.Embedding(config.vocab_size, config.model_dim)
         self.rotary = RotaryTable(config.z_head_dim, config.chunk_size, config.rope_base)
@@ -110,10 +116,14 @@ class MegalodonModel(MegalodonPreTrainedModel):
         and after a row's length are 0. A length of 0 leaves the row's cache as it is. `max_length` bounds L where L is
         symbolic (torch.compile, torch.export): it decides what is static in the graph.
         """
-        x, plan, rotary = self.begin_prefill(token_ids, lengths, None if cache is None else cache.position, max_length)
+        position, relay = None if cache is None else cache.position, None
+        if self.sequence_group is not None:
+            relay = Relay(self.sequence_group)
+            position = torch.full_like(lengths, relay.rank * token_ids.shape[1])
+        x, plan, rotary = self.begin_prefill(token_ids, lengths, position, max_length)
         for i, layer in enumerate(self.layers):
-            x = layer(x, plan, rotary, None if cache is None else cache.layers[i])
-        return first(self.end_prefill(x, plan, None if cache is None else cache.final), 1, token_ids.shape[1])
+            x = layer(x, plan, rotary, None if cache is None else cache.layers[i], relay)
+        return first(self.end_prefill(x, plan, None if cache is None else cache.final, relay), 1, token_ids.shape[1])
 
     def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """Run one token of each row, token_ids (B) -> hidden states (B, D); the cache is updated in place."""
@@ -142,10 +152,14 @@ class MegalodonModel(MegalodonPreTrainedModel):
         )
         return self._embed(token_ids), plan, rotary
 
-    def end_prefill(self, x: Tensor, plan: PrefillPlan, cache: FinalCache | None) -> Tensor:
+    def end_prefill(self, x: Tensor, plan: PrefillPlan, cache: FinalCache | None, relay: Relay | None = None) -> Tensor:
         """The last layer's x (B, L, D) -> hidden states; the cache's last tensors are updated in place."""
         if cache is None:
-            return self.norm(x, plan, self.norm.initial_state(x.shape[0], x.device))[0]
+            state = self.norm.initial_state(x.shape[0], x.device)
+            if relay is None:
+                return self.norm(x, plan, state)[0]
+            x, state = self.norm(x, plan, NormState(*relay.receive(self.norm, state, x, self.norm)))
+            return relay.send(self.norm, x, state)
         if self.kernels and not self.training:
             from .kernels.prefill import normed
 
@@ -250,14 +264,14 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, V) float32 of input_ids (B, L), and the loss (nats a token) if `labels` (B, L) are given.
 
-        Labels are shifted inside, -100 is ignored, as everywhere in transformers. `past_key_values` is a MegalodonCache
-        and is updated in place. `lengths` (B) are the valid tokens of rows padded on the right.
+        Labels are shifted inside, -100 is ignored, as everywhere in transformers; with `num_items_in_batch`, which the
+        Trainer gives where it accumulates gradients, the loss is the sum over that number. `past_key_values` is a
+        MegalodonCache and is updated in place. `lengths` (B) are the valid tokens of rows padded on the right.
         """
+        items = unsupported.pop("num_items_in_batch", None)
         out = self.model(input_ids, past_key_values, use_cache, lengths, **unsupported)
         logits = self.logits(out.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss = None if labels is None else cross_entropy(logits[:, :-1], labels[:, 1:], items)
         past = out.past_key_values
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)  # type: ignore[call-arg,unused-ignore]
 

@@ -85,25 +85,9 @@ class TimestepNorm(nn.Module):
         """Normalise x (B, L, D) by the plan's positions and lengths.
 
         Returns (B, L, D), exactly 0 where not valid, and the statistics after each row's last valid step.
-        Sums run in float64: the statistics of step t are sums over all steps before it.
         """
-        hf = self.statistics == "megalodon-hf"
         grouped = cast(x.unflatten(-1, (self.groups, -1)), accumulation_dtype(x.dtype))  # (B, L, G, D/G)
-        var, mu = (cast(t, torch.float64) for t in torch.var_mean(grouped, dim=-1, correction=0))  # (B, L, G)
-        moments = torch.cat([mu, mu * mu if hf else var + mu * mu], dim=-1)
-        first, second = prefix_sum(moments * plan.valid, plan.max_length, plan.upper_ones).chunk(2, dim=-1)
-
-        count, seen = plan.count, plan.seen
-        mean_in, var_in = (cast(s, torch.float64)[:, None] for s in state)
-        mean = (count * mean_in + first) / seen
-        prior = count.clamp(min=1) if hf else count
-        variance = (prior * var_in + count * mean_in * mean_in + second) / seen - mean * mean
-        variance = variance.clamp(min=_HF_VARIANCE_FLOOR if hf else 0.0)
-
-        mean, variance = cast(mean, grouped.dtype), cast(variance, grouped.dtype)
-        state = NormState(  # a row without a valid step keeps its statistics
-            torch.where(plan.started, mean[:, -1], state.mean), torch.where(plan.started, variance[:, -1], state.var)
-        )
+        mean, variance, state = running_statistics(grouped, plan, state, self.statistics)
         y = self._affine(grouped, mean, variance, x.dtype)
         return torch.where(plan.valid, y, 0.0), state
 
@@ -123,8 +107,39 @@ class TimestepNorm(nn.Module):
         return self._affine(grouped, mean, variance, x.dtype), NormState(mean, variance)
 
     def _affine(self, grouped: Tensor, mean: Tensor, variance: Tensor, dtype: torch.dtype) -> Tensor:
-        y = (grouped - mean[..., None]) * torch.rsqrt(variance[..., None] + self.eps)
-        return cast(y.flatten(-2) * (cast(self.weight, y.dtype) + 1) + cast(self.bias, y.dtype), dtype)
+        y = normalized(grouped, mean, variance, self.eps)
+        return cast(y * (cast(self.weight, y.dtype) + 1) + cast(self.bias, y.dtype), dtype)
+
+
+def normalized(grouped: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """Groups of features (..., G, D/G) by their means and variances (..., G): (..., D)."""
+    return ((grouped - mean[..., None]) * torch.rsqrt(variance[..., None] + eps)).flatten(-2)
+
+
+def running_statistics(
+    grouped: Tensor, plan: PrefillPlan, state: NormState, statistics: NormStatistics
+) -> tuple[Tensor, Tensor, NormState]:
+    """Mean and variance (B, L, G) of all that each group of grouped (B, L, G, D/G) has seen, from `state` on.
+
+    Also the state after each row's last valid step. Sums run in float64. See `TimestepNorm`.
+    """
+    hf = statistics == "megalodon-hf"
+    var, mu = (cast(t, torch.float64) for t in torch.var_mean(grouped, dim=-1, correction=0))  # (B, L, G)
+    moments = torch.cat([mu, mu * mu if hf else var + mu * mu], dim=-1)
+    first, second = prefix_sum(moments * plan.valid, plan.max_length, plan.upper_ones).chunk(2, dim=-1)
+
+    count, seen = plan.count, plan.seen
+    mean_in, var_in = (cast(s, torch.float64)[:, None] for s in state)
+    mean = (count * mean_in + first) / seen
+    prior = count.clamp(min=1) if hf else count
+    variance = (prior * var_in + count * mean_in * mean_in + second) / seen - mean * mean
+    variance = variance.clamp(min=_HF_VARIANCE_FLOOR if hf else 0.0)
+
+    mean, variance = cast(mean, grouped.dtype), cast(variance, grouped.dtype)
+    state = NormState(  # a row without a valid step keeps its statistics
+        torch.where(plan.started, mean[:, -1], state.mean), torch.where(plan.started, variance[:, -1], state.var)
+    )
+    return mean, variance, state
 
 
 class RMSNorm(nn.Module):

@@ -38,14 +38,29 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
 
 
-def write_upstream(folder: Path, config: dict[str, Any], state: dict[str, Any], dtype: str = "fp32") -> Path:
-    """A consolidated checkpoint of the original, in one part."""
+def write_upstream(
+    folder: Path, config: dict[str, Any], state: dict[str, Any], dtype: str = "fp32", parts: int = 1
+) -> Path:
+    """A consolidated checkpoint of the original, in one part or several."""
     folder.mkdir(parents=True)
     tokenizer = {"path": "/nowhere/tokenizer.model", "additional_vocab_size": 0, "data_tokenized": False}
     (folder / "config.json").write_text(json.dumps({"model": config, "tokenizer": tokenizer}))
-    (folder / "consolidate_config.json").write_text(json.dumps({"model_parallel_size": 1, "dtype": dtype}))
-    torch.save(state, folder / "consolidated.pth")
+    (folder / "consolidate_config.json").write_text(json.dumps({"model_parallel_size": parts, "dtype": dtype}))
+    for i in range(parts):
+        name = "consolidated.pth" if parts == 1 else f"consolidated.{i:02d}.pth"
+        torch.save({key: part_of(key, t, i, parts) for key, t in state.items()}, folder / name)
     return folder
+
+
+def part_of(name: str, tensor: Tensor, index: int, parts: int) -> Tensor:
+    """What process `index` of the original's model parallelism holds of a tensor, see its modules' __init__."""
+    module, kind = name.split(".")[-2:] if "." in name else ("", name)
+    columns = {("mega", "gamma"), ("mega", "beta"), ("embed", "weight"), ("output", "weight")}
+    columns |= {("wh2", "weight"), ("fc2", "weight")}
+    whole = {"rope", "rmsnorm", "norm", "nffn"}
+    if parts == 1 or module in whole or kind == "prior_count":
+        return tensor
+    return tensor.chunk(parts, 1 if (module, kind) in columns else 0)[index].clone()
 
 
 def write_hf(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> Path:

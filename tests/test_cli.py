@@ -25,6 +25,7 @@ COMMANDS = {
     "onnx": ("--checkpoint", "--out", "--dtype", "--max-batch", "--max-length", "--all-logits", "--add", "--json"),
     "convert": ("upstream", "megalodon-hf", "SRC", "DST"),
     "generate": ("--prompt", "--runtime", "--max-new-tokens", "--temperature", "--top-k", "--seed", "--stop", "--json"),
+    "eval": ("--ppl", "--prompts", "--runtime", "--truncate-chunks", "--max-new-tokens", "--json"),
     "verify": ("bundle", "--json"),
     "inspect": ("bundle", "--json"),
     "bench": ("--runtime", "--batch", "--tokens", "--json"),

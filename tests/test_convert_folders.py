@@ -211,12 +211,52 @@ def test_folder_without_a_checkpoint(tmp_path: Path, function: Callable[..., Any
     assert_nothing_written(tmp_path)
 
 
-def test_several_parts_are_refused(tmp_path: Path) -> None:
-    src = write_checkpoint("model_small_plain", tmp_path / "src")
-    (src / "consolidate_config.json").write_text('{"model_parallel_size": 2, "dtype": "bf16"}')
-    with pytest.raises(ConversionError, match="model_parallel_size 2"):
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("model_base", 2), ("model_base", 4), ("model_allflags", 2), ("model_small_norm_noaffine", 2)],
+)
+def test_model_parallel_parts_are_put_together(
+    tmp_path: Path, folders: Callable[[str], Path], name: str, parts: int
+) -> None:
+    info, tensors = load(name)
+    src = write_upstream(tmp_path / "src", info["config"], under(tensors, "state_dict."), parts=parts)
+    convert_upstream(src, tmp_path / "dst")
+    whole, merged = (load_file(folder / "model.safetensors") for folder in (folders(name), tmp_path / "dst"))
+    assert whole.keys() == merged.keys()
+    assert all(torch.equal(tensor, merged[key]) for key, tensor in whole.items())
+
+
+def test_broken_parts_are_refused(tmp_path: Path) -> None:
+    info, tensors = load("model_small_plain")
+    src = write_upstream(tmp_path / "src", info["config"], under(tensors, "state_dict."), parts=2)
+    last = torch.load(src / "consolidated.01.pth", weights_only=True)
+    layer = "layers.0.mega."
+    broken: list[tuple[dict[str, Any], str]] = [
+        ({f"{layer}rmsnorm.weight": last[f"{layer}rmsnorm.weight"] + 1}, "rmsnorm.weight should be the same in every"),
+        ({f"{layer}wv.weight": last[f"{layer}wv.weight"][1:]}, "the pieces of layers.0.mega.wv.weight should have one"),
+        ({"extra": torch.ones(1)}, "one of parts 0 and 1 lacks what the other has: extra"),
+    ]
+    for change, message in broken:
+        torch.save({**last, **change}, src / "consolidated.01.pth")
+        with pytest.raises(ConversionError, match=message):
+            convert_upstream(src, tmp_path / "dst")
+    (src / "consolidated.01.pth").unlink()
+    with pytest.raises(ConversionError, match=r"consolidated\.01\.pth does not exist"):
         convert_upstream(src, tmp_path / "dst")
+    for count in (0, "two", 1):
+        (src / "consolidate_config.json").write_text(json.dumps({"model_parallel_size": count, "dtype": "bf16"}))
+        with pytest.raises(ConversionError, match=r"model_parallel_size is|consolidated\.pth does not exist"):
+            convert_upstream(src, tmp_path / "dst")
     assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(("kernel", "drop_key"), [(None, False), ("swift", True), ("fused", True)])
+def test_fused_attention_of_the_original_drops_keys(tmp_path: Path, kernel: str | None, drop_key: bool) -> None:
+    info, tensors = load("model_small_plain")
+    config = {**info["config"], "efficient_attn": kernel}
+    src = write_upstream(tmp_path / "src", config, under(tensors, "state_dict."))
+    assert convert_upstream(src, tmp_path / "dst").drop_key == drop_key
+    assert AutoConfig.from_pretrained(tmp_path / "dst").drop_key == drop_key
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from megalodon_export.evaluation import score
+from megalodon_export.exporters.programs import Limits
 from megalodon_export.model import MegalodonForCausalLM
+from megalodon_export.runtimes.eager import ModelRuntime
 from megalodon_export.text import byte_tokenizer
 
 MAX_BYTES = 4_000_000
@@ -23,19 +26,12 @@ TEMPERATURE = 0.75
 SAMPLE_BYTES = 700
 
 
-@torch.no_grad()
 def bits_per_byte(model: MegalodonForCausalLM, stream: Tensor) -> tuple[float, int]:
     """Bits per byte of ids (L), after the first one, as one stream whose state is carried to the end; and its bytes.
 
     Predicting the END_OF_TEXT between the texts costs bits too, but is not counted as a byte.
     """
-    cache = model.new_cache(1)
-    nats = 0.0
-    for start in range(0, len(stream) - 1, PIECE):
-        piece = stream[start : start + PIECE + 1]
-        ids, targets = piece[None, :-1], piece[1:]
-        logits = model.prefill(ids, torch.full_like(ids[:, 0], ids.shape[1]), cache, all_logits=True)
-        nats += torch.nn.functional.cross_entropy(logits[0], targets, reduction="sum").item()
+    nats = score(ModelRuntime(model, Limits(max_length=PIECE), all_logits=True), [stream]).nats
     count = int((stream != corpus.END_OF_TEXT).sum())
     return nats / math.log(2) / count, count
 

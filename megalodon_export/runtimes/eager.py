@@ -17,11 +17,11 @@ from .base import Runtime
 class ModelRuntime(Runtime):
     """Runs the modules of a model in memory; freezes what it derives from its weights."""
 
-    def __init__(self, model: MegalodonForCausalLM, limits: Limits | None = None) -> None:
+    def __init__(self, model: MegalodonForCausalLM, limits: Limits | None = None, all_logits: bool = False) -> None:
         self.model = model
         freeze_constants(model)
         limits = limits or Limits.of(model.config, max_batch=2**16)
-        super().__init__(model.config, model.dtype_of_weights, model.device, limits, False)
+        super().__init__(model.config, model.dtype_of_weights, model.device, limits, all_logits)
 
     @torch.no_grad()
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:

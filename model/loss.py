@@ -1,0 +1,18 @@
+"""The training loss."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # the target of a step that does not count
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """Cross entropy in nats of logits (B, L, V) and targets (B, L): the mean over those that count, or the sum / items.
+
+    `items` is how many count in all, where these are a part: of an accumulated batch, or of a sequence over processes.
+    """
+    reduction = "mean" if items is None else "sum"
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+    return loss if items is None else loss / items

@@ -1,0 +1,143 @@
+"""Sequence parallelism, as the original's chunk parallel mode: a long sequence in equal pieces over processes.
+
+Only the norms' statistics and the EMA's state cross from one piece to the next, since a piece is whole chunks. Each
+layer waits for them and passes its own on before it attends, so the processes work on their pieces at the same time,
+each a little behind the one before. Gradients travel the same way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .loss import IGNORED, cross_entropy
+
+if TYPE_CHECKING:
+    from .modeling import MegalodonForCausalLM
+
+
+class Relay:
+    """What one forward pass hands on, layer by layer, from the process with the piece before to the one after."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._received: dict[nn.Module, Tensor] = {}  # so that a recomputed layer (checkpointing) does not ask again
+        self._sent: set[nn.Module] = set()
+
+    def receive(self, place: nn.Module, states: Sequence[Tensor], x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
+        """The states (B, ...) that the process before sends from the same place; the first one's are `states`.
+
+        `x` goes with them through `modules`: if anything of these takes gradients, so do the states, in both processes.
+        """
+        if self.rank == 0:
+            return states
+        tracked = x.requires_grad or any(p.requires_grad for module in modules for p in module.parameters())
+        flat = torch.cat([state.flatten(1) for state in states], dim=1).detach().requires_grad_(tracked)
+        packed = _Receive.apply(flat, self, place)
+        pieces = packed.split([state[0].numel() for state in states], dim=1)
+        return [piece.view_as(state) for piece, state in zip(pieces, states, strict=True)]
+
+    def send(self, place: nn.Module, x: Tensor, states: Sequence[Tensor]) -> Tensor:
+        """Send states to the process after; returns x, through which their gradients come back."""
+        if self.rank == self.size - 1:
+            return x
+        packed = torch.cat([state.flatten(1) for state in states], dim=1)
+        return _Send.apply(x, packed, self, place)
+
+    def received(self, place: nn.Module, like: Tensor) -> Tensor:
+        """What arrived for a place; waits for it the first time."""
+        if place not in self._received:
+            self._received[place] = torch.empty_like(like)
+            dist.recv(self._received[place], group=self.group, group_src=self.rank - 1)
+        return self._received[place]
+
+    def send_once(self, place: nn.Module, packed: Tensor) -> None:
+        """Send, unless that has been done for this place."""
+        if place not in self._sent:
+            self._sent.add(place)
+            dist.send(packed.contiguous(), group=self.group, group_dst=self.rank + 1)
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, relay: Relay, place: nn.Module) -> Tensor:
+        ctx.relay = relay
+        return relay.received(place, like).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        relay: Relay = ctx.relay
+        dist.send(gradients[0].contiguous(), group=relay.group, group_dst=relay.rank - 1)
+        return gradients[0], None, None
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, relay: Relay, place: nn.Module) -> Tensor:
+        ctx.relay, ctx.like = relay, torch.empty_like(packed, device="meta")
+        relay.send_once(place, packed)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        relay: Relay = ctx.relay
+        arrived = torch.empty_like(ctx.like, device=gradients[0].device)
+        dist.recv(arrived, group=relay.group, group_src=relay.rank + 1)
+        return gradients[0], arrived, None, None
+
+
+def piece_of(x: Tensor, chunk: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """This process's piece of x (B, L), the same in every process: the rank-th of equal pieces, (B, L / processes).
+
+    ValueError unless the pieces are whole chunks of `chunk` tokens.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    length = x.shape[1]
+    if length % (size * chunk):
+        raise ValueError(
+            f"a sequence of {length} tokens cannot be split over {size} processes in whole chunks of {chunk}; pad it "
+            f"at its end to a multiple of {size * chunk}, with {IGNORED} as labels"
+        )
+    return x.chunk(size, dim=1)[rank]
+
+
+def parallel_logits(model: MegalodonForCausalLM, token_ids: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Logits (B, L / processes, V) of this process's piece of token_ids (B, L), which every process is given whole."""
+    piece = piece_of(token_ids, model.config.chunk_size, group)
+    model.model.sequence_group = group or dist.group.WORLD
+    try:
+        logits: Tensor = model(piece, use_cache=False).logits
+    finally:
+        model.model.sequence_group = None
+    return logits
+
+
+def parallel_loss(
+    model: MegalodonForCausalLM, token_ids: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """The loss of `model(token_ids, labels=labels)`, computed piece by piece; arguments (B, L) whole in every process.
+
+    The value is the whole loss everywhere; its gradients are this process's share, which `sum_gradients` adds up.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    logits = parallel_logits(model, token_ids, group)
+    piece = piece_of(targets, model.config.chunk_size, group)
+    share = cross_entropy(logits, piece, (targets != IGNORED).sum())
+    total = share.detach().clone()
+    dist.all_reduce(total, group=group)
+    return share + (total - share.detach())
+
+
+def sum_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Add up the gradients of all processes, after the backward pass of `parallel_loss`."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=group)
