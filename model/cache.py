@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import MegalodonConfig
+from .hf_cache import TransformersCache
 
 
 def tensor_field(dims: str, dtype: str, meaning: str, fill: float = 0.0) -> Any:
@@ -86,14 +87,15 @@ def cache_layout(config: MegalodonConfig) -> tuple[CacheTensor, ...]:
     return tuple(layout)
 
 
-@dataclass
-class MegalodonCache:
+@dataclass(eq=False)
+class MegalodonCache(TransformersCache):
     """The cache of a batch of streams; rows are independent, every tensor's first dimension is the batch.
 
     A forward pass updates the tensors in place, so a caller's references stay valid and programs may hold addresses.
+    It is a transformers Cache, for generate().
     """
 
-    layers: list[LayerCache]
+    layers: list[LayerCache]  # type: ignore[assignment]  # there a list of layers that update themselves
     final: FinalCache
 
     @classmethod
@@ -122,6 +124,14 @@ class MegalodonCache:
         """The tensors in the order of `cache_layout`; not copies."""
         return [tensor for tensor, _ in self._fields()]
 
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Hold other tensors, in the order of `cache_layout`; they are not copied."""
+        replaced = iter(tensors)
+        parts: list[LayerCache | FinalCache] = [*self.layers, self.final]
+        for part in parts:
+            for f in fields(part):
+                setattr(part, f.name, next(replaced))
+
     def rings(self) -> list[Tensor]:
         """The keys and values: of these a decode step writes one slot, which only a later position makes visible."""
         return [tensor for tensor, f in self._fields() if "C" in f.metadata["dims"]]
@@ -146,20 +156,27 @@ class MegalodonCache:
 
     def clone(self, config: MegalodonConfig) -> MegalodonCache:
         """An independent copy."""
-        return self.from_tensors(config, [t.clone() for t in self.tensors()])
+        return self._with_padding(self.from_tensors(config, [t.clone() for t in self.tensors()]))
 
     def reset(self) -> None:
         """Make every row a fresh stream, in place."""
         for tensor, f in self._fields():
             tensor.fill_(f.metadata["fill"])
+        self.padding = 0
+        self.forget()
 
     def copy_(self, other: MegalodonCache) -> None:
         """Take over the contents of another cache of the same shapes, in place."""
         copy_in_place(self.tensors(), other.tensors())
+        other._with_padding(self).forget()
 
     def rows(self, config: MegalodonConfig, index: Tensor) -> MegalodonCache:
         """A new cache of the chosen rows, (B') int64, in that order (to fork a stream, or to reorder beams)."""
-        return self.from_tensors(config, [t.index_select(0, index) for t in self.tensors()])
+        return self._with_padding(self.from_tensors(config, [t.index_select(0, index) for t in self.tensors()]))
+
+    def _with_padding(self, other: MegalodonCache) -> MegalodonCache:
+        other.padding = self.padding
+        return other
 
 
 def copy_in_place(destination: Iterable[Tensor], source: Iterable[Tensor]) -> None:
