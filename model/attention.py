@@ -157,6 +157,7 @@ class GatedAttention(nn.Module):
         super().__init__()
         dim, z, e = config.model_dim, config.z_dim, config.value_dim
         self.heads, self.chunk = config.num_heads, config.chunk_size
+        self.horizon = config.kv_horizon
         self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
         self.hidden_dropout = config.hidden_dropout
         self.timenorm = TimestepNorm(dim, config.norm_num_groups, config.norm_eps, config.norm_statistics)
@@ -179,10 +180,16 @@ class GatedAttention(nn.Module):
         y, ema = self.cema(x_norm, plan, None if cache is None else cache.ema_state)
         m, q, k, v = self._project(x_norm, y, rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, d)
-        o = attend_prefill(q, k, v, plan, cache, self.chunk, self.attention_dropout if self.training else 0.0)
-        if cache is not None:
-            write_ring(cache.key, k.detach(), plan)
-            write_ring(cache.value, v.detach(), plan)
+        dropout = self.attention_dropout if self.training else 0.0
+        if cache is not None and self.horizon is not None:
+            from .horizon import attend_and_write
+
+            o = attend_and_write(q, k, v, plan, cache, self.horizon, self.chunk, dropout)
+        else:
+            o = attend_prefill(q, k, v, plan, cache, self.chunk, dropout)
+            if cache is not None:
+                write_ring(cache.key, k.detach(), plan)
+                write_ring(cache.value, v.detach(), plan)
         return self._gate(x, m, o.transpose(1, 2)), norm, ema
 
     def step(self, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> tuple[Tensor, NormState, Tensor]:

@@ -67,7 +67,7 @@ def dimension_sizes(config: MegalodonConfig) -> dict[str, int]:
     """What the letters of the layout stand for in a model."""
     return {
         "H": config.num_heads,
-        "C": config.chunk_size,
+        "C": config.max_cache_len or config.chunk_size,  # an unbounded ring grows from a chunk
         "dz": config.z_head_dim,
         "dv": config.value_head_dim,
         "D": config.model_dim,

@@ -23,6 +23,7 @@ from .constants import unfreeze_constants
 from .ema import ComplexEMA
 from .feed_forward import FeedForward
 from .generation import CACHE, MegalodonGenerationMixin
+from .horizon import AbsoluteRotary, reserve
 from .norm import NormState, TimestepNorm
 from .padding import IGNORED, Rows
 from .plan import BLOCK, PrefillPlan
@@ -103,7 +104,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
         self.kernels = False  # see `use_kernels`
         self.supported_dtypes = SUPPORTED_DTYPES  # an exporter whose runtime keeps statistics in float32 may add to it
         self.embed = nn.Embedding(config.vocab_size, config.model_dim)
-        self.rotary = RotaryTable(config.z_head_dim, config.chunk_size, config.rope_base)
+        rotary = RotaryTable if config.kv_horizon is None else AbsoluteRotary
+        self.rotary = rotary(config.z_head_dim, config.chunk_size, config.rope_base)
         self.layers = nn.ModuleList(MegalodonBlock(config, i) for i in range(config.num_layers))
         self.norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps, config.norm_statistics)
         self._prepare_for_quantized_weights()
@@ -118,13 +120,21 @@ class MegalodonModel(MegalodonPreTrainedModel):
         and after a row's length are 0. A length of 0 leaves the row's cache as it is. `max_length` bounds L where L is
         symbolic (torch.compile, torch.export): it decides what is static in the graph.
         """
-        x, plan, rotary = self.begin_prefill(token_ids, lengths, None if cache is None else cache.position, max_length)
+        ring = None
+        if cache is not None and self.config.kv_horizon is not None:
+            if self.config.cache_unbounded:
+                reserve(cache, int((cache.position + lengths).max()))
+            ring = cache.layers[0].key.shape[2]
+        position = None if cache is None else cache.position
+        x, plan, rotary = self.begin_prefill(token_ids, lengths, position, max_length, ring)
         for i, layer in enumerate(self.layers):
             x = layer(x, plan, rotary, None if cache is None else cache.layers[i])
         return first(self.end_prefill(x, plan, None if cache is None else cache.final), 1, token_ids.shape[1])
 
     def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """Run one token of each row, token_ids (B) -> hidden states (B, D); the cache is updated in place."""
+        if self.config.kv_horizon is not None:
+            return self.prefill(token_ids[:, None], torch.ones_like(token_ids), cache)[:, 0]
         x, rotary = self.begin_decode(token_ids, cache.position)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = cast(MegalodonBlock, layer).step(x, cache.position, rotary, layer_cache)
@@ -133,11 +143,16 @@ class MegalodonModel(MegalodonPreTrainedModel):
     # Both passes in three stages, which exporters compile one by one: begin, every layer alike, end.
 
     def begin_prefill(
-        self, token_ids: Tensor, lengths: Tensor, position: Tensor | None, max_length: int | None = None
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        position: Tensor | None,
+        max_length: int | None = None,
+        ring: int | None = None,
     ) -> tuple[Tensor, PrefillPlan, Rotary]:
         """What the first layer takes, x (B, L, D) with L rounded up to whole blocks, and what all layers share.
 
-        `position` (B) is the cache's, None without one.
+        `position` (B) is the cache's, None without one; `ring` its slots, if they are not a chunk's.
         """
         check_dtype(self.dtype_of_weights, self.supported_dtypes)
         length = token_ids.shape[1]
@@ -146,7 +161,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         start = torch.zeros_like(lengths) if position is None else position
         rotary = self.rotary(start[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device))
         plan = PrefillPlan.of(
-            lengths, start, token_ids.shape[1], self.config.chunk_size, max_length, cached=position is not None
+            lengths, start, token_ids.shape[1], ring or self.config.chunk_size, max_length, position is not None
         )
         return self._embed(token_ids), plan, rotary
 
