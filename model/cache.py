@@ -63,6 +63,12 @@ class CacheTensor:
         return model_dtype if self.dtype == "model" or model_dtype == torch.float64 else torch.float32
 
 
+# Of the dataclasses, whose fields torch.compile cannot read where a pass allocates its cache.
+_LAYER, _FINAL = (
+    tuple(CacheTensor(name=f.name, **f.metadata) for f in fields(part)) for part in (LayerCache, FinalCache)
+)
+
+
 def dimension_sizes(config: MegalodonConfig) -> dict[str, int]:
     """What the letters of the layout stand for in a model."""
     return {
@@ -78,13 +84,9 @@ def dimension_sizes(config: MegalodonConfig) -> dict[str, int]:
 
 def cache_layout(config: MegalodonConfig) -> tuple[CacheTensor, ...]:
     """Every tensor of the cache in its canonical order: layer by layer, then the final ones."""
-    layout = [
-        CacheTensor(name=f"layers.{i}.{f.name}", **f.metadata)
-        for i in range(config.num_layers)
-        for f in fields(LayerCache)
-    ]
-    layout += [CacheTensor(name=f"final.{f.name}", **f.metadata) for f in fields(FinalCache)]
-    return tuple(layout)
+    layout = [(f"layers.{i}", t) for i in range(config.num_layers) for t in _LAYER]
+    layout += [("final", t) for t in _FINAL]
+    return tuple(CacheTensor(f"{part}.{t.name}", t.dims, t.dtype, t.fill, t.meaning) for part, t in layout)
 
 
 @dataclass(eq=False)
@@ -100,22 +102,28 @@ class MegalodonCache(TransformersCache):
 
     @classmethod
     def allocate(
-        cls, config: MegalodonConfig, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        cls,
+        config: MegalodonConfig,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        layer_devices: Sequence[torch.device | str] = (),
     ) -> MegalodonCache:
-        """A fresh cache for `batch` streams at position 0, key and value in `dtype`."""
+        """A fresh cache for `batch` streams at position 0, key and value in `dtype`; layers may have their devices."""
         sizes = dimension_sizes(config)
+        devices = [d for d in layer_devices or [device] * config.num_layers for _ in _LAYER] + [device] * len(_FINAL)
         return cls.from_tensors(
             config,
             [
-                torch.full(t.shape(sizes, batch), t.fill, dtype=t.torch_dtype(dtype), device=device)
-                for t in cache_layout(config)
+                torch.full(t.shape(sizes, batch), t.fill, dtype=t.torch_dtype(dtype), device=where)
+                for t, where in zip(cache_layout(config), devices, strict=True)
             ],
         )
 
     @classmethod
     def from_tensors(cls, config: MegalodonConfig, tensors: Sequence[Tensor]) -> MegalodonCache:
         """A cache over existing tensors, given in the order of `cache_layout`; they are not copied."""
-        per_layer = len(fields(LayerCache))
+        per_layer = len(_LAYER)
         count = config.num_layers * per_layer
         layers = [LayerCache(*tensors[i : i + per_layer]) for i in range(0, count, per_layer)]
         return cls(layers, FinalCache(*tensors[count:]))

@@ -152,8 +152,8 @@ class MegalodonConfig(PreTrainedConfig):
             problems += self._shape_problems()
             if self.max_cache_len is not None and (self.cache_unbounded or self.max_cache_len < self.chunk_size):
                 problems.append(
-                    f"max_cache_len is {self.max_cache_len}, expected at least chunk_size {self.chunk_size} (with fewer, "
-                    "megalodon-hf's queries see later tokens), and None with cache_unbounded"
+                    f"max_cache_len is {self.max_cache_len}, expected at least chunk_size {self.chunk_size} (with "
+                    "fewer, megalodon-hf's queries see later tokens), and None with cache_unbounded"
                 )
         for name in ("dropout", "attention_dropout", "hidden_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:

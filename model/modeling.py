@@ -20,6 +20,7 @@ from .blocks import MegalodonBlock
 from .cache import FinalCache, MegalodonCache
 from .config import MegalodonConfig
 from .constants import unfreeze_constants
+from .dispatch import execution_device, is_dispatched
 from .ema import ComplexEMA
 from .feed_forward import FeedForward
 from .generation import CACHE, MegalodonGenerationMixin
@@ -86,8 +87,10 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         return self.get_input_embeddings().get_parameter("weight").dtype
 
     def new_cache(self, batch: int) -> MegalodonCache:
-        """A fresh cache for `batch` streams, in the model's dtype and on its device."""
-        return MegalodonCache.allocate(self.config, batch, self.dtype_of_weights, self.device)
+        """A fresh cache for `batch` streams, in the model's dtype and on its device, or its layers' devices."""
+        device = execution_device(self.get_input_embeddings(), self.device)
+        layers = [execution_device(layer, device) for layer in cast(MegalodonModel, self.base_model).layers]
+        return MegalodonCache.allocate(self.config, batch, self.dtype_of_weights, device, layers)
 
     def train(self, mode: bool = True) -> MegalodonPreTrainedModel:
         """As nn.Module.train; leaving inference drops frozen constants, which would go stale."""
@@ -133,7 +136,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
 
     def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """Run one token of each row, token_ids (B) -> hidden states (B, D); the cache is updated in place."""
-        if self.config.kv_horizon is not None:
+        if self.config.kv_horizon is not None or any(map(is_dispatched, self.layers)):
             return self.prefill(token_ids[:, None], torch.ones_like(token_ids), cache)[:, 0]
         x, rotary = self.begin_decode(token_ids, cache.position)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):

@@ -24,7 +24,7 @@ def use_kernels(model: nn.Module, enabled: bool = True) -> None:
     """
     if enabled:
         if any(getattr(module, "horizon", None) is not None for module in model.modules()):
-            raise TypeError("the kernels attend inside chunks; leave max_cache_len and cache_unbounded out of the config")
+            raise TypeError("the kernels attend inside chunks; leave max_cache_len and cache_unbounded out")
         packed = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m.weight.dtype == torch.uint8]
         for group in {layer.in_features // layer.scale.shape[1] for layer in packed}:
             if group & (group - 1):
