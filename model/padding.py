@@ -83,6 +83,9 @@ class Rows:
 
 
 def _rolled(x: Tensor, shift: Tensor) -> Tensor:
+    """x (B, L, ...) with column j of each row from j + shift, |shift| < L, round the end."""
     length = x.shape[1]
-    index = (torch.arange(length, device=x.device) + shift[:, None]) % length
+    index = torch.arange(length, device=x.device) + shift[:, None]
+    index = torch.where(index < 0, index + length, index)  # not %, which ONNX exports cannot take with a symbolic size
+    index = torch.where(index >= length, index - length, index)
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
