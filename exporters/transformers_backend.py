@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 try:
-    from transformers.exporters import DynamoConfig, DynamoExporter, ExportMetadata, ModelRunner, register_backend
+    from transformers.exporters import DynamoConfig, DynamoExporter, ExportMetadata, HfExporter, ModelRunner
+    from transformers.exporters.auto import register_backend
     from transformers.exporters.exporter_dynamo import register_pytree_node
 except ImportError as error:
     raise ImportError(
@@ -48,18 +49,19 @@ class AotiPackage:
         self.path = path if path is not None else Path(self._folder.name, "model.pt2")  # type: ignore[union-attr]
 
 
-class AotiExporter(DynamoExporter):
+class AotiExporter(HfExporter):
     """Compiles what transformers' DynamoExporter traces; inputs, dynamic shapes and patches are its."""
 
     export_format = NAME
     config_class = AotiConfig
+    program_suffix = ".pt2"
     requires_trust_remote_code = True  # a package is native code
 
     def export_program(
-        self, model: Any, sample_inputs: MutableMapping[str, Any], config: DynamoConfig
+        self, model: Any, sample_inputs: MutableMapping[str, Any], config: Any
     ) -> tuple[AotiPackage, ExportMetadata]:
         """Trace, then compile for this machine."""
-        program, metadata = super().export_program(model, sample_inputs, config)
+        program, metadata = DynamoExporter().export_program(model, sample_inputs, config)
         package = AotiPackage()
         torch._inductor.aoti_compile_and_package(program, package_path=str(package.path))
         return package, metadata
@@ -86,14 +88,15 @@ class AotiModelRunner(ModelRunner):
     @property
     def device(self) -> torch.device:
         """The export's."""
-        return torch.device(self.metadata.export_device)
+        return torch.device(self.metadata.export_device or "cpu")
 
     @classmethod
     def from_program(cls, program: AotiPackage, metadata: ExportMetadata, device: Any = None) -> AotiModelRunner:
         """ValueError for another kind of device than the package's."""
-        if device is not None and torch.device(device).type != torch.device(metadata.export_device).type:
-            raise ValueError(f"the package is compiled for {metadata.export_device}, not {device}; export it there")
-        return cls(program, metadata)
+        runner = cls(program, metadata)
+        if device is not None and torch.device(device).type != runner.device.type:
+            raise ValueError(f"the package is compiled for {runner.device}, not {device}; export it there")
+        return runner
 
     def __call__(self, share_inputs: bool = True, share_outputs: bool = False, **kwargs: Any) -> Any:
         """Run the traced forward; a cache among the inputs is updated in place."""
