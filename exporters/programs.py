@@ -76,7 +76,15 @@ class ProgramSpec:
 
 
 def program_specs(config: MegalodonConfig, dtype: torch.dtype, all_logits: bool = False) -> dict[str, ProgramSpec]:
-    """The specs of both programs, derived from the cache layout. `all_logits`: prefill returns those of every token."""
+    """The specs of both programs, derived from the cache layout. `all_logits`: prefill returns those of every token.
+
+    ValueError for a model that attends beyond its chunks.
+    """
+    if config.kv_horizon is not None:
+        raise ValueError(
+            f"max_cache_len is {config.max_cache_len} and cache_unbounded {config.cache_unbounded}: programs attend "
+            "inside chunks; run such a model through transformers, or export it with both left out of config.json"
+        )
     cache = tuple(TensorSpec(t.name, t.dims, dtype_name(t.torch_dtype(dtype))) for t in cache_layout(config))
     logits_dtype = "float64" if dtype == torch.float64 else "float32"
     logits = TensorSpec("logits", ("B", "V"), logits_dtype)

@@ -180,6 +180,7 @@ class GatedAttention(nn.Module):
         super().__init__()
         dim, z, e = config.model_dim, config.z_dim, config.value_dim
         self.heads, self.chunk = config.num_heads, config.chunk_size
+        self.horizon = config.kv_horizon
         self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
         self.hidden_dropout, self.drop_key = config.hidden_dropout, config.drop_key
         self.timenorm = TimestepNorm(dim, config.norm_num_groups, config.norm_eps, config.norm_statistics)
@@ -210,10 +211,15 @@ class GatedAttention(nn.Module):
         m, q, k, v = self._project(x_norm, y, rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, d)
         dropout = self.attention_dropout if self.training else 0.0
-        o = attend_prefill(q, k, v, plan, cache, self.chunk, dropout, self.drop_key)
-        if cache is not None:
-            write_ring(cache.key, k.detach(), plan)
-            write_ring(cache.value, v.detach(), plan)
+        if cache is not None and self.horizon is not None:
+            from .horizon import attend_and_write
+
+            o = attend_and_write(q, k, v, plan, cache, self.horizon, self.chunk, dropout, self.drop_key)
+        else:
+            o = attend_prefill(q, k, v, plan, cache, self.chunk, dropout, self.drop_key)
+            if cache is not None:
+                write_ring(cache.key, k.detach(), plan)
+                write_ring(cache.value, v.detach(), plan)
         return self._gate(x, m, o.transpose(1, 2)), norm, ema
 
     def step(self, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> tuple[Tensor, NormState, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import MegalodonConfig
+from .hf_cache import TransformersCache
 
 
 def tensor_field(dims: str, dtype: str, meaning: str, fill: float = 0.0) -> Any:
@@ -70,11 +71,17 @@ class CacheTensor:
         return model_dtype if self.dtype == "model" or model_dtype == torch.float64 else torch.float32
 
 
+# Of the dataclasses, whose fields torch.compile cannot read where a pass allocates its cache.
+_LAYER, _FINAL = (
+    tuple(CacheTensor(name=f.name, **f.metadata) for f in fields(part)) for part in (LayerCache, FinalCache)
+)
+
+
 def dimension_sizes(config: MegalodonConfig) -> dict[str, int]:
     """What the letters of the layout stand for in a model."""
     return {
         "H": config.num_heads,
-        "C": config.chunk_size,
+        "C": config.max_cache_len or config.chunk_size,  # an unbounded ring grows from a chunk
         "dz": config.z_head_dim,
         "dv": config.value_head_dim,
         "D": config.model_dim,
@@ -85,43 +92,46 @@ def dimension_sizes(config: MegalodonConfig) -> dict[str, int]:
 
 def cache_layout(config: MegalodonConfig) -> tuple[CacheTensor, ...]:
     """Every tensor of the cache in its canonical order: layer by layer, then the final ones."""
-    layout = [
-        CacheTensor(name=f"layers.{i}.{f.name}", **f.metadata)
-        for i in range(config.num_layers)
-        for f in fields(LayerCache)
-    ]
-    layout += [CacheTensor(name=f"final.{f.name}", **f.metadata) for f in fields(FinalCache)]
-    return tuple(layout)
+    layout = [(f"layers.{i}", t) for i in range(config.num_layers) for t in _LAYER]
+    layout += [("final", t) for t in _FINAL]
+    return tuple(CacheTensor(f"{part}.{t.name}", t.dims, t.dtype, t.fill, t.meaning) for part, t in layout)
 
 
-@dataclass
-class MegalodonCache:
+@dataclass(eq=False)
+class MegalodonCache(TransformersCache):
     """The cache of a batch of streams; rows are independent, every tensor's first dimension is the batch.
 
     A forward pass updates the tensors in place, so a caller's references stay valid and programs may hold addresses.
+    It is a transformers Cache, for generate().
     """
 
-    layers: list[LayerCache]
+    layers: list[LayerCache]  # type: ignore[assignment]  # there a list of layers that update themselves
     final: FinalCache
 
     @classmethod
     def allocate(
-        cls, config: MegalodonConfig, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        cls,
+        config: MegalodonConfig,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        layer_devices: Sequence[torch.device | str] = (),
     ) -> MegalodonCache:
-        """A fresh cache for `batch` streams at position 0, key and value in `dtype`."""
+        """A fresh cache for `batch` streams at position 0, key and value in `dtype`; layers may have their devices."""
         sizes = dimension_sizes(config)
+        devices = [d for d in layer_devices or [device] * config.num_layers for _ in _LAYER] + [device] * len(_FINAL)
         return cls.from_tensors(
             config,
             [
-                torch.full(t.shape(sizes, batch), t.fill, dtype=t.torch_dtype(dtype), device=device)
-                for t in cache_layout(config)
+                torch.full(t.shape(sizes, batch), t.fill, dtype=t.torch_dtype(dtype), device=where)
+                for t, where in zip(cache_layout(config), devices, strict=True)
             ],
         )
 
     @classmethod
     def from_tensors(cls, config: MegalodonConfig, tensors: Sequence[Tensor]) -> MegalodonCache:
         """A cache over existing tensors, given in the order of `cache_layout`; they are not copied."""
-        per_layer = len(fields(LayerCache))
+        per_layer = len(_LAYER)
         count = config.num_layers * per_layer
         layers = [LayerCache(*tensors[i : i + per_layer]) for i in range(0, count, per_layer)]
         return cls(layers, FinalCache(*tensors[count:]))
@@ -129,6 +139,14 @@ class MegalodonCache:
     def tensors(self) -> list[Tensor]:
         """The tensors in the order of `cache_layout`; not copies."""
         return [tensor for tensor, _ in self._fields()]
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Hold other tensors, in the order of `cache_layout`; they are not copied."""
+        replaced = iter(tensors)
+        parts: list[LayerCache | FinalCache] = [*self.layers, self.final]
+        for part in parts:
+            for f in fields(part):
+                setattr(part, f.name, next(replaced))
 
     def rings(self) -> list[Tensor]:
         """The keys and values: of these a decode step writes one slot, which only a later position makes visible."""
@@ -154,20 +172,27 @@ class MegalodonCache:
 
     def clone(self, config: MegalodonConfig) -> MegalodonCache:
         """An independent copy."""
-        return self.from_tensors(config, [t.clone() for t in self.tensors()])
+        return self._with_padding(self.from_tensors(config, [t.clone() for t in self.tensors()]))
 
     def reset(self) -> None:
         """Make every row a fresh stream, in place."""
         for tensor, f in self._fields():
             tensor.fill_(f.metadata["fill"])
+        self.padding = 0
+        self.forget()
 
     def copy_(self, other: MegalodonCache) -> None:
         """Take over the contents of another cache of the same shapes, in place."""
         copy_in_place(self.tensors(), other.tensors())
+        other._with_padding(self).forget()
 
     def rows(self, config: MegalodonConfig, index: Tensor) -> MegalodonCache:
         """A new cache of the chosen rows, (B') int64, in that order (to fork a stream, or to reorder beams)."""
-        return self.from_tensors(config, [t.index_select(0, index) for t in self.tensors()])
+        return self._with_padding(self.from_tensors(config, [t.index_select(0, index) for t in self.tensors()]))
+
+    def _with_padding(self, other: MegalodonCache) -> MegalodonCache:
+        other.padding = self.padding
+        return other
 
 
 def copy_in_place(destination: Iterable[Tensor], source: Iterable[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
@@ -12,7 +13,7 @@ WeightFormat = Literal["float", "int8", "int4"]
 QUANTIZED_FORMATS: tuple[WeightFormat, ...] = ("int8", "int4")
 
 # Keys that only megalodon-hf writes into a config.json with the same model_type.
-_MEGALODON_HF_KEYS = ("max_positions", "cache_unbounded", "max_cache_len")
+_MEGALODON_HF_KEYS = ("max_positions", "efficient_attn")
 
 
 class MegalodonConfig(PreTrainedConfig):
@@ -25,6 +26,8 @@ class MegalodonConfig(PreTrainedConfig):
     prior m2 = 1, floor 1e-6). `projection_bias` adds biases to wh2, fc1, fc2, fc3, as megalodon-hf has them.
     `dropout` is of the embedding and of what a block adds, `hidden_dropout` of what is inside a block,
     `attention_dropout` of attention weights, or with `drop_key` of keys (the original's fused attention).
+    `max_cache_len` M (tokens, at least C) and `cache_unbounded` let cached calls attend beyond the chunk, as that port
+    can (`model/horizon.py`): to the last M keys, to all.
     `ema_prefill` picks how prefill evaluates the complex EMA: "blocked" (Toeplitz blocks) or "fft"; same numbers.
     `weight_format` is what linear layers hold: "float" (the model's dtype), or "int8" or "int4", the latter with one
     scale for `group_size` features of a row (`model/quantized.py`).
@@ -32,6 +35,7 @@ class MegalodonConfig(PreTrainedConfig):
     """
 
     model_type = "megalodon"
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012 - the type that transformers declares
         "hidden_size": "model_dim",
         "num_hidden_layers": "num_layers",
@@ -68,6 +72,8 @@ class MegalodonConfig(PreTrainedConfig):
         init_mode: str = "he",
         ema_prefill: EMAForm = "blocked",
         use_cache: bool = True,
+        max_cache_len: int | None = None,
+        cache_unbounded: bool = False,
         weight_format: WeightFormat = "float",
         group_size: int = 32,
         bos_token_id: int | None = None,
@@ -108,6 +114,8 @@ class MegalodonConfig(PreTrainedConfig):
         self.init_mode = init_mode
         self.ema_prefill = ema_prefill
         self.use_cache = use_cache
+        self.max_cache_len = None if max_cache_len == chunk_size else max_cache_len
+        self.cache_unbounded = cache_unbounded
         self.weight_format = weight_format
         self.group_size = group_size
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
@@ -126,6 +134,11 @@ class MegalodonConfig(PreTrainedConfig):
         return self.value_dim // self.num_heads
 
     @property
+    def kv_horizon(self) -> float | None:
+        """How many keys a cached call reaches back; None inside its chunk, as the original, infinity with no bound."""
+        return math.inf if self.cache_unbounded else self.max_cache_len
+
+    @property
     def logits_size(self) -> int:
         """Width of the head: output_size, or the vocabulary's size."""
         return self.vocab_size if self.output_size == -1 else self.output_size
@@ -141,6 +154,11 @@ class MegalodonConfig(PreTrainedConfig):
                 problems.append(f"{name} is {value!r}, expected a whole number of at least 1")
         if not problems:
             problems += self._shape_problems()
+            if self.max_cache_len is not None and (self.cache_unbounded or self.max_cache_len < self.chunk_size):
+                problems.append(
+                    f"max_cache_len is {self.max_cache_len}, expected at least chunk_size {self.chunk_size} (with "
+                    "fewer, megalodon-hf's queries see later tokens), and None with cache_unbounded"
+                )
         for name in ("dropout", "attention_dropout", "hidden_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 problems.append(f"{name} is {getattr(self, name)!r}, expected 0 <= {name} < 1")

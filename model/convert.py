@@ -123,12 +123,8 @@ def convert_megalodon_hf(src: Path, dst: Path, dtype: torch.dtype | None = None)
     _check_output(dst, dtype)
     raw = _read_config(src, "megalodon-hf")
     settings = {key: raw.get(key, default) for key, default in _HF_DEFAULTS.items()}
-    if raw.get("cache_unbounded") or raw.get("max_cache_len") not in (None, -1, settings["chunk_size"]):
-        raise ConversionError(
-            f"{src / 'config.json'} has max_cache_len {raw.get('max_cache_len')} and cache_unbounded "
-            f"{raw.get('cache_unbounded', False)}: attention would reach beyond (or not to the start of) its chunk; "
-            f"only max_cache_len = chunk_size ({settings['chunk_size']}) without cache_unbounded is supported"
-        )
+    settings["cache_unbounded"] = bool(raw.get("cache_unbounded"))  # it then ignores max_cache_len
+    settings["max_cache_len"] = None if settings["cache_unbounded"] else raw.get("max_cache_len")
     if settings["output_size"] in (None, settings["vocab_size"]):
         settings["output_size"] = -1
     settings["share_emb"] = settings["output_size"] == -1  # it ties whenever the sizes agree, whatever share_emb says

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # the target of a step that does not count
+IGNORED = -100  # the target of a step that does not count, as everywhere in transformers
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, items: Tensor | int | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .attention import GatedAttention, Rotary, RotaryTable
 from .blocking import first, padding_to
@@ -18,10 +20,14 @@ from .blocks import MegalodonBlock
 from .cache import FinalCache, MegalodonCache
 from .config import MegalodonConfig
 from .constants import unfreeze_constants
+from .dispatch import execution_device, is_dispatched
 from .ema import ComplexEMA
 from .feed_forward import FeedForward
+from .generation import CACHE, MegalodonGenerationMixin
+from .horizon import AbsoluteRotary, reserve
 from .loss import cross_entropy
 from .norm import NormState, TimestepNorm
+from .padding import Rows
 from .plan import BLOCK, PrefillPlan
 from .quantized import empty_quantized, replace_linear_layers
 from .sequence_parallel import Relay
@@ -85,6 +91,12 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         """The dtype of everything but the complex EMA's parameters, which stay in float32, and quantised weights."""
         return self.get_input_embeddings().get_parameter("weight").dtype
 
+    def new_cache(self, batch: int) -> MegalodonCache:
+        """A fresh cache for `batch` streams, in the model's dtype and on its device, or its layers' devices."""
+        device = execution_device(self.get_input_embeddings(), self.device)
+        layers = [execution_device(layer, device) for layer in cast(MegalodonModel, self.base_model).layers]
+        return MegalodonCache.allocate(self.config, batch, self.dtype_of_weights, device, layers)
+
     def train(self, mode: bool = True) -> MegalodonPreTrainedModel:
         """As nn.Module.train; leaving inference drops frozen constants, which would go stale."""
         if mode:
@@ -101,7 +113,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
         self.sequence_group: ProcessGroup | None = None  # see `parallel_loss`
         self.supported_dtypes = SUPPORTED_DTYPES  # an exporter whose runtime keeps statistics in float32 may add to it
         self.embed = nn.Embedding(config.vocab_size, config.model_dim)
-        self.rotary = RotaryTable(config.z_head_dim, config.chunk_size, config.rope_base)
+        rotary = RotaryTable if config.kv_horizon is None else AbsoluteRotary
+        self.rotary = rotary(config.z_head_dim, config.chunk_size, config.rope_base)
         self.layers = nn.ModuleList(MegalodonBlock(config, i) for i in range(config.num_layers))
         self.norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps, config.norm_statistics)
         self._prepare_for_quantized_weights()
@@ -116,17 +129,23 @@ class MegalodonModel(MegalodonPreTrainedModel):
         and after a row's length are 0. A length of 0 leaves the row's cache as it is. `max_length` bounds L where L is
         symbolic (torch.compile, torch.export): it decides what is static in the graph.
         """
-        position, relay = None if cache is None else cache.position, None
+        position, relay, ring = None if cache is None else cache.position, None, None
         if self.sequence_group is not None:
             relay = Relay(self.sequence_group)
             position = torch.full_like(lengths, relay.rank * token_ids.shape[1])
-        x, plan, rotary = self.begin_prefill(token_ids, lengths, position, max_length)
+        if cache is not None and self.config.kv_horizon is not None:
+            if self.config.cache_unbounded:
+                reserve(cache, int((cache.position + lengths).max()))
+            ring = cache.layers[0].key.shape[2]
+        x, plan, rotary = self.begin_prefill(token_ids, lengths, position, max_length, ring)
         for i, layer in enumerate(self.layers):
             x = layer(x, plan, rotary, None if cache is None else cache.layers[i], relay)
         return first(self.end_prefill(x, plan, None if cache is None else cache.final, relay), 1, token_ids.shape[1])
 
     def decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """Run one token of each row, token_ids (B) -> hidden states (B, D); the cache is updated in place."""
+        if self.config.kv_horizon is not None or any(map(is_dispatched, self.layers)):
+            return self.prefill(token_ids[:, None], torch.ones_like(token_ids), cache)[:, 0]
         x, rotary = self.begin_decode(token_ids, cache.position)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = cast(MegalodonBlock, layer).step(x, cache.position, rotary, layer_cache)
@@ -135,11 +154,16 @@ class MegalodonModel(MegalodonPreTrainedModel):
     # Both passes in three stages, which exporters compile one by one: begin, every layer alike, end.
 
     def begin_prefill(
-        self, token_ids: Tensor, lengths: Tensor, position: Tensor | None, max_length: int | None = None
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        position: Tensor | None,
+        max_length: int | None = None,
+        ring: int | None = None,
     ) -> tuple[Tensor, PrefillPlan, Rotary]:
         """What the first layer takes, x (B, L, D) with L rounded up to whole blocks, and what all layers share.
 
-        `position` (B) is the cache's, None without one.
+        `position` (B) is the cache's, None without one; `ring` its slots, if they are not a chunk's.
         """
         check_dtype(self.dtype_of_weights, self.supported_dtypes)
         length = token_ids.shape[1]
@@ -148,7 +172,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         start = torch.zeros_like(lengths) if position is None else position
         rotary = self.rotary(start[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device))
         plan = PrefillPlan.of(
-            lengths, start, token_ids.shape[1], self.config.chunk_size, max_length, cached=position is not None
+            lengths, start, token_ids.shape[1], ring or self.config.chunk_size, max_length, position is not None
         )
         return self._embed(token_ids), plan, rotary
 
@@ -182,29 +206,48 @@ class MegalodonModel(MegalodonPreTrainedModel):
         cache.position.add_(1)
         return x
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         past_key_values: MegalodonCache | None = None,
         use_cache: bool | None = None,
         lengths: Tensor | None = None,
+        cache: MegalodonCache | None = None,
         **unsupported: Any,
     ) -> BaseModelOutputWithPast:
-        """transformers' interface to `prefill` and `decode`: input_ids (B, L), optional valid `lengths` (B)."""
+        """transformers' interface to `prefill` and `decode`: input_ids (B, L) -> hidden states (B, L, D), 0 at padding.
+
+        Arguments as those of `MegalodonForCausalLM.forward`.
+        """
         _refuse(unsupported)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = MegalodonCache.allocate(self.config, input_ids.shape[0], self.dtype_of_weights, self.device)
-        if cache is not None and past_key_values is not None and input_ids.shape[1] == 1 and lengths is None:
-            hidden = self.decode(input_ids[:, 0], cache)[:, None]
+        rows = Rows.of(input_ids, attention_mask, lengths)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            cache.check_batch(input_ids.shape[0])
+            hidden = self._go_on(rows.to_right(input_ids), rows.lengths, cache)
         else:
-            if lengths is None:
-                lengths = torch.full_like(input_ids[:, 0], input_ids.shape[1])
-            hidden = self.prefill(input_ids, lengths, cache)
-        # transformers types the field as its own Cache, which holds keys and values alone
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)  # type: ignore[arg-type,call-arg,unused-ignore]
+            if (self.config.use_cache and not self.training) if use_cache is None else use_cache:
+                cache = self.new_cache(input_ids.shape[0])
+            hidden = self._prefill(rows.to_right(input_ids), rows.lengths, cache)
+        return BaseModelOutputWithPast(last_hidden_state=rows.back(hidden), **{CACHE: cache})  # type: ignore[arg-type]
+
+    def _go_on(self, token_ids: Tensor, lengths: Tensor | None, cache: MegalodonCache) -> Tensor:
+        """From a cache, by `decode` where every row has one token."""
+        cache.record(token_ids, lengths, partial(self.prefill, cache=cache))
+        if token_ids.shape[1] == 1 and lengths is None:
+            return self.decode(token_ids[:, 0], cache)[:, None]
+        return self._prefill(token_ids, lengths, cache)
+
+    def _prefill(self, token_ids: Tensor, lengths: Tensor | None, cache: MegalodonCache | None) -> Tensor:
+        if lengths is None:
+            return self.prefill(token_ids, torch.full_like(token_ids[:, 0], token_ids.shape[1]), cache)
+        before = None if cache is None else cache.position.clone()
+        hidden = self.prefill(token_ids, lengths, cache)
+        if cache is not None and before is not None:
+            cache.count_padding(token_ids.shape[1], before)
+        return hidden
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         x = self.embed(token_ids)
@@ -213,7 +256,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         return F.dropout(x, self.config.dropout) if self.training else x
 
 
-class MegalodonForCausalLM(MegalodonPreTrainedModel):
+class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
     """Megalodon with a language-model head: bias-free, tied to the embedding with share_emb."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed.weight"}  # noqa: RUF012
@@ -233,10 +276,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
         """Replace the head."""
         self.lm_head = value
 
-    def new_cache(self, batch: int) -> MegalodonCache:
-        """A fresh cache for `batch` streams, in the model's dtype and on its device."""
-        return MegalodonCache.allocate(self.config, batch, self.dtype_of_weights, self.device)
-
     def prefill(
         self,
         token_ids: Tensor,
@@ -253,27 +292,44 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel):
         """As `MegalodonModel.decode`; float32 logits (B, V)."""
         return self.logits(self.model.decode(token_ids, cache))
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         past_key_values: MegalodonCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         lengths: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache: MegalodonCache | None = None,
         **unsupported: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, V) float32 of input_ids (B, L), and the loss (nats a token) if `labels` (B, L) are given.
 
-        Labels are shifted inside, -100 is ignored, as everywhere in transformers; with `num_items_in_batch`, which the
-        Trainer gives where it accumulates gradients, the loss is the sum over that number. `past_key_values` is a
-        MegalodonCache and is updated in place. `lengths` (B) are the valid tokens of rows padded on the right.
+        Rows may be padded on either side, as `attention_mask` (1 for a token) says, or on the right, of `lengths` (B)
+        valid tokens: each row gives what it gives alone, and 0 at padding. Labels are shifted inside, -100 is ignored,
+        and so is padding; with `num_items_in_batch`, which the Trainer gives where it accumulates gradients, the loss
+        is the sum over that number. `past_key_values`, which newer versions of transformers call `cache`, is updated in
+        place. `logits_to_keep` n computes those of each row's last n tokens alone, a tensor those of these columns.
         """
         items = unsupported.pop("num_items_in_batch", None)
-        out = self.model(input_ids, past_key_values, use_cache, lengths, **unsupported)
-        logits = self.logits(out.last_hidden_state)
-        loss = None if labels is None else cross_entropy(logits[:, :-1], labels[:, 1:], items)
-        past = out.past_key_values
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)  # type: ignore[call-arg,unused-ignore]
+        _refuse(unsupported)
+        cache = past_key_values if cache is None else cache
+        rows = Rows.of(input_ids, attention_mask, lengths)
+        token_ids = rows.to_right(input_ids)
+        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        if labels is not None and (keep or isinstance(logits_to_keep, Tensor)):
+            raise ValueError("labels need the logits of all tokens; leave logits_to_keep out")
+        if cache is not None and cache.record_past and rows.lengths is None and 0 < keep < input_ids.shape[1]:
+            self.model(token_ids[:, :-keep], past_key_values=cache)  # an assistant's guesses are among those to keep
+            cache.forget()
+            token_ids = token_ids[:, -keep:]
+        out = self.model(token_ids, None, cache, use_cache, rows.lengths, return_dict=True)
+        hidden = rows.last(out.last_hidden_state, keep) if keep else rows.back(out.last_hidden_state)
+        logits = self.logits(hidden if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep])
+        loss = None if labels is None else cross_entropy(logits[:, :-1], rows.targets(labels), items)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(out, CACHE)})
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: hidden states (..., D) -> float32 logits (..., V) (float64 of a float64 model)."""
@@ -292,12 +348,6 @@ def last_valid(hidden: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _refuse(unsupported: dict[str, Any]) -> None:
-    mask = unsupported.pop("attention_mask", None)
-    if mask is not None and not bool(mask.all()):
-        raise ValueError(
-            "attention_mask has padding, which forward does not take; pad on the right and pass lengths=mask.sum(1)"
-        )
-    unsupported.pop("return_dict", None)
     given = [name for name, value in unsupported.items() if value is not None and value is not False]
     if given:
         raise TypeError(f"Megalodon's forward has no argument {', '.join(given)}; leave it out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -93,6 +93,14 @@ class PrefillPlan:
             lag=(block - block[:, None]).clamp(min=0),
             upper_ones=upper_triangle(device),
         )
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> PrefillPlan:
+        """The same on another device: accelerate calls it where a model's layers are spread over several."""
+        if self.lengths.device == torch.device(device):
+            return self
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: t.to(device, non_blocking=non_blocking) if isinstance(t, Tensor) else t for k, t in moved.items()}
+        return PrefillPlan(**moved)
 
 
 def upper_triangle(device: torch.device) -> Tensor:

@@ -19,9 +19,12 @@ def use_kernels(model: nn.Module, enabled: bool = True) -> None:
     """Run a model's inference on these kernels, or in its plain form again. They need a CUDA GPU and Triton.
 
     Passes without a cache, and training, keep the plain form. ImportError without Triton, TypeError for a model that is
-    not in float32 or bfloat16 (beside int8 and int4 weights), or whose int4 groups are no power of two.
+    not in float32 or bfloat16 (beside int8 and int4 weights), whose int4 groups are no power of two, or that attends
+    beyond its chunks.
     """
     if enabled:
+        if any(getattr(module, "horizon", None) is not None for module in model.modules()):
+            raise TypeError("the kernels attend inside chunks; leave max_cache_len and cache_unbounded out")
         packed = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m.weight.dtype == torch.uint8]
         for group in {layer.in_features // layer.scale.shape[1] for layer in packed}:
             if group & (group - 1):

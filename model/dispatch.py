@@ -1,0 +1,18 @@
+"""Models that accelerate has spread over devices or offloaded (device_map): what its hooks on modules say."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def is_dispatched(layer: nn.Module) -> bool:
+    """Whether accelerate brings a layer's weights or inputs to their device; it does so in `forward` alone."""
+    return any(hasattr(module, "_hf_hook") for module in (layer, layer.attn))
+
+
+def execution_device(module: nn.Module, default: torch.device) -> torch.device:
+    """Where a module runs: its weights may be elsewhere until it does."""
+    hooks = [getattr(m, "_hf_hook", None) for m in (module, getattr(module, "attn", module))]
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    return next((torch.device(device) for device in devices if device is not None), default)

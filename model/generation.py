@@ -1,0 +1,61 @@
+"""transformers' generate() over a MegalodonCache: greedy, sampling, beams and assisted generation."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from transformers import GenerationMixin
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# The field of outputs and the argument of forward: transformers is renaming past_key_values to cache.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+SUPPORTED = (
+    *(GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION),
+    *(GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE),
+)
+
+
+class MegalodonGenerationMixin(GenerationMixin):
+    """generate() with the model's own cache; what it cannot do is refused."""
+
+    def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args: Any, **kwargs: Any) -> str | None:
+        if generation_mode not in SUPPORTED:
+            raise ValueError(
+                f"Megalodon does not generate by {generation_mode.value.replace('_', ' ')}; use greedy search, "
+                "sampling, beam search or an assistant"
+            )
+        return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
+
+    def _prepare_cache_for_generation(  # type: ignore[override]  # a bool there, which nobody reads
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r}, and Megalodon has one cache, of "
+                "constant size; leave it out"
+            )
+        mask = model_kwargs.get("attention_mask")
+        if generation_config.prefill_chunk_size and mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError("prefill_chunk_size needs prompts that end in the same column; pad them on the left")
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            beams = max(generation_config.num_beams, generation_config.num_return_sequences)
+            model_kwargs[CACHE] = self.new_cache(batch_size * beams)  # type: ignore[attr-defined]
+        cache = model_kwargs.get(CACHE)
+        if cache is not None and (
+            generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+        ):
+            cache.activate_past_recording()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: it pages the keys and values of whole texts."""
+        raise NotImplementedError(
+            "Megalodon has no pages of keys and values for continuous batching; rows of a cache are independent "
+            "streams of constant size: see MegalodonCache.rows, or megalodon_export.Session.generate_batch"
+        )

@@ -1,0 +1,135 @@
+"""transformers' Cache protocol over the cache's list of tensors: its length in columns, beams, taking tokens back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+Feed = Callable[[Tensor, Tensor], object]  # of token_ids (B, L) and lengths (B), which updates the cache
+
+
+class TransformersCache(Cache):
+    """What transformers asks of a Cache, for a subclass that has `tensors()` and `replace()`.
+
+    transformers counts columns of a padded batch where the cache counts each row's tokens, so `padding` keeps how many
+    columns the longest row has not filled. A recurrent state cannot be cropped: where tokens will have to be taken back
+    (assisted generation), `activate_past_recording` keeps a copy of the state and the tokens fed since, and `crop`
+    goes back to the copy and feeds those that stay.
+    """
+
+    is_compileable = False  # generate() would then prepare masks for attention over all positions
+    layer_class_to_replicate = None
+    offloading = False
+    record_past = False
+    padding: int | Tensor = 0
+    _before: list[Tensor] | None = None
+    _fed: list[Tensor]
+    _feed: Feed
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors; each has the batch first."""
+        raise NotImplementedError
+
+    def replace(self, tensors: list[Tensor]) -> None:
+        """Hold other tensors, in the order of `tensors`."""
+        raise NotImplementedError
+
+    @property
+    def position(self) -> Tensor:
+        """Tokens seen by each row, (B) int64."""
+        raise NotImplementedError
+
+    # ---- what forward tells it ---------------------------------------------------------------------------------------
+
+    def check_batch(self, batch: int) -> None:
+        """ValueError unless it has as many rows as the tokens that are fed."""
+        if batch != self.position.shape[0]:
+            raise ValueError(
+                f"past_key_values has {self.position.shape[0]} rows and input_ids {batch}; give each row its stream's "
+                "cache (rows or batch_repeat_interleave choose them)"
+            )
+
+    def record(self, token_ids: Tensor, lengths: Tensor | None, feed: Feed) -> None:
+        """Note tokens that are about to be fed through `feed`, if they may be taken back."""
+        if not self.record_past:
+            return
+        if lengths is not None:
+            raise ValueError("tokens of a padded batch cannot be taken back; generate with the rows one by one")
+        if self._before is None:
+            self._before, self._fed, self._feed = [t.clone() for t in self.tensors()], [], feed
+        self._fed.append(token_ids)
+
+    def forget(self) -> None:
+        """Keep what was fed so far for good."""
+        self._before = None
+
+    def count_padding(self, columns: int, before: Tensor) -> None:
+        """After a padded call over `columns`, with the positions before it."""
+        self.padding = self.padding + columns - (self.position.max() - before.max())
+
+    # ---- what transformers asks --------------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included: the tokens of the longest row where nothing was padded."""
+        return int(self.position.max() + self.padding)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: a stream has no end."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """All columns, from the first: the masks that transformers makes are over these."""
+        return self.get_seq_length() + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.position.shape[0]
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take tokens back."""
+        return self.record_past
+
+    def activate_past_recording(self) -> None:
+        """From now on tokens may be taken back, to the last `crop`."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -tokens_to_remove tokens, at most those fed since the last crop; 0 keeps them all."""
+        if not self.record_past:
+            raise ValueError(
+                "a Megalodon cache is a running state and cannot be cropped; call activate_past_recording before the "
+                "tokens are fed, or keep a clone"
+            )
+        if self._before is not None and tokens_to_remove:
+            fed = torch.cat(self._fed, dim=1)
+            kept = fed.shape[1] - abs(tokens_to_remove)
+            if kept < 0:
+                raise ValueError(f"{abs(tokens_to_remove)} tokens cannot be taken back, only the last {fed.shape[1]}")
+            self.replace(self._before)
+            if kept:
+                self._feed(fed[:, :kept], torch.full_like(fed[:, 0], kept))
+        elif tokens_to_remove:
+            raise ValueError(f"{abs(tokens_to_remove)} tokens cannot be taken back: none were fed since the last crop")
+        self.forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Continue the chosen rows, (B) int64, as beam search does."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the chosen rows, (B') int64, in that order."""
+        self.replace([t.index_select(0, indices.to(t.device)) for t in self.tensors()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        self.replace([t.repeat_interleave(repeats, dim=0) for t in self.tensors()])
+
+    def update(self, *_: Any, **__: Any) -> NoReturn:
+        """Not part of this cache: the model updates its tensors in place."""
+        raise NotImplementedError("a Megalodon cache takes no keys and values from outside; feed tokens to the model")
