@@ -103,17 +103,18 @@ std::string minor_version(const std::string& version) {
 }
 
 // As megalodon_export/runtimes/aoti.py, `_check_target`.
-void check_target(const Node& target, const Node& versions) {
-  const std::string start = "the AOTInductor programs ", device = target["device"].text();
+void check_target(const Node& target, const Node& versions, const std::string& device,
+                  const std::string& architecture) {
+  const std::string start = "the AOTInductor programs ";
   const std::string full = versions["torch"].text(), compiled = full.substr(0, full.find('+')), here = torch_version();
   if (minor_version(compiled) != minor_version(here)) {
     throw unavailable(start + "were compiled with torch " + compiled + ", this is " + here + kAgain);
   }
+  if (device == "cuda") return;  // open_device checks the GPU
   if (device != "cpu") {
-    throw unavailable(start + "are for " + (device == "cuda" ? "CUDA" : device) +
-                      ", and this library runs those for a CPU; export it again: megalodon-export aoti --device cpu");
+    throw unavailable(start + "are for " + device +
+                      ", and this library runs those for cpu and cuda; export it again: megalodon-export aoti --device");
   }
-  const std::string architecture = target["architecture"].text();
   if (architecture != machine()) {
     throw unavailable(start + "are for " + architecture + ", this is " + machine() + kAgain);
   }
@@ -203,7 +204,8 @@ Manifest read_manifest(const std::filesystem::path& folder, const json& manifest
     throw unavailable(folder.string() + " has no AOTInductor programs; make them: megalodon-export aoti");
   }
   const Node entry = root["programs"]["aoti"], config = root["config"], limits = entry["limits"];
-  check_target(entry["target"], root["versions"]);
+  const std::string device = entry["target"]["device"].text(), architecture = entry["target"]["architecture"].text();
+  check_target(entry["target"], root["versions"], device, architecture);
   if (const std::string dtype = root["dtype"].text(); dtype != "float32" && dtype != "bfloat16") {
     throw unavailable("the model computes in " + dtype +
                       ", and this library runs float32 and bfloat16; export it again: megalodon-export aoti --dtype");
@@ -212,7 +214,9 @@ Manifest read_manifest(const std::filesystem::path& folder, const json& manifest
     throw unavailable("the bundle is from before this library: its manifest has no layout_id" + std::string(kAgain));
   }
   constexpr std::int64_t most = std::int64_t{1} << 24;
-  Manifest result{.vocab_size = config["vocab_size"].whole(1, most),
+  Manifest result{.device = device,
+                  .architecture = architecture,
+                  .vocab_size = config["vocab_size"].whole(1, most),
                   .logits_size = root["dimensions"]["V"].whole(1, most),
                   .max_batch = limits["max_batch"].whole(1, most),
                   .max_length = limits["max_length"].whole(1, most),

@@ -45,6 +45,7 @@ struct ProgramEntry {
 };
 
 struct Manifest {
+  std::string device, architecture;  // that the programs are for: cpu or cuda; x86_64, or sm_90 for a GPU
   std::int64_t vocab_size, logits_size, max_batch, max_length, granule, layers;
   std::optional<std::int64_t> bos, eos;
   std::string layout_id;
@@ -53,8 +54,8 @@ struct Manifest {
   std::map<std::string, ProgramEntry> programs;
 };
 
-// Reads what `read_bundle` returned. MEGALODON_UNAVAILABLE if the programs are not for this machine, this libtorch or
-// this library; MEGALODON_BAD_BUNDLE if the manifest makes no sense.
+// Reads what `read_bundle` returned. MEGALODON_UNAVAILABLE if the programs are not for this CPU, this libtorch or this
+// library; MEGALODON_BAD_BUNDLE if the manifest makes no sense.
 Manifest read_manifest(const std::filesystem::path& folder, const nlohmann::json& manifest);
 
 // The name of a tensor of a layer, from that for all layers.
