@@ -305,8 +305,7 @@ inline std::vector<std::vector<float>> prefill_batch(const std::vector<Session*>
     lengths.push_back(ids.size());
   }
   std::vector<float> logits(handles.empty() ? 0 : handles.size() * sessions[0]->logits_size());
-  detail::check(
-      megalodon_prefill_batch(handles.data(), starts.data(), lengths.data(), handles.size(), logits.data()));
+  detail::check(megalodon_prefill_batch(handles.data(), starts.data(), lengths.data(), handles.size(), logits.data()));
   return detail::rows(logits, handles.size());
 }
 

@@ -27,8 +27,7 @@ class CacheBlock {
   void give_back(std::int64_t row);
 
   // The step recorded over some rows; `make` records it the first time. It may be null.
-  RecordedStep* step(std::int64_t first, std::int64_t rows,
-                     const std::function<std::unique_ptr<RecordedStep>()>& make);
+  RecordedStep* step(std::int64_t first, std::int64_t rows, const std::function<std::unique_ptr<RecordedStep>()>& make);
 
  private:
   const std::vector<CacheTensor>& layout_;  // the engine's, which outlives its sessions

@@ -67,8 +67,7 @@ class DeviceMemory {
 class Uploaded {
  public:
   Uploaded(const Device& device, std::span<const std::int64_t> values, std::span<const std::int64_t> shape)
-      : memory_(device, values.size_bytes()),
-        tensor_(device.over(memory_.data(), shape, *dtype_by_name("int64"))) {
+      : memory_(device, values.size_bytes()), tensor_(device.over(memory_.data(), shape, *dtype_by_name("int64"))) {
     device.copy(memory_.data(), values.data(), values.size_bytes());
   }
   const Tensor& tensor() const { return tensor_; }

@@ -92,9 +92,8 @@ void Engine::prefill(std::span<const std::span<const std::int64_t>> token_ids, c
     const Uploaded ids(*device_, padded, std::array{rows, static_cast<std::int64_t>(length)});
     const Uploaded valid(*device_, lengths, std::array{rows});
     Tensor result;
-    device_->run([&](void* stream) {
-      result = programs_.at("prefill").run(ids.tensor(), &valid.tensor(), cache, stream);
-    });
+    device_->run(
+        [&](void* stream) { result = programs_.at("prefill").run(ids.tensor(), &valid.tensor(), cache, stream); });
     std::vector<std::int64_t> shape{rows, manifest_.logits_size};
     if (manifest_.all_logits) shape.insert(shape.begin() + 1, static_cast<std::int64_t>(length));
     const float* values = values_of(result, shape);

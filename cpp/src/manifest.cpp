@@ -112,8 +112,9 @@ void check_target(const Node& target, const Node& versions, const std::string& d
   }
   if (device == "cuda") return;  // open_device checks the GPU
   if (device != "cpu") {
-    throw unavailable(start + "are for " + device +
-                      ", and this library runs those for cpu and cuda; export it again: megalodon-export aoti --device");
+    throw unavailable(
+        start + "are for " + device +
+        ", and this library runs those for cpu and cuda; export it again: megalodon-export aoti --device");
   }
   if (architecture != machine()) {
     throw unavailable(start + "are for " + architecture + ", this is " + machine() + kAgain);

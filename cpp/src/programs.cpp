@@ -140,8 +140,7 @@ Program::Program(const std::filesystem::path& folder, const ProgramEntry& entry,
 std::size_t Program::place(const std::string& name) { return places_.emplace(name, places_.size()).first->second; }
 
 Program::StageRun Program::load(const std::filesystem::path& folder, const Stage& stage, std::int64_t layers,
-                                const Manifest& manifest, WeightStore& weights, const Device& device,
-                                int concurrent) {
+                                const Manifest& manifest, WeightStore& weights, const Device& device, int concurrent) {
   StageRun run;
   run.sources.resize(static_cast<std::size_t>(layers));
   run.weights.resize(static_cast<std::size_t>(layers));
@@ -169,14 +168,12 @@ Program::StageRun Program::load(const std::filesystem::path& folder, const Stage
     }
   }
   for (const std::string& output : stage.outputs) run.outputs.push_back(place(output));
-  run.compiled =
-      std::make_unique<Library>(folder / "aoti" / stage.file, stage.inputs.size(), stage.outputs.size(),
+  run.compiled = std::make_unique<Library>(folder / "aoti" / stage.file, stage.inputs.size(), stage.outputs.size(),
                                            device, concurrent);
   return run;
 }
 
-Tensor Program::run(const Tensor& token_ids, const Tensor* lengths, const CacheView& cache,
-                    void* stream) const {
+Tensor Program::run(const Tensor& token_ids, const Tensor* lengths, const CacheView& cache, void* stream) const {
   std::vector<Tensor> tensors(places_.size());
   tensors[places_.at("token_ids")] = Tensor(token_ids.share());
   if (lengths != nullptr) tensors[places_.at("lengths")] = Tensor(lengths->share());
@@ -188,8 +185,8 @@ Tensor Program::run(const Tensor& token_ids, const Tensor* lengths, const CacheV
   return std::move(tensors[places_.at("logits")]);
 }
 
-void Program::run_stage(const StageRun& stage, std::size_t layer, std::vector<Tensor>& tensors,
-                        const CacheView& cache, void* stream) const {
+void Program::run_stage(const StageRun& stage, std::size_t layer, std::vector<Tensor>& tensors, const CacheView& cache,
+                        void* stream) const {
   std::vector<Tensor> inputs;
   inputs.reserve(stage.sources[layer].size());
   for (const Source& source : stage.sources[layer]) {

@@ -45,7 +45,8 @@ class Tensor {
   // Another reference to the same tensor, for a callee that takes its arguments over.
   AtenTensorHandle share() const;
   std::vector<std::int64_t> shape() const;
-  // The elements, in the memory of the device; Error MEGALODON_FAILED unless they are contiguous, of this dtype and shape.
+  // The elements, in the memory of the device; Error MEGALODON_FAILED unless they are contiguous, of this dtype and
+  // shape.
   const void* contiguous(const DType& dtype, std::span<const std::int64_t> shape) const;
 
  private:
