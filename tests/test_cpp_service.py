@@ -104,7 +104,8 @@ def test_a_stream_is_the_answer_in_pieces(service: Service) -> None:
     assert end == "[DONE]"
     choices = [piece["choices"][0] for piece in pieces]
     assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"]
-    assert sum((choice["token_ids"] for choice in choices), []) == whole["choices"][0]["token_ids"]
+    token_ids = [token for choice in choices for token in choice["token_ids"]]
+    assert token_ids == whole["choices"][0]["token_ids"]
     assert {choice["finish_reason"] for choice in choices[:-1]} <= {None}
     assert choices[-1]["finish_reason"] == whole["choices"][0]["finish_reason"]
     assert pieces[-1]["usage"] == whole["usage"]
