@@ -6,8 +6,8 @@ namespace megalodon::impl {
 
 std::unique_ptr<Device> open_cuda(const std::string&) {
   throw unavailable(
-      "the AOTInductor programs are for CUDA, and this library was built without it; build it against a libtorch with "
-      "CUDA, with the CUDA toolkit installed, or export the model again: megalodon-export aoti --device cpu");
+      "the AOTInductor programs are for CUDA, and this library was built without it; build it where libtorch has CUDA "
+      "and the CUDA toolkit is installed, or export the model for a CPU: megalodon-export aoti --device cpu");
 }
 
 }  // namespace megalodon::impl

@@ -34,7 +34,7 @@ class Cpu final : public Device {
     return Tensor::over(data, shape, dtype, aoti_torch_device_type_cpu());
   }
   void run(const std::function<void(void*)>& call) const override { call(nullptr); }
-  std::unique_ptr<RecordedStep> record(const Step&, std::int64_t, std::int64_t,
+  std::unique_ptr<RecordedStep> record(const Step&, std::int64_t,
                                        std::span<const std::span<std::byte>>) const override {
     return nullptr;
   }

@@ -27,7 +27,7 @@ class Device {
   virtual ~Device() = default;
   // As AOTInductor calls it.
   virtual const char* type() const = 0;
-  // Whether several calls of a program may run at the same time.
+  // Whether several calls of a program may run at the same time. One that is not records steps.
   virtual bool is_concurrent() const = 0;
 
   virtual std::byte* allocate(std::size_t size) const = 0;  // aligned for any vector; throws std::bad_alloc
@@ -40,7 +40,7 @@ class Device {
   // Calls programs on the device's stream, which is null on a CPU, and waits until they are done.
   virtual void run(const std::function<void(void* stream)>& call) const = 0;
   // Records a step over `rows` rows, without changing the `states` that it updates; null where that gains nothing.
-  virtual std::unique_ptr<RecordedStep> record(const Step& step, std::int64_t rows, std::int64_t logits_size,
+  virtual std::unique_ptr<RecordedStep> record(const Step& step, std::int64_t rows,
                                                std::span<const std::span<std::byte>> states) const = 0;
 };
 

@@ -63,7 +63,21 @@ CacheRow Engine::new_cache() const {
 }
 
 std::shared_ptr<CacheBlock> Engine::new_block(std::int64_t rows) const {
-  return std::make_shared<CacheBlock>(manifest_.cache, *device_, rows);
+  if (device_->is_concurrent()) return std::make_shared<CacheBlock>(manifest_.cache, *device_, rows);
+  const auto back = [this](CacheBlock* block) { keep(std::unique_ptr<CacheBlock>(block)); };
+  const std::lock_guard lock(spare_mutex_);
+  if (auto found = spare_.extract(rows)) return {found.mapped().release(), back};
+  try {
+    return {new CacheBlock(manifest_.cache, *device_, rows), back};
+  } catch (const std::bad_alloc&) {
+    spare_.clear();
+    return {new CacheBlock(manifest_.cache, *device_, rows), back};
+  }
+}
+
+void Engine::keep(std::unique_ptr<CacheBlock> block) const noexcept {
+  const std::lock_guard lock(spare_mutex_);
+  std::swap(spare_[block->rows()], block);
 }
 
 const float* Engine::values_of(const Tensor& logits, std::vector<std::int64_t> shape) const {
@@ -110,16 +124,20 @@ void Engine::decode(std::span<const std::int64_t> token_ids, const CacheView& ca
   check_ids(token_ids);
   const std::int64_t rows = cache.rows();
   const Program& program = programs_.at(rows == 1 && programs_.contains("decode_one") ? "decode_one" : "decode");
+  const auto step = [&](const Tensor& ids, void* stream) {
+    Tensor result = program.run(ids, nullptr, cache, stream);
+    values_of(result, {rows, manifest_.logits_size});
+    return result;
+  };
   RecordedStep* recorded = cache.block()->step(cache.first(), rows, [&] {
     std::vector<std::span<std::byte>> states;
     for (std::size_t i = 0; i < manifest_.cache.size(); ++i) states.push_back(cache.memory(i));
-    const auto step = [&](const Tensor& ids, void* stream) { return program.run(ids, nullptr, cache, stream); };
-    return device_->record(step, rows, manifest_.logits_size, states);
+    return device_->record(step, rows, states);
   });
   if (recorded != nullptr) return recorded->run(token_ids, logits, greedy);
   const Uploaded ids(*device_, token_ids, std::array{rows});
   Tensor result;
-  device_->run([&](void* stream) { result = program.run(ids.tensor(), nullptr, cache, stream); });
+  device_->run([&](void* stream) { result = step(ids.tensor(), stream); });
   const float* values = values_of(result, {rows, manifest_.logits_size});
   const auto width = static_cast<std::size_t>(manifest_.logits_size);
   std::vector<float> copy(logits.empty() && !greedy.empty() ? token_ids.size() * width : 0);

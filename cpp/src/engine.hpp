@@ -24,6 +24,7 @@ class Engine {
 
   // Fresh streams.
   CacheRow new_cache() const;
+  // Memory for states, which are whatever they are. The engine must outlive it.
   std::shared_ptr<CacheBlock> new_block(std::int64_t rows) const;
 
   // Feeds tokens, any number from 1 on, to each row; logits (rows x V, or empty) after the last of each.
@@ -47,6 +48,8 @@ class Engine {
   // Logits (rows, V) of a call, in the device's memory.
   const float* values_of(const Tensor& logits, std::vector<std::int64_t> shape) const;
 
+  void keep(std::unique_ptr<CacheBlock> block) const noexcept;
+
   Manifest manifest_;
   std::unique_ptr<Device> device_;
   std::int64_t weight_bytes_ = 0;
@@ -54,6 +57,9 @@ class Engine {
   std::string no_tokenizer_;
   std::optional<WeightStore> weights_;
   std::map<std::string, Program> programs_;
+  // Blocks that nobody uses, with the steps recorded over them, one of each size: recording takes longer than a step.
+  mutable std::mutex spare_mutex_;
+  mutable std::map<std::int64_t, std::unique_ptr<CacheBlock>> spare_;
 };
 
 }  // namespace megalodon::impl

@@ -15,7 +15,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr const char* kAgain = "; export it again on this machine: megalodon-export aoti";
 constexpr const char* kLayerIndex = "{layer}";
 
 // Part of the manifest, with its place in it for messages.
@@ -108,7 +107,7 @@ void check_target(const Node& target, const Node& versions, const std::string& d
   const std::string start = "the AOTInductor programs ";
   const std::string full = versions["torch"].text(), compiled = full.substr(0, full.find('+')), here = torch_version();
   if (minor_version(compiled) != minor_version(here)) {
-    throw unavailable(start + "were compiled with torch " + compiled + ", this is " + here + kAgain);
+    throw unavailable(start + "were compiled with torch " + compiled + ", this is " + here + kExportAgain);
   }
   if (device == "cuda") return;  // open_device checks the GPU
   if (device != "cpu") {
@@ -117,7 +116,7 @@ void check_target(const Node& target, const Node& versions, const std::string& d
         ", and this library runs those for cpu and cuda; export it again: megalodon-export aoti --device");
   }
   if (architecture != machine()) {
-    throw unavailable(start + "are for " + architecture + ", this is " + machine() + kAgain);
+    throw unavailable(start + "are for " + architecture + ", this is " + machine() + kExportAgain);
   }
   std::vector<std::string> missing;
   const std::set<std::string> flags = cpu_flags();
@@ -126,8 +125,8 @@ void check_target(const Node& target, const Node& versions, const std::string& d
   }
   std::ranges::sort(missing);
   if (!missing.empty()) {
-    throw unavailable(start + "use CPU instructions that this machine lacks (" + with_commas(missing) + ")" + kAgain +
-                      ", or export with --portable");
+    throw unavailable(start + "use CPU instructions that this machine lacks (" + with_commas(missing) + ")" +
+                      kExportAgain + ", or export with --portable");
   }
 }
 
@@ -212,7 +211,8 @@ Manifest read_manifest(const std::filesystem::path& folder, const json& manifest
                       ", and this library runs float32 and bfloat16; export it again: megalodon-export aoti --dtype");
   }
   if (!root.has("layout_id")) {
-    throw unavailable("the bundle is from before this library: its manifest has no layout_id" + std::string(kAgain));
+    throw unavailable("the bundle is from before this library: its manifest has no layout_id" +
+                      std::string(kExportAgain));
   }
   constexpr std::int64_t most = std::int64_t{1} << 24;
   Manifest result{.device = device,

@@ -15,6 +15,9 @@ namespace megalodon::impl {
 // The cache's count of the tokens of each row.
 inline constexpr const char* kPosition = "final.position";
 
+// What to do about programs for another machine.
+inline constexpr const char* kExportAgain = "; export it again on this machine: megalodon-export aoti";
+
 // One tensor of the cache; its rows (streams) are independent, and contiguous.
 struct CacheTensor {
   std::string name;
