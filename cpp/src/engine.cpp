@@ -64,20 +64,32 @@ CacheRow Engine::new_cache() const {
 
 std::shared_ptr<CacheBlock> Engine::new_block(std::int64_t rows) const {
   if (device_->is_concurrent()) return std::make_shared<CacheBlock>(manifest_.cache, *device_, rows);
-  const auto back = [this](CacheBlock* block) { keep(std::unique_ptr<CacheBlock>(block)); };
-  const std::lock_guard lock(spare_mutex_);
-  if (auto found = spare_.extract(rows)) return {found.mapped().release(), back};
-  try {
-    return {new CacheBlock(manifest_.cache, *device_, rows), back};
-  } catch (const std::bad_alloc&) {
-    spare_.clear();
-    return {new CacheBlock(manifest_.cache, *device_, rows), back};
+  std::unique_ptr<CacheBlock> block = take_spare(rows);
+  if (!block) {
+    try {
+      block = std::make_unique<CacheBlock>(manifest_.cache, *device_, rows);
+    } catch (const std::bad_alloc&) {
+      clear_spare();
+      block = std::make_unique<CacheBlock>(manifest_.cache, *device_, rows);
+    }
   }
+  return {block.release(), [this](CacheBlock* done) { keep_spare(std::unique_ptr<CacheBlock>(done)); }};
 }
 
-void Engine::keep(std::unique_ptr<CacheBlock> block) const noexcept {
+std::unique_ptr<CacheBlock> Engine::take_spare(std::int64_t rows) const {
+  const std::lock_guard lock(spare_mutex_);
+  auto found = spare_.extract(rows);
+  return found ? std::move(found.mapped()) : nullptr;
+}
+
+void Engine::keep_spare(std::unique_ptr<CacheBlock> block) const noexcept {
   const std::lock_guard lock(spare_mutex_);
   std::swap(spare_[block->rows()], block);
+}
+
+void Engine::clear_spare() const {
+  const std::lock_guard lock(spare_mutex_);
+  spare_.clear();
 }
 
 const float* Engine::values_of(const Tensor& logits, std::vector<std::int64_t> shape) const {

@@ -48,7 +48,9 @@ class Engine {
   // Logits (rows, V) of a call, in the device's memory.
   const float* values_of(const Tensor& logits, std::vector<std::int64_t> shape) const;
 
-  void keep(std::unique_ptr<CacheBlock> block) const noexcept;
+  std::unique_ptr<CacheBlock> take_spare(std::int64_t rows) const;  // null if there is none
+  void keep_spare(std::unique_ptr<CacheBlock> block) const noexcept;
+  void clear_spare() const;
 
   Manifest manifest_;
   std::unique_ptr<Device> device_;

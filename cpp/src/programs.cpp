@@ -57,7 +57,7 @@ struct Library::Functions {
   AOTInductorModelContainerHandle container = nullptr;
   decltype(&AOTInductorModelContainerDelete) remove = nullptr;
   decltype(&AOTInductorModelContainerRun) run = nullptr;
-  decltype(&AOTInductorGetLastError) last_error = nullptr;
+  AOTIRuntimeError (*last_error)(const char**) = nullptr;  // not in every version of torch
 
   template <typename Function>
   Function find(const char* name) const {
@@ -96,7 +96,7 @@ Library::Library(const std::filesystem::path& path, std::size_t inputs, std::siz
   // On a GPU the programs are recorded: the other function would ask events that a recording does not answer.
   f.run = f.need<decltype(f.run)>(device.is_concurrent() ? "AOTInductorModelContainerRun"
                                                          : "AOTInductorModelContainerRunSingleThreaded");
-  f.last_error = f.find<decltype(f.last_error)>("AOTInductorGetLastError");  // not in every version of torch
+  f.last_error = f.find<decltype(f.last_error)>("AOTInductorGetLastError");
   const auto create =
       f.need<decltype(&AOTInductorModelContainerCreateWithDevice)>("AOTInductorModelContainerCreateWithDevice");
   f.check(create(&f.container, static_cast<std::size_t>(concurrent), device.type(),
