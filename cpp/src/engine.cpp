@@ -19,9 +19,8 @@ constexpr const char* kTokenizer = "tokenizer.json";
 
 Engine::Engine(const std::filesystem::path& folder, bool check_hashes, int concurrency) {
   require(concurrency >= 0, "concurrency is " + std::to_string(concurrency) + ", expected 1 or more, or 0");
-  const nlohmann::json manifest = read_bundle(folder, check_hashes);
-  manifest_ = read_manifest(folder, manifest);
-  if (manifest["files"].contains(kTokenizer)) {
+  manifest_ = read_manifest(folder, read_bundle(folder, check_hashes));
+  if (manifest_.files.contains(kTokenizer)) {
     try {
       tokenizer_.emplace(parse_json(read_file(folder / kTokenizer), folder / kTokenizer));
     } catch (const Error& error) {
@@ -42,7 +41,7 @@ Engine::Engine(const std::filesystem::path& folder, bool check_hashes, int concu
     }
   }
   files.erase("");
-  for (const std::string& file : files) weight_bytes_ += manifest["files"][file]["size"].get<std::int64_t>();
+  for (const std::string& file : files) weight_bytes_ += manifest_.files.at(file);
 }
 
 std::int64_t Engine::state_bytes() const {

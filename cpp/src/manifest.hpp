@@ -53,6 +53,7 @@ struct Manifest {
   std::optional<std::int64_t> bos, eos;
   std::string layout_id;
   bool all_logits;
+  std::map<std::string, std::int64_t> files;  // of the bundle: their sizes
   std::vector<CacheTensor> cache;
   std::map<std::string, ProgramEntry> programs;
 };

@@ -19,7 +19,7 @@ const WeightStore::File& WeightStore::open(const std::string& name) {
   try {
     file.content = parse_safetensors(file.mapped->bytes(), (folder_ / name).string());
   } catch (const Error& error) {
-    throw bad_bundle(std::string(error.what()) + "; export the bundle again");
+    throw inconsistent(error.what());
   }
   return files_.emplace(name, std::move(file)).first->second;
 }
@@ -29,13 +29,13 @@ Tensor WeightStore::find(const StageInput& input, std::int64_t layer) {
   const Safetensors& content = open(input.file).content;
   const auto found = content.tensors.find(name);
   if (found == content.tensors.end()) {
-    throw bad_bundle(input.file + " has no tensor " + name + ", but the manifest says so; export the bundle again");
+    throw inconsistent(input.file + " has no tensor " + name + ", but the manifest says so");
   }
   const StoredTensor& tensor = found->second;
   if (tensor.dtype != input.dtype || tensor.shape != input.shape) {
-    throw bad_bundle(input.file + ": " + name + " is " + std::string(tensor.dtype->name) + " " +
-                     list_text(tensor.shape) + ", but the manifest says " + std::string(input.dtype->name) + " " +
-                     list_text(input.shape) + "; export the bundle again");
+    throw inconsistent(input.file + ": " + name + " is " + std::string(tensor.dtype->name) + " " +
+                       list_text(tensor.shape) + ", but the manifest says " + std::string(input.dtype->name) + " " +
+                       list_text(input.shape));
   }
   std::byte* data = tensor.data.data();
   if (std::string(device_.type()) != "cpu") {
@@ -106,8 +106,8 @@ Library::Library(const std::filesystem::path& path, std::size_t inputs, std::siz
     std::size_t found = 0;
     f.check(f.need<decltype(&AOTInductorModelContainerGetNumInputs)>(name)(f.container, &found), "cannot be asked");
     if (found != expected) {
-      throw bad_bundle(f.path + " has " + std::to_string(found) + " " + what + ", but the manifest says " +
-                       std::to_string(expected) + "; export the bundle again");
+      throw inconsistent(f.path + " has " + std::to_string(found) + " " + what + ", but the manifest says " +
+                         std::to_string(expected));
     }
   };
   count("AOTInductorModelContainerGetNumInputs", inputs, "inputs");
@@ -150,8 +150,7 @@ Program::StageRun Program::load(const std::filesystem::path& folder, const Stage
     for (const StageInput& input : stage.inputs) {
       const std::string name = numbered(input.name, layer);
       const auto nowhere = [&] {
-        return bad_bundle("manifest.json: the input " + name + " of " + stage.file +
-                          " comes from nowhere; export the bundle again");
+        return inconsistent("manifest.json: the input " + name + " of " + stage.file + " comes from nowhere");
       };
       if (input.kind == InputKind::weight) {
         bound.push_back(weights.find(input, layer));
