@@ -257,12 +257,13 @@ def test_sigterm_lets_requests_end(start: Callable[..., Service]) -> None:
 
 
 def test_sigterm_ends_what_does_not_end(start: Callable[..., Service]) -> None:
-    service = start("--max-new-tokens", 1_000_000, "--drain-seconds", 1)
+    service = start("--max-new-tokens", 1_000_000, "--drain-seconds", 3)
     with service.stream(**FOREVER) as stream:
         next(stream)
         service.process.terminate()
-        status, answer, _ = service.request("GET", "/health")
-        assert (status, "shutting down" in answer) == (503, True)
+        while (health := service.request("GET", "/health"))[0] == 200:  # the signal is on its way
+            time.sleep(0.01)
+        assert (health[0], "shutting down" in health[1]) == (503, True)
         status, answer, _ = service.request("POST", "/v1/completions", b'{"prompt":"x"}')
         assert (status, "shutting down" in answer) == (503, True)
         *_, last = stream
