@@ -134,7 +134,7 @@ def default_bundle(workplace: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def cpp_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C++ library, its tests and its command line, built."""
+    """The C++ library, its tests, its command line and the service, built."""
     if lacking := native.missing():
         pytest.skip(f"the C++ library cannot be built here: install {lacking}")
     folder = tmp_path_factory.mktemp("cpp")

@@ -19,7 +19,7 @@ CPP = ROOT / "cpp"
 # A header of each package that the build needs, and the Debian package that has it.
 HEADERS = {
     **{"nlohmann/json.hpp": "nlohmann-json3-dev", "gtest/gtest.h": "libgtest-dev", "CLI/CLI.hpp": "libcli11-dev"},
-    "openssl/evp.h": "libssl-dev",
+    **{"openssl/evp.h": "libssl-dev", "httplib.h": "libcpp-httplib-dev"},
 }
 
 TokenCallback = ctypes.CFUNCTYPE(c_int, c_void_p, c_int64)
@@ -192,9 +192,10 @@ def sh(*command: object, **options: Any) -> str:
 
 
 def build(folder: Path) -> None:
-    """Build the library, its tests and its command line with this Python's torch."""
+    """Build the library, its tests, its command line and the service with this Python's torch."""
     sh(
         *("cmake", "-S", CPP, "-B", folder, "-DMEGALODON_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Release"),
+        "-DMEGALODON_BUILD_SERVICE=ON",
         f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
     )
     sh("cmake", "--build", folder, "-j2")

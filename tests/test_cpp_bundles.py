@@ -88,8 +88,10 @@ def test_other_machines_programs_are_refused(
         megalodon_export.load(copy)
     error = refusal(library, copy)
     assert error.status == UNAVAILABLE
-    if name == "device":  # CUDA programs run from Python alone so far
-        assert "are for CUDA, and this library runs those for a CPU" in str(error)
+    if name == "device":  # another sentence in a library that was built without CUDA
+        assert re.search(
+            "are for CUDA, and this library was built without it|are for cuda, not|for x86_64, this GPU", str(error)
+        )
     else:
         assert str(error) == str(expected.value)
 

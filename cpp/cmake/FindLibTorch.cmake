@@ -1,5 +1,6 @@
 # LibTorch::LibTorch: the libraries and the C interface of any libtorch. Not torch's own TorchConfig, which asks for a
-# CUDA toolkit where torch was built with CUDA; this library needs no header of it.
+# CUDA toolkit where torch was built with CUDA; without one, this library runs CPU programs.
+# LibTorch::CUDA: what a GPU takes beside it, if libtorch has it.
 #
 # LibTorch_ROOT, CMAKE_PREFIX_PATH (as for find_package(Torch)), or else the torch of the Python in PATH.
 set(_hints)
@@ -21,14 +22,22 @@ endif()
 find_path(LibTorch_INCLUDE_DIR torch/csrc/inductor/aoti_torch/c/shim.h HINTS ${_hints} PATH_SUFFIXES include)
 find_library(LibTorch_CPU_LIBRARY torch_cpu HINTS ${_hints} PATH_SUFFIXES lib)
 find_library(LibTorch_C10_LIBRARY c10 HINTS ${_hints} PATH_SUFFIXES lib)
+find_library(LibTorch_TORCH_CUDA_LIBRARY torch_cuda HINTS ${_hints} PATH_SUFFIXES lib)
+find_library(LibTorch_C10_CUDA_LIBRARY c10_cuda HINTS ${_hints} PATH_SUFFIXES lib)
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(LibTorch
   REQUIRED_VARS LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_INCLUDE_DIR
   REASON_FAILURE_MESSAGE "Install torch for the Python in PATH, or set LibTorch_ROOT to a libtorch.")
-mark_as_advanced(LibTorch_INCLUDE_DIR LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_PYTHON)
+mark_as_advanced(LibTorch_INCLUDE_DIR LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_PYTHON
+  LibTorch_TORCH_CUDA_LIBRARY LibTorch_C10_CUDA_LIBRARY)
 
 if(LibTorch_FOUND AND NOT TARGET LibTorch::LibTorch)
   add_library(LibTorch::LibTorch INTERFACE IMPORTED)
   target_include_directories(LibTorch::LibTorch SYSTEM INTERFACE ${LibTorch_INCLUDE_DIR})
   target_link_libraries(LibTorch::LibTorch INTERFACE ${LibTorch_CPU_LIBRARY} ${LibTorch_C10_LIBRARY})
+endif()
+if(LibTorch_TORCH_CUDA_LIBRARY AND LibTorch_C10_CUDA_LIBRARY AND NOT TARGET LibTorch::CUDA)
+  add_library(LibTorch::CUDA INTERFACE IMPORTED)
+  target_link_libraries(LibTorch::CUDA
+    INTERFACE ${LibTorch_TORCH_CUDA_LIBRARY} ${LibTorch_C10_CUDA_LIBRARY} LibTorch::LibTorch)
 endif()

@@ -5,7 +5,7 @@
 int main(int argc, char** argv) try {
   if (argc < 4) return 2;
   const megalodon::Engine engine(argv[1]);
-  const int count = std::stoi(argv[2]);
+  const std::uint64_t count = std::stoull(argv[2]);
   std::vector<megalodon::Session> sessions;
   std::vector<megalodon::Session*> batch;
   std::vector<std::int64_t> tokens;
@@ -14,13 +14,12 @@ int main(int argc, char** argv) try {
     tokens.push_back(megalodon::sample(session.prefill(engine.encode(argv[i])), MEGALODON_GREEDY, 0));
   }
   for (megalodon::Session& session : sessions) batch.push_back(&session);
-  const auto width = static_cast<std::size_t>(engine.info().logits_size);
-  for (int index = 1; index <= count; ++index) {
+  const std::vector<megalodon_sampling> greedy(batch.size(), MEGALODON_GREEDY);
+  for (std::uint64_t index = 1; index <= count; ++index) {
     for (const std::int64_t token : tokens) std::cout << token << ' ';
     std::cout << '\n';
     if (index == count) break;
-    const auto logits = megalodon::decode_batch(batch, tokens, width);
-    for (std::size_t i = 0; i < tokens.size(); ++i) tokens[i] = megalodon::sample(logits[i], MEGALODON_GREEDY, index);
+    tokens = megalodon::step_batch(batch, tokens, greedy, std::vector<std::uint64_t>(batch.size(), index));
   }
   return 0;
 } catch (const std::exception& error) {

@@ -25,7 +25,8 @@ Manifest small_model() {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   static const Manifest manifest = small_model();
-  CacheView cache(std::make_shared<CacheBlock>(manifest.cache, 1), 0, 1);
+  static const std::unique_ptr<Device> device = open_device("cpu", "");
+  const CacheView cache(std::make_shared<CacheBlock>(manifest.cache, *device, 1), 0, 1);
   cache.reset();
   const auto* bytes = reinterpret_cast<const std::byte*>(data);
   try {

@@ -157,10 +157,23 @@ MEGALODON_API megalodon_status megalodon_session_prefill(megalodon_session* sess
 MEGALODON_API megalodon_status megalodon_session_decode(megalodon_session* session, int64_t token_id, float* logits);
 
 /* Feeds one token to each of `count` different sessions of one engine in a single step; logits (count x logits_size,
-   may be NULL). Sessions that step together share one block of memory, freed when the last of them has left it: the
-   first step of a new group copies their states together, those after it copy nothing. */
+   may be NULL). Sessions that step together share one block of memory, in their order, freed when the last of them has
+   left it: one that is not in its place there is copied to it, the others stay. So append those that join, and let the
+   last one take the place of one that leaves. */
 MEGALODON_API megalodon_status megalodon_decode_batch(megalodon_session* const* sessions, const int64_t* token_ids,
                                                       size_t count, float* logits);
+
+/* The same, and samples what follows each stream: `next[i]` by `samplings[i]`, after `indices[i]` other draws. Greedy
+   tokens are chosen where the logits are, which on a GPU saves their way to the host. */
+MEGALODON_API megalodon_status megalodon_step_batch(megalodon_session* const* sessions, const int64_t* token_ids,
+                                                    size_t count, const megalodon_sampling* samplings,
+                                                    const uint64_t* indices, int64_t* next);
+
+/* Feeds each of `count` different sessions of one engine tokens of its own, `lengths[i]` (1 or more) of `token_ids[i]`,
+   side by side; logits (count x logits_size, may be NULL) after the last of each. */
+MEGALODON_API megalodon_status megalodon_prefill_batch(megalodon_session* const* sessions,
+                                                       const int64_t* const* token_ids, const size_t* lengths,
+                                                       size_t count, float* logits);
 
 /* ---- generation -------------------------------------------------------------------------------------------------- */
 

@@ -196,6 +196,7 @@ class Session {
   }
   void restore(const Snapshot& snapshot) { detail::check(megalodon_session_restore(get(), snapshot.get())); }
 
+  std::size_t logits_size() const { return logits_size_; }
   megalodon_session* get() const { return handle_.get(); }
 
  private:
@@ -250,23 +251,62 @@ class Session {
   std::size_t logits_size_ = 0;
 };
 
-// Feeds one token to each of several sessions of an engine in one step; the logits of each.
-inline std::vector<std::vector<float>> decode_batch(const std::vector<Session*>& sessions,
-                                                    const std::vector<std::int64_t>& token_ids,
-                                                    std::size_t logits_size) {
-  if (sessions.size() != token_ids.size()) {
-    throw Error(MEGALODON_INVALID_ARGUMENT, "as many token ids as sessions expected");
-  }
-  std::vector<megalodon_session*> handles;
-  for (const Session* session : sessions) handles.push_back(session->get());
-  std::vector<float> flat(sessions.size() * logits_size);
-  detail::check(megalodon_decode_batch(handles.data(), token_ids.data(), handles.size(), flat.data()));
+namespace detail {
+
+inline std::vector<megalodon_session*> handles(const std::vector<Session*>& sessions, std::size_t others) {
+  if (sessions.size() != others) throw Error(MEGALODON_INVALID_ARGUMENT, "as many of everything as sessions expected");
+  std::vector<megalodon_session*> all;
+  for (const Session* session : sessions) all.push_back(session->get());
+  return all;
+}
+
+inline std::vector<std::vector<float>> rows(const std::vector<float>& flat, std::size_t count) {
   std::vector<std::vector<float>> logits;
-  for (std::size_t i = 0; i < sessions.size(); ++i) {
-    const float* row = flat.data() + i * logits_size;
-    logits.emplace_back(row, row + logits_size);
+  for (std::size_t i = 0; i < count; ++i) {
+    const float* row = flat.data() + i * (flat.size() / count);
+    logits.emplace_back(row, row + flat.size() / count);
   }
   return logits;
+}
+
+}  // namespace detail
+
+// Feeds one token to each of several sessions of an engine in one step; the logits of each.
+inline std::vector<std::vector<float>> decode_batch(const std::vector<Session*>& sessions,
+                                                    const std::vector<std::int64_t>& token_ids) {
+  const auto handles = detail::handles(sessions, token_ids.size());
+  std::vector<float> logits(handles.empty() ? 0 : handles.size() * sessions[0]->logits_size());
+  detail::check(megalodon_decode_batch(handles.data(), token_ids.data(), handles.size(), logits.data()));
+  return detail::rows(logits, handles.size());
+}
+
+// The same, and samples the next token of each, after `indices` other draws.
+inline std::vector<std::int64_t> step_batch(const std::vector<Session*>& sessions,
+                                            const std::vector<std::int64_t>& token_ids,
+                                            const std::vector<megalodon_sampling>& samplings,
+                                            const std::vector<std::uint64_t>& indices) {
+  const auto handles = detail::handles(sessions, token_ids.size());
+  detail::handles(sessions, samplings.size());
+  detail::handles(sessions, indices.size());
+  std::vector<std::int64_t> next(handles.size());
+  detail::check(megalodon_step_batch(handles.data(), token_ids.data(), handles.size(), samplings.data(), indices.data(),
+                                     next.data()));
+  return next;
+}
+
+// Feeds each of several sessions of an engine tokens of its own, side by side; the logits after the last of each.
+inline std::vector<std::vector<float>> prefill_batch(const std::vector<Session*>& sessions,
+                                                     const std::vector<std::vector<std::int64_t>>& token_ids) {
+  const auto handles = detail::handles(sessions, token_ids.size());
+  std::vector<const std::int64_t*> starts;
+  std::vector<std::size_t> lengths;
+  for (const auto& ids : token_ids) {
+    starts.push_back(ids.data());
+    lengths.push_back(ids.size());
+  }
+  std::vector<float> logits(handles.empty() ? 0 : handles.size() * sessions[0]->logits_size());
+  detail::check(megalodon_prefill_batch(handles.data(), starts.data(), lengths.data(), handles.size(), logits.data()));
+  return detail::rows(logits, handles.size());
 }
 
 // Token ids to text, piece by piece, up to the first stop string; for those who decode themselves.

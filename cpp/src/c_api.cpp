@@ -108,6 +108,14 @@ const impl::Engine& of(const megalodon_engine* engine) {
   return *engine->engine;
 }
 
+std::vector<impl::Session*> sessions_of(megalodon_session* const* sessions, std::size_t count) {
+  require(count > 0, "there are no sessions to feed; give at least one");
+  need(sessions, "sessions");
+  std::vector<impl::Session*> all;
+  for (std::size_t i = 0; i < count; ++i) all.push_back(&of(sessions[i]));
+  return all;
+}
+
 megalodon_generate_options read_generate_options(const megalodon_generate_options* options) {
   return read_options(options, megalodon_generate_options MEGALODON_GENERATE_OPTIONS_INIT);
 }
@@ -237,11 +245,31 @@ megalodon_status megalodon_session_decode(megalodon_session* session, int64_t to
 megalodon_status megalodon_decode_batch(megalodon_session* const* sessions, const int64_t* token_ids, size_t count,
                                         float* logits) {
   return guarded([&] {
-    if (count > 0) need(sessions, "sessions");
-    require(count > 0, "there are no sessions to feed; give at least one");
-    std::vector<impl::Session*> all;
-    for (std::size_t i = 0; i < count; ++i) all.push_back(&of(sessions[i]));
+    const std::vector<impl::Session*> all = sessions_of(sessions, count);
     impl::Session::decode_batch(all, ids_of(token_ids, count), logits_of(*all[0], logits, count));
+  });
+}
+
+megalodon_status megalodon_step_batch(megalodon_session* const* sessions, const int64_t* token_ids, size_t count,
+                                      const megalodon_sampling* samplings, const uint64_t* indices, int64_t* next) {
+  return guarded([&] {
+    const std::vector<impl::Session*> all = sessions_of(sessions, count);
+    need(samplings, "samplings");
+    need(indices, "indices");
+    need(next, "next");
+    impl::Session::step_batch(all, ids_of(token_ids, count), {samplings, count}, {indices, count}, {next, count});
+  });
+}
+
+megalodon_status megalodon_prefill_batch(megalodon_session* const* sessions, const int64_t* const* token_ids,
+                                         const size_t* lengths, size_t count, float* logits) {
+  return guarded([&] {
+    const std::vector<impl::Session*> all = sessions_of(sessions, count);
+    need(token_ids, "token_ids");
+    need(lengths, "lengths");
+    std::vector<std::span<const std::int64_t>> prompts;
+    for (std::size_t i = 0; i < count; ++i) prompts.push_back(ids_of(token_ids[i], lengths[i]));
+    impl::Session::prefill_batch(all, prompts, logits_of(*all[0], logits, count));
   });
 }
 

@@ -1,14 +1,9 @@
 #include "cache.hpp"
 
-#include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 namespace megalodon::impl {
 namespace {
-
-constexpr std::size_t kAlignment = 64;  // a cache line, and the widest vector
 
 template <typename T>
 void fill(std::span<std::byte> bytes, T value) {
@@ -17,20 +12,36 @@ void fill(std::span<std::byte> bytes, T value) {
 
 }  // namespace
 
-CacheBlock::CacheBlock(const std::vector<CacheTensor>& layout, std::int64_t rows) : layout_(layout), rows_(rows) {
+CacheBlock::CacheBlock(const std::vector<CacheTensor>& layout, const Device& device, std::int64_t rows)
+    : layout_(layout), device_(device), rows_(rows), taken_(static_cast<std::size_t>(rows)) {
   for (const CacheTensor& tensor : layout) {
-    const std::size_t size = tensor.row_bytes * static_cast<std::size_t>(rows);
-    const std::size_t rounded = (std::max<std::size_t>(size, 1) + kAlignment - 1) / kAlignment * kAlignment;
-    auto* memory = static_cast<std::byte*>(std::aligned_alloc(kAlignment, rounded));
-    if (memory == nullptr) throw std::bad_alloc();
-    memory_.emplace_back(memory);
+    memory_.emplace_back(device, tensor.row_bytes * static_cast<std::size_t>(rows));
   }
 }
 
-void CacheBlock::Free::operator()(std::byte* memory) const { std::free(memory); }
-
 std::byte* CacheBlock::row(std::size_t tensor, std::int64_t row) const {
-  return memory_[tensor].get() + layout_[tensor].row_bytes * static_cast<std::size_t>(row);
+  return memory_[tensor].data() + layout_[tensor].row_bytes * static_cast<std::size_t>(row);
+}
+
+bool CacheBlock::take(std::int64_t row) {
+  const std::lock_guard lock(mutex_);
+  const auto index = static_cast<std::size_t>(row);
+  if (taken_[index]) return false;
+  taken_[index] = true;
+  return true;
+}
+
+void CacheBlock::give_back(std::int64_t row) {
+  const std::lock_guard lock(mutex_);
+  taken_[static_cast<std::size_t>(row)] = false;
+}
+
+RecordedStep* CacheBlock::step(std::int64_t first, std::int64_t rows,
+                               const std::function<std::unique_ptr<RecordedStep>()>& make) {
+  const std::lock_guard lock(mutex_);
+  const std::pair key(first, rows);
+  const auto found = steps_.find(key);
+  return found != steps_.end() ? found->second.get() : steps_.emplace(key, make()).first->second.get();
 }
 
 CacheView::CacheView(std::shared_ptr<CacheBlock> block, std::int64_t first, std::int64_t rows)
@@ -39,30 +50,52 @@ CacheView::CacheView(std::shared_ptr<CacheBlock> block, std::int64_t first, std:
     const CacheTensor& tensor = block_->layout()[i];
     std::vector<std::int64_t> shape{rows};
     shape.insert(shape.end(), tensor.row_shape.begin(), tensor.row_shape.end());
-    tensors_.push_back(Tensor::over(block_->row(i, first), shape, *tensor.dtype));
+    tensors_.push_back(block_->device().over(block_->row(i, first), shape, *tensor.dtype));
   }
 }
 
-std::span<std::byte> CacheView::bytes(std::size_t index) const {
+std::span<std::byte> CacheView::memory(std::size_t index) const {
   return {block_->row(index, first_), block_->layout()[index].row_bytes * static_cast<std::size_t>(rows_)};
 }
 
-void CacheView::reset() {
+std::vector<std::byte> CacheView::read(std::size_t index) const {
+  std::vector<std::byte> bytes(memory(index).size());
+  block_->device().copy(bytes.data(), memory(index).data(), bytes.size());
+  return bytes;
+}
+
+void CacheView::write(std::size_t index, std::span<const std::byte> bytes) const {
+  block_->device().copy(memory(index).data(), bytes.data(), bytes.size());
+}
+
+void CacheView::reset() const {
   for (std::size_t i = 0; i < tensors_.size(); ++i) {
     const CacheTensor& tensor = block_->layout()[i];
     if (tensor.fill == 0.0) {
-      std::ranges::fill(bytes(i), std::byte{0});
-    } else if (tensor.dtype->name == "int64") {
-      fill(bytes(i), static_cast<std::int64_t>(tensor.fill));
-    } else {  // the manifest was refused unless it is float32
-      fill(bytes(i), static_cast<float>(tensor.fill));
+      block_->device().zero(memory(i).data(), memory(i).size());
+      continue;
     }
+    std::vector<std::byte> bytes(memory(i).size());
+    if (tensor.dtype->name == "int64") {
+      fill(bytes, static_cast<std::int64_t>(tensor.fill));
+    } else {  // the manifest was refused unless it is float32
+      fill(bytes, static_cast<float>(tensor.fill));
+    }
+    write(i, bytes);
   }
 }
 
 void CacheView::copy_from(const CacheView& other) const {
-  for (std::size_t i = 0; i < tensors_.size(); ++i) {
-    if (!bytes(i).empty()) std::memcpy(bytes(i).data(), other.bytes(i).data(), bytes(i).size());
+  for (std::size_t i = 0; i < tensors_.size(); ++i) write(i, other.memory(i));
+}
+
+std::optional<CacheRow> CacheRow::take(const std::shared_ptr<CacheBlock>& block, std::int64_t row) {
+  if (!block->take(row)) return std::nullopt;
+  try {
+    return CacheRow(CacheView(block, row, 1));
+  } catch (...) {
+    block->give_back(row);
+    throw;
   }
 }
 

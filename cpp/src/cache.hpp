@@ -1,9 +1,13 @@
 // The state of streams: every tensor of the manifest's cache, a row for each stream.
 #pragma once
 
+#include <map>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <vector>
 
+#include "device.hpp"
 #include "manifest.hpp"
 
 namespace megalodon::impl {
@@ -11,19 +15,28 @@ namespace megalodon::impl {
 // Memory for the states of `rows` streams. The rows of a tensor follow each other, so a range of rows is a batch.
 class CacheBlock {
  public:
-  CacheBlock(const std::vector<CacheTensor>& layout, std::int64_t rows);
+  CacheBlock(const std::vector<CacheTensor>& layout, const Device& device, std::int64_t rows);
 
   std::byte* row(std::size_t tensor, std::int64_t row) const;
   const std::vector<CacheTensor>& layout() const { return layout_; }
+  const Device& device() const { return device_; }
   std::int64_t rows() const { return rows_; }
 
+  // Each row belongs to one stream at a time; whether it was free.
+  bool take(std::int64_t row);
+  void give_back(std::int64_t row);
+
+  // The step recorded over some rows; `make` records it the first time. It may be null.
+  RecordedStep* step(std::int64_t first, std::int64_t rows, const std::function<std::unique_ptr<RecordedStep>()>& make);
+
  private:
-  struct Free {
-    void operator()(std::byte* memory) const;
-  };
   const std::vector<CacheTensor>& layout_;  // the engine's, which outlives its sessions
+  const Device& device_;                    // likewise
   std::int64_t rows_;
-  std::vector<std::unique_ptr<std::byte, Free>> memory_;
+  std::vector<DeviceMemory> memory_;
+  std::mutex mutex_;
+  std::vector<bool> taken_;
+  std::map<std::pair<std::int64_t, std::int64_t>, std::unique_ptr<RecordedStep>> steps_;
 };
 
 // Some rows of a block, as the tensors of a batch.
@@ -32,18 +45,41 @@ class CacheView {
   CacheView(std::shared_ptr<CacheBlock> block, std::int64_t first, std::int64_t rows);
 
   const Tensor& tensor(std::size_t index) const { return tensors_[index]; }
-  std::span<std::byte> bytes(std::size_t index) const;
+  // Where a tensor's rows are, in the device's memory.
+  std::span<std::byte> memory(std::size_t index) const;
+  std::vector<std::byte> read(std::size_t index) const;
+  void write(std::size_t index, std::span<const std::byte> bytes) const;
   const std::shared_ptr<CacheBlock>& block() const { return block_; }
   std::int64_t first() const { return first_; }
   std::int64_t rows() const { return rows_; }
 
-  void reset();                                  // fresh streams, position 0
+  void reset() const;                            // fresh streams, position 0
   void copy_from(const CacheView& other) const;  // of as many rows
 
  private:
   std::shared_ptr<CacheBlock> block_;
   std::int64_t first_, rows_;
   std::vector<Tensor> tensors_;
+};
+
+// The row of one stream, which no other takes while this lives.
+class CacheRow {
+ public:
+  // Nothing if the row is taken.
+  static std::optional<CacheRow> take(const std::shared_ptr<CacheBlock>& block, std::int64_t row);
+  CacheRow(CacheRow&& other) noexcept = default;
+  CacheRow& operator=(CacheRow&& other) noexcept {
+    std::swap(view_, other.view_);
+    return *this;
+  }
+  ~CacheRow() {
+    if (view_.block()) view_.block()->give_back(view_.first());
+  }
+  const CacheView& view() const { return view_; }
+
+ private:
+  explicit CacheRow(CacheView view) : view_(std::move(view)) {}
+  CacheView view_;
 };
 
 }  // namespace megalodon::impl

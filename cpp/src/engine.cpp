@@ -1,13 +1,14 @@
 #include "engine.hpp"
 
 #include <algorithm>
-#include <cstring>
+#include <array>
 #include <set>
 #include <thread>
 
 #include "bundle.hpp"
 #include "error.hpp"
 #include "file.hpp"
+#include "sampling.hpp"
 
 namespace megalodon::impl {
 namespace {
@@ -18,9 +19,8 @@ constexpr const char* kTokenizer = "tokenizer.json";
 
 Engine::Engine(const std::filesystem::path& folder, bool check_hashes, int concurrency) {
   require(concurrency >= 0, "concurrency is " + std::to_string(concurrency) + ", expected 1 or more, or 0");
-  const nlohmann::json manifest = read_bundle(folder, check_hashes);
-  manifest_ = read_manifest(folder, manifest);
-  if (manifest["files"].contains(kTokenizer)) {
+  manifest_ = read_manifest(folder, read_bundle(folder, check_hashes));
+  if (manifest_.files.contains(kTokenizer)) {
     try {
       tokenizer_.emplace(parse_json(read_file(folder / kTokenizer), folder / kTokenizer));
     } catch (const Error& error) {
@@ -29,18 +29,19 @@ Engine::Engine(const std::filesystem::path& folder, bool check_hashes, int concu
   } else {
     no_tokenizer_ = std::string("the bundle has no ") + kTokenizer + "; pass token ids";
   }
-  weights_.emplace(folder);
+  device_ = open_device(manifest_.device, manifest_.architecture);
+  weights_.emplace(folder, *device_);
   const int concurrent =
       concurrency > 0 ? concurrency : static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
   std::set<std::string> files;
   for (const auto& [name, entry] : manifest_.programs) {
-    programs_.try_emplace(name, folder, entry, manifest_, *weights_, concurrent);
+    programs_.try_emplace(name, folder, entry, manifest_, *weights_, *device_, concurrent);
     for (const Stage* stage : {&entry.begin, &entry.layer, &entry.end}) {
       for (const StageInput& input : stage->inputs) files.insert(input.file);
     }
   }
   files.erase("");
-  for (const std::string& file : files) weight_bytes_ += manifest["files"][file]["size"].get<std::int64_t>();
+  for (const std::string& file : files) weight_bytes_ += manifest_.files.at(file);
 }
 
 std::int64_t Engine::state_bytes() const {
@@ -54,49 +55,125 @@ const Tokenizer& Engine::tokenizer() const {
   return *tokenizer_;
 }
 
-CacheView Engine::new_cache(std::int64_t rows) const {
-  CacheView view(std::make_shared<CacheBlock>(manifest_.cache, rows), 0, rows);
-  view.reset();
-  return view;
+CacheRow Engine::new_cache() const {
+  CacheRow row = *CacheRow::take(new_block(1), 0);
+  row.view().reset();
+  return row;
 }
 
-void Engine::prefill(std::span<const std::int64_t> token_ids, const CacheView& cache, std::span<float> logits) const {
-  require(!token_ids.empty(), "there are no tokens to feed; give at least one");
-  check_ids(token_ids);
-  const DType& int64 = *dtype_by_name("int64");
+std::shared_ptr<CacheBlock> Engine::new_block(std::int64_t rows) const {
+  if (device_->is_concurrent()) return std::make_shared<CacheBlock>(manifest_.cache, *device_, rows);
+  std::unique_ptr<CacheBlock> block = take_spare(rows);
+  if (!block) {
+    try {
+      block = std::make_unique<CacheBlock>(manifest_.cache, *device_, rows);
+    } catch (const std::bad_alloc&) {
+      clear_spare();
+      block = std::make_unique<CacheBlock>(manifest_.cache, *device_, rows);
+    }
+  }
+  return {block.release(), [this](CacheBlock* done) { keep_spare(std::unique_ptr<CacheBlock>(done)); }};
+}
+
+std::unique_ptr<CacheBlock> Engine::take_spare(std::int64_t rows) const {
+  const std::lock_guard lock(spare_mutex_);
+  auto found = spare_.extract(rows);
+  return found ? std::move(found.mapped()) : nullptr;
+}
+
+void Engine::keep_spare(std::unique_ptr<CacheBlock> block) const noexcept {
+  const std::lock_guard lock(spare_mutex_);
+  std::swap(spare_[block->rows()], block);
+}
+
+void Engine::clear_spare() const {
+  const std::lock_guard lock(spare_mutex_);
+  spare_.clear();
+}
+
+const float* Engine::values_of(const Tensor& logits, std::vector<std::int64_t> shape) const {
+  return static_cast<const float*>(logits.contiguous(*dtype_by_name("float32"), shape));
+}
+
+void Engine::prefill(std::span<const std::span<const std::int64_t>> token_ids, const CacheView& cache,
+                     std::span<float> logits) const {
+  std::size_t longest = 0;
+  for (const auto& ids : token_ids) {
+    check_ids(ids);
+    longest = std::max(longest, ids.size());
+  }
+  const auto rows = static_cast<std::int64_t>(token_ids.size());
   const auto width = static_cast<std::size_t>(manifest_.logits_size);
   const auto granule = static_cast<std::size_t>(manifest_.granule);
-  while (!token_ids.empty()) {
-    const std::size_t valid = std::min(token_ids.size(), static_cast<std::size_t>(manifest_.max_length));
-    std::vector<std::int64_t> padded(token_ids.begin(), token_ids.begin() + static_cast<std::ptrdiff_t>(valid));
-    padded.resize((valid + granule - 1) / granule * granule, 0);
-    const auto length = static_cast<std::int64_t>(padded.size());
-    std::int64_t count = static_cast<std::int64_t>(valid);
-    const Tensor ids = Tensor::over(padded.data(), std::array{std::int64_t{1}, length}, int64);
-    const Tensor lengths = Tensor::over(&count, std::array{std::int64_t{1}}, int64);
-    const Tensor result = programs_.at("prefill").run(ids, &lengths, cache);
-    std::vector<std::int64_t> shape{1, manifest_.logits_size};
-    if (manifest_.all_logits) shape.insert(shape.begin() + 1, length);
-    const auto* values = static_cast<const float*>(result.contiguous(*dtype_by_name("float32"), shape));
-    if (manifest_.all_logits) values += (valid - 1) * width;
-    token_ids = token_ids.subspan(valid);
-    if (token_ids.empty() && !logits.empty()) std::memcpy(logits.data(), values, width * sizeof(float));
+  const auto most = static_cast<std::size_t>(manifest_.max_length);
+  for (std::size_t start = 0; start < longest; start += most) {
+    const std::size_t length = (std::min(longest - start, most) + granule - 1) / granule * granule;
+    std::vector<std::int64_t> padded(token_ids.size() * length), lengths(token_ids.size());
+    for (std::size_t i = 0; i < token_ids.size(); ++i) {
+      const auto piece = token_ids[i].subspan(std::min(start, token_ids[i].size()));
+      lengths[i] = static_cast<std::int64_t>(std::min(piece.size(), most));
+      std::copy_n(piece.begin(), lengths[i], padded.begin() + static_cast<std::ptrdiff_t>(i * length));
+    }
+    const Uploaded ids(*device_, padded, std::array{rows, static_cast<std::int64_t>(length)});
+    const Uploaded valid(*device_, lengths, std::array{rows});
+    Tensor result;
+    device_->run(
+        [&](void* stream) { result = programs_.at("prefill").run(ids.tensor(), &valid.tensor(), cache, stream); });
+    std::vector<std::int64_t> shape{rows, manifest_.logits_size};
+    if (manifest_.all_logits) shape.insert(shape.begin() + 1, static_cast<std::int64_t>(length));
+    const float* values = values_of(result, shape);
+    for (std::size_t i = 0; i < token_ids.size() && !logits.empty(); ++i) {
+      if (lengths[i] == 0 || token_ids[i].size() > start + most) continue;  // its last token is in another call
+      const std::size_t row = manifest_.all_logits ? i * length + static_cast<std::size_t>(lengths[i]) - 1 : i;
+      device_->copy(logits.data() + i * width, values + row * width, width * sizeof(float));
+    }
   }
 }
 
-void Engine::decode(std::span<const std::int64_t> token_ids, const CacheView& cache, std::span<float> logits) const {
+void Engine::decode(std::span<const std::int64_t> token_ids, const CacheView& cache, std::span<float> logits,
+                    std::span<std::int64_t> greedy) const {
   check_ids(token_ids);
-  std::vector<std::int64_t> ids(token_ids.begin(), token_ids.end());
   const std::int64_t rows = cache.rows();
-  const bool one = rows == 1 && programs_.contains("decode_one");
-  const Tensor tensor = Tensor::over(ids.data(), std::array{rows}, *dtype_by_name("int64"));
-  const Tensor result = programs_.at(one ? "decode_one" : "decode").run(tensor, nullptr, cache);
-  const std::array shape{rows, manifest_.logits_size};
-  const void* values = result.contiguous(*dtype_by_name("float32"), shape);
-  if (!logits.empty()) std::memcpy(logits.data(), values, logits.size_bytes());
+  const Program& program = programs_.at(rows == 1 && programs_.contains("decode_one") ? "decode_one" : "decode");
+  const auto step = [&](const Tensor& ids, void* stream) {
+    Tensor result = program.run(ids, nullptr, cache, stream);
+    values_of(result, {rows, manifest_.logits_size});
+    return result;
+  };
+  RecordedStep* recorded = cache.block()->step(cache.first(), rows, [&] {
+    std::vector<std::span<std::byte>> states;
+    for (std::size_t i = 0; i < manifest_.cache.size(); ++i) states.push_back(cache.memory(i));
+    return device_->record(step, rows, states);
+  });
+  if (recorded != nullptr) return recorded->run(token_ids, logits, greedy);
+  const Uploaded ids(*device_, token_ids, std::array{rows});
+  Tensor result;
+  device_->run([&](void* stream) { result = step(ids.tensor(), stream); });
+  const float* values = values_of(result, {rows, manifest_.logits_size});
+  const auto width = static_cast<std::size_t>(manifest_.logits_size);
+  std::vector<float> copy(logits.empty() && !greedy.empty() ? token_ids.size() * width : 0);
+  const std::span<float> wanted = copy.empty() ? logits : copy;
+  if (!wanted.empty()) device_->copy(wanted.data(), values, wanted.size_bytes());
+  for (std::size_t i = 0; i < greedy.size(); ++i) {
+    greedy[i] = sample_checked(wanted.subspan(i * width, width), MEGALODON_GREEDY, 0);
+  }
+}
+
+void Engine::step(std::span<const std::int64_t> token_ids, const CacheView& cache,
+                  std::span<const megalodon_sampling> samplings, std::span<const std::uint64_t> indices,
+                  std::span<std::int64_t> next) const {
+  const auto is_greedy = [](const megalodon_sampling& one) { return one.temperature == 0.0; };
+  if (std::ranges::all_of(samplings, is_greedy)) return decode(token_ids, cache, {}, next);
+  const auto width = static_cast<std::size_t>(manifest_.logits_size);
+  std::vector<float> logits(token_ids.size() * width);
+  decode(token_ids, cache, logits);
+  for (std::size_t i = 0; i < next.size(); ++i) {
+    next[i] = sample_checked(std::span(logits).subspan(i * width, width), samplings[i], indices[i]);
+  }
 }
 
 void Engine::check_ids(std::span<const std::int64_t> token_ids) const {
+  require(!token_ids.empty(), "there are no tokens to feed; give at least one");
   const auto [low, high] = std::ranges::minmax(token_ids);
   require(low >= 0 && high < manifest_.vocab_size,
           "token ids must be in 0.." + std::to_string(manifest_.vocab_size - 1) + ", got " + std::to_string(low) +

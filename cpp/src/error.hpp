@@ -17,6 +17,8 @@ class Error : public std::runtime_error {
 
 inline Error invalid(const std::string& message) { return {MEGALODON_INVALID_ARGUMENT, message}; }
 inline Error bad_bundle(const std::string& message) { return {MEGALODON_BAD_BUNDLE, message}; }
+// Files of a bundle that disagree.
+inline Error inconsistent(const std::string& message) { return bad_bundle(message + "; export the bundle again"); }
 inline Error unavailable(const std::string& message) { return {MEGALODON_UNAVAILABLE, message}; }
 inline Error io_error(const std::string& message) { return {MEGALODON_IO, message}; }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <limits>
 #include <set>
 #include <sstream>
 
@@ -15,7 +16,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr const char* kAgain = "; export it again on this machine: megalodon-export aoti";
 constexpr const char* kLayerIndex = "{layer}";
 
 // Part of the manifest, with its place in it for messages.
@@ -63,6 +63,12 @@ class Node {
     }
     return nodes;
   }
+  std::vector<std::pair<std::string, Node>> fields() const {
+    if (!value_.is_object()) throw flaw("an object expected, " + type_name(value_) + " found");
+    std::vector<std::pair<std::string, Node>> nodes;
+    for (const auto& [key, value] : value_.items()) nodes.emplace_back(key, Node(value, place_ + "." + key));
+    return nodes;
+  }
   std::vector<std::string> texts() const {
     std::vector<std::string> values;
     for (const Node& item : items()) values.push_back(item.text());
@@ -103,19 +109,21 @@ std::string minor_version(const std::string& version) {
 }
 
 // As megalodon_export/runtimes/aoti.py, `_check_target`.
-void check_target(const Node& target, const Node& versions) {
-  const std::string start = "the AOTInductor programs ", device = target["device"].text();
+void check_target(const Node& target, const Node& versions, const std::string& device,
+                  const std::string& architecture) {
+  const std::string start = "the AOTInductor programs ";
   const std::string full = versions["torch"].text(), compiled = full.substr(0, full.find('+')), here = torch_version();
   if (minor_version(compiled) != minor_version(here)) {
-    throw unavailable(start + "were compiled with torch " + compiled + ", this is " + here + kAgain);
+    throw unavailable(start + "were compiled with torch " + compiled + ", this is " + here + kExportAgain);
   }
+  if (device == "cuda") return;  // open_device checks the GPU
   if (device != "cpu") {
-    throw unavailable(start + "are for " + (device == "cuda" ? "CUDA" : device) +
-                      ", and this library runs those for a CPU; export it again: megalodon-export aoti --device cpu");
+    throw unavailable(
+        start + "are for " + device +
+        ", and this library runs those for cpu and cuda; export it again: megalodon-export aoti --device");
   }
-  const std::string architecture = target["architecture"].text();
   if (architecture != machine()) {
-    throw unavailable(start + "are for " + architecture + ", this is " + machine() + kAgain);
+    throw unavailable(start + "are for " + architecture + ", this is " + machine() + kExportAgain);
   }
   std::vector<std::string> missing;
   const std::set<std::string> flags = cpu_flags();
@@ -124,29 +132,30 @@ void check_target(const Node& target, const Node& versions) {
   }
   std::ranges::sort(missing);
   if (!missing.empty()) {
-    throw unavailable(start + "use CPU instructions that this machine lacks (" + with_commas(missing) + ")" + kAgain +
-                      ", or export with --portable");
+    throw unavailable(start + "use CPU instructions that this machine lacks (" + with_commas(missing) + ")" +
+                      kExportAgain + ", or export with --portable");
   }
 }
 
 // Programs trust the sizes of the cache, and no hash covers the manifest: what it says twice must agree.
-void check_row_shape(const Node& node, const Node& dimensions) {
+std::vector<std::int64_t> read_row_shape(const Node& node, const Node& dimensions) {
   std::vector<std::int64_t> shape;
   for (const std::string& dim : node["dims"].texts()) {
     const bool is_number =
         !dim.empty() && dim.size() < 10 && std::ranges::all_of(dim, [](char c) { return c >= '0' && c <= '9'; });
     if (dim != "B") shape.push_back(is_number ? std::stoll(dim) : dimensions[dim].whole(1, std::int64_t{1} << 40));
   }
-  const std::vector<std::int64_t> found = node["row_shape"].sizes();
-  if (found != shape) throw node["row_shape"].flaw(list_text(shape) + " expected, " + list_text(found) + " found");
+  const Node given = node["row_shape"];
+  const std::vector<std::int64_t> found = given.sizes();
+  if (found != shape) throw given.flaw(list_text(shape) + " expected, " + list_text(found) + " found");
+  return shape;
 }
 
 CacheTensor read_cache_tensor(const Node& node, const Node& dimensions) {
-  check_row_shape(node, dimensions);
-  CacheTensor tensor{node["name"].text(), node["row_shape"].sizes(), node["dtype"].dtype(),
-                     node["initial_value"].number(), 0};
+  const Node fill = node["initial_value"];
+  CacheTensor tensor{node["name"].text(), read_row_shape(node, dimensions), node["dtype"].dtype(), fill.number(), 0};
   if (tensor.fill != 0.0 && tensor.dtype->name != "float32" && tensor.dtype->name != "int64") {
-    throw node["initial_value"].flaw("0 expected for " + std::string(tensor.dtype->name));
+    throw fill.flaw("0 expected for " + std::string(tensor.dtype->name));
   }
   tensor.row_bytes = tensor.dtype->size;
   for (const std::int64_t size : tensor.row_shape) {
@@ -163,8 +172,9 @@ StageInput read_input(const Node& node) {
                                                       {"cache", InputKind::cache},
                                                       {"stage", InputKind::stage},
                                                       {"weight", InputKind::weight}};
-  const auto kind = kinds.find(node["kind"].text());
-  if (kind == kinds.end()) throw node["kind"].flaw("argument, cache, stage or weight expected");
+  const Node named = node["kind"];
+  const auto kind = kinds.find(named.text());
+  if (kind == kinds.end()) throw named.flaw("argument, cache, stage or weight expected");
   StageInput input{kind->second, node["name"].text(), node["dtype"].dtype(), {}, "", ""};
   if (input.kind == InputKind::weight) {
     input.shape = node["shape"].sizes();
@@ -174,10 +184,11 @@ StageInput read_input(const Node& node) {
   return input;
 }
 
-Stage read_stage(const Node& node, const json& files) {
-  Stage stage{node["library"].text(), {}, node["outputs"].texts()};
+Stage read_stage(const Node& node, const std::map<std::string, std::int64_t>& files) {
+  const Node library = node["library"];
+  Stage stage{library.text(), {}, node["outputs"].texts()};
   if (!files.contains("aoti/" + stage.file)) {
-    throw node["library"].flaw("one of the files listed expected, aoti/" + stage.file + " found");
+    throw library.flaw("one of the files listed expected, aoti/" + stage.file + " found");
   }
   for (const Node& input : node["inputs"].items()) {
     stage.inputs.push_back(read_input(input));
@@ -199,21 +210,27 @@ std::string numbered(std::string name, std::int64_t layer) {
 
 Manifest read_manifest(const std::filesystem::path& folder, const json& manifest) {
   const Node root(manifest, "the whole");
-  if (!root["programs"].has("aoti")) {
+  const Node programs = root["programs"];
+  if (!programs.has("aoti")) {
     throw unavailable(folder.string() + " has no AOTInductor programs; make them: megalodon-export aoti");
   }
-  const Node entry = root["programs"]["aoti"], config = root["config"], limits = entry["limits"];
-  check_target(entry["target"], root["versions"]);
+  const Node entry = programs["aoti"], config = root["config"], limits = entry["limits"], target = entry["target"];
+  const std::string device = target["device"].text(), architecture = target["architecture"].text();
+  check_target(target, root["versions"], device, architecture);
   if (const std::string dtype = root["dtype"].text(); dtype != "float32" && dtype != "bfloat16") {
     throw unavailable("the model computes in " + dtype +
                       ", and this library runs float32 and bfloat16; export it again: megalodon-export aoti --dtype");
   }
   if (!root.has("layout_id")) {
-    throw unavailable("the bundle is from before this library: its manifest has no layout_id" + std::string(kAgain));
+    throw unavailable("the bundle is from before this library: its manifest has no layout_id" +
+                      std::string(kExportAgain));
   }
+  const Node dimensions = root["dimensions"], cache = root["cache"], stages = entry["stages"];
   constexpr std::int64_t most = std::int64_t{1} << 24;
-  Manifest result{.vocab_size = config["vocab_size"].whole(1, most),
-                  .logits_size = root["dimensions"]["V"].whole(1, most),
+  Manifest result{.device = device,
+                  .architecture = architecture,
+                  .vocab_size = config["vocab_size"].whole(1, most),
+                  .logits_size = dimensions["V"].whole(1, most),
                   .max_batch = limits["max_batch"].whole(1, most),
                   .max_length = limits["max_length"].whole(1, most),
                   .granule = limits["granule"].whole(1, most),
@@ -222,22 +239,23 @@ Manifest read_manifest(const std::filesystem::path& folder, const json& manifest
                   .eos = config["eos_token_id"].optional_whole(0, most),
                   .layout_id = root["layout_id"].text(),
                   .all_logits = entry["all_logits"].flag(),
+                  .files = {},
                   .cache = {},
                   .programs = {}};
   if (result.max_length % result.granule != 0) throw limits.flaw("max_length as a multiple of granule expected");
-  for (const Node& tensor : root["cache"].items()) {
-    result.cache.push_back(read_cache_tensor(tensor, root["dimensions"]));
+  for (const auto& [name, file] : root["files"].fields()) {
+    result.files[name] = file["size"].whole(0, std::numeric_limits<std::int64_t>::max());
   }
+  for (const Node& tensor : cache.items()) result.cache.push_back(read_cache_tensor(tensor, dimensions));
   const auto position = std::ranges::find(result.cache, kPosition, &CacheTensor::name);
   if (position == result.cache.end() || position->dtype->name != "int64" || !position->row_shape.empty()) {
-    throw root["cache"].flaw(std::string(kPosition) + ", int64, expected, none found");
+    throw cache.flaw(std::string(kPosition) + ", int64, expected, none found");
   }
   for (const char* name : {"prefill", "decode", "decode_one"}) {
-    if (std::string(name) == "decode_one" && !entry["stages"].has(name)) continue;
-    const Node stages = entry["stages"][name];
-    const json& files = manifest["files"];
-    result.programs[name] = {read_stage(stages["begin"], files), read_stage(stages["layer"], files),
-                             read_stage(stages["end"], files)};
+    if (std::string(name) == "decode_one" && !stages.has(name)) continue;
+    const Node parts = stages[name];
+    result.programs[name] = {read_stage(parts["begin"], result.files), read_stage(parts["layer"], result.files),
+                             read_stage(parts["end"], result.files)};
   }
   return result;
 }

@@ -15,6 +15,9 @@ namespace megalodon::impl {
 // The cache's count of the tokens of each row.
 inline constexpr const char* kPosition = "final.position";
 
+// What to do about programs for another machine.
+inline constexpr const char* kExportAgain = "; export it again on this machine: megalodon-export aoti";
+
 // One tensor of the cache; its rows (streams) are independent, and contiguous.
 struct CacheTensor {
   std::string name;
@@ -45,16 +48,18 @@ struct ProgramEntry {
 };
 
 struct Manifest {
+  std::string device, architecture;  // that the programs are for: cpu or cuda; x86_64, or sm_90 for a GPU
   std::int64_t vocab_size, logits_size, max_batch, max_length, granule, layers;
   std::optional<std::int64_t> bos, eos;
   std::string layout_id;
   bool all_logits;
+  std::map<std::string, std::int64_t> files;  // of the bundle: their sizes
   std::vector<CacheTensor> cache;
   std::map<std::string, ProgramEntry> programs;
 };
 
-// Reads what `read_bundle` returned. MEGALODON_UNAVAILABLE if the programs are not for this machine, this libtorch or
-// this library; MEGALODON_BAD_BUNDLE if the manifest makes no sense.
+// Reads what `read_bundle` returned. MEGALODON_UNAVAILABLE if the programs are not for this CPU, this libtorch or this
+// library; MEGALODON_BAD_BUNDLE if the manifest makes no sense.
 Manifest read_manifest(const std::filesystem::path& folder, const nlohmann::json& manifest);
 
 // The name of a tensor of a layer, from that for all layers.

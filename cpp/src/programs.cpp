@@ -19,7 +19,7 @@ const WeightStore::File& WeightStore::open(const std::string& name) {
   try {
     file.content = parse_safetensors(file.mapped->bytes(), (folder_ / name).string());
   } catch (const Error& error) {
-    throw bad_bundle(std::string(error.what()) + "; export the bundle again");
+    throw inconsistent(error.what());
   }
   return files_.emplace(name, std::move(file)).first->second;
 }
@@ -29,15 +29,24 @@ Tensor WeightStore::find(const StageInput& input, std::int64_t layer) {
   const Safetensors& content = open(input.file).content;
   const auto found = content.tensors.find(name);
   if (found == content.tensors.end()) {
-    throw bad_bundle(input.file + " has no tensor " + name + ", but the manifest says so; export the bundle again");
+    throw inconsistent(input.file + " has no tensor " + name + ", but the manifest says so");
   }
   const StoredTensor& tensor = found->second;
   if (tensor.dtype != input.dtype || tensor.shape != input.shape) {
-    throw bad_bundle(input.file + ": " + name + " is " + std::string(tensor.dtype->name) + " " +
-                     list_text(tensor.shape) + ", but the manifest says " + std::string(input.dtype->name) + " " +
-                     list_text(input.shape) + "; export the bundle again");
+    throw inconsistent(input.file + ": " + name + " is " + std::string(tensor.dtype->name) + " " +
+                       list_text(tensor.shape) + ", but the manifest says " + std::string(input.dtype->name) + " " +
+                       list_text(input.shape));
   }
-  return Tensor::over(tensor.data.data(), tensor.shape, *tensor.dtype);
+  std::byte* data = tensor.data.data();
+  if (std::string(device_.type()) != "cpu") {
+    auto copy = copies_.find(data);
+    if (copy == copies_.end()) {
+      copy = copies_.emplace(data, DeviceMemory(device_, tensor.data.size())).first;
+      device_.copy(copy->second.data(), data, tensor.data.size());
+    }
+    data = copy->second.data();
+  }
+  return device_.over(data, tensor.shape, *tensor.dtype);
 }
 
 // ---- libraries ------------------------------------------------------------------------------------------------------
@@ -48,7 +57,7 @@ struct Library::Functions {
   AOTInductorModelContainerHandle container = nullptr;
   decltype(&AOTInductorModelContainerDelete) remove = nullptr;
   decltype(&AOTInductorModelContainerRun) run = nullptr;
-  decltype(&AOTInductorGetLastError) last_error = nullptr;
+  AOTIRuntimeError (*last_error)(const char**) = nullptr;  // not in every version of torch
 
   template <typename Function>
   Function find(const char* name) const {
@@ -73,7 +82,8 @@ struct Library::Functions {
   }
 };
 
-Library::Library(const std::filesystem::path& path, std::size_t inputs, std::size_t outputs, int concurrent)
+Library::Library(const std::filesystem::path& path, std::size_t inputs, std::size_t outputs, const Device& device,
+                 int concurrent)
     : functions_(std::make_unique<Functions>()) {
   Functions& f = *functions_;
   f.path = path.string();
@@ -83,17 +93,21 @@ Library::Library(const std::filesystem::path& path, std::size_t inputs, std::siz
     throw unavailable(f.path + " cannot be loaded: " + (error == nullptr ? "?" : error));
   }
   f.remove = f.need<decltype(f.remove)>("AOTInductorModelContainerDelete");
-  f.run = f.need<decltype(f.run)>("AOTInductorModelContainerRun");
-  f.last_error = f.find<decltype(f.last_error)>("AOTInductorGetLastError");  // not in every version of torch
+  // On a GPU the programs are recorded: the other function would ask events that a recording does not answer.
+  f.run = f.need<decltype(f.run)>(device.is_concurrent() ? "AOTInductorModelContainerRun"
+                                                         : "AOTInductorModelContainerRunSingleThreaded");
+  f.last_error = f.find<decltype(f.last_error)>("AOTInductorGetLastError");
   const auto create =
       f.need<decltype(&AOTInductorModelContainerCreateWithDevice)>("AOTInductorModelContainerCreateWithDevice");
-  f.check(create(&f.container, static_cast<std::size_t>(concurrent), "cpu", nullptr), "cannot be started");
+  f.check(create(&f.container, static_cast<std::size_t>(concurrent), device.type(),
+                 path.parent_path().c_str()),  // where a GPU's kernels are, in files of their own
+          "cannot be started");
   const auto count = [&](const char* name, std::size_t expected, const std::string& what) {
     std::size_t found = 0;
     f.check(f.need<decltype(&AOTInductorModelContainerGetNumInputs)>(name)(f.container, &found), "cannot be asked");
     if (found != expected) {
-      throw bad_bundle(f.path + " has " + std::to_string(found) + " " + what + ", but the manifest says " +
-                       std::to_string(expected) + "; export the bundle again");
+      throw inconsistent(f.path + " has " + std::to_string(found) + " " + what + ", but the manifest says " +
+                         std::to_string(expected));
     }
   };
   count("AOTInductorModelContainerGetNumInputs", inputs, "inputs");
@@ -102,29 +116,31 @@ Library::Library(const std::filesystem::path& path, std::size_t inputs, std::siz
 
 Library::~Library() = default;
 
-void Library::run(std::vector<AtenTensorHandle>& inputs, std::vector<AtenTensorHandle>& outputs) const {
+void Library::run(std::vector<AtenTensorHandle>& inputs, std::vector<AtenTensorHandle>& outputs, void* stream) const {
   const Functions& f = *functions_;
-  f.check(f.run(f.container, inputs.data(), inputs.size(), outputs.data(), outputs.size(), nullptr, nullptr), "failed");
+  f.check(f.run(f.container, inputs.data(), inputs.size(), outputs.data(), outputs.size(),
+                static_cast<AOTInductorStreamHandle>(stream), nullptr),
+          "failed");
 }
 
 // ---- programs -------------------------------------------------------------------------------------------------------
 
 Program::Program(const std::filesystem::path& folder, const ProgramEntry& entry, const Manifest& manifest,
-                 WeightStore& weights, int concurrent)
+                 WeightStore& weights, const Device& device, int concurrent)
     : layers_(manifest.layers) {
   // The arguments come first; what a stage gives is known to those after it.
   place("token_ids");
   place("lengths");
-  begin_ = load(folder, entry.begin, 1, manifest, weights, concurrent);
-  layer_ = load(folder, entry.layer, layers_, manifest, weights, concurrent);
-  end_ = load(folder, entry.end, 1, manifest, weights, concurrent);
+  begin_ = load(folder, entry.begin, 1, manifest, weights, device, concurrent);
+  layer_ = load(folder, entry.layer, layers_, manifest, weights, device, concurrent);
+  end_ = load(folder, entry.end, 1, manifest, weights, device, concurrent);
   place("logits");
 }
 
 std::size_t Program::place(const std::string& name) { return places_.emplace(name, places_.size()).first->second; }
 
 Program::StageRun Program::load(const std::filesystem::path& folder, const Stage& stage, std::int64_t layers,
-                                const Manifest& manifest, WeightStore& weights, int concurrent) {
+                                const Manifest& manifest, WeightStore& weights, const Device& device, int concurrent) {
   StageRun run;
   run.sources.resize(static_cast<std::size_t>(layers));
   run.weights.resize(static_cast<std::size_t>(layers));
@@ -134,8 +150,7 @@ Program::StageRun Program::load(const std::filesystem::path& folder, const Stage
     for (const StageInput& input : stage.inputs) {
       const std::string name = numbered(input.name, layer);
       const auto nowhere = [&] {
-        return bad_bundle("manifest.json: the input " + name + " of " + stage.file +
-                          " comes from nowhere; export the bundle again");
+        return inconsistent("manifest.json: the input " + name + " of " + stage.file + " comes from nowhere");
       };
       if (input.kind == InputKind::weight) {
         bound.push_back(weights.find(input, layer));
@@ -152,25 +167,25 @@ Program::StageRun Program::load(const std::filesystem::path& folder, const Stage
     }
   }
   for (const std::string& output : stage.outputs) run.outputs.push_back(place(output));
-  run.compiled =
-      std::make_unique<Library>(folder / "aoti" / stage.file, stage.inputs.size(), stage.outputs.size(), concurrent);
+  run.compiled = std::make_unique<Library>(folder / "aoti" / stage.file, stage.inputs.size(), stage.outputs.size(),
+                                           device, concurrent);
   return run;
 }
 
-Tensor Program::run(const Tensor& token_ids, const Tensor* lengths, const CacheView& cache) const {
+Tensor Program::run(const Tensor& token_ids, const Tensor* lengths, const CacheView& cache, void* stream) const {
   std::vector<Tensor> tensors(places_.size());
   tensors[places_.at("token_ids")] = Tensor(token_ids.share());
   if (lengths != nullptr) tensors[places_.at("lengths")] = Tensor(lengths->share());
-  run_stage(begin_, 0, tensors, cache);
+  run_stage(begin_, 0, tensors, cache, stream);
   for (std::size_t layer = 0; layer < static_cast<std::size_t>(layers_); ++layer) {
-    run_stage(layer_, layer, tensors, cache);
+    run_stage(layer_, layer, tensors, cache, stream);
   }
-  run_stage(end_, 0, tensors, cache);
+  run_stage(end_, 0, tensors, cache, stream);
   return std::move(tensors[places_.at("logits")]);
 }
 
-void Program::run_stage(const StageRun& stage, std::size_t layer, std::vector<Tensor>& tensors,
-                        const CacheView& cache) const {
+void Program::run_stage(const StageRun& stage, std::size_t layer, std::vector<Tensor>& tensors, const CacheView& cache,
+                        void* stream) const {
   std::vector<Tensor> inputs;
   inputs.reserve(stage.sources[layer].size());
   for (const Source& source : stage.sources[layer]) {
@@ -184,7 +199,7 @@ void Program::run_stage(const StageRun& stage, std::size_t layer, std::vector<Te
   handles.reserve(inputs.size());
   for (Tensor& input : inputs) handles.push_back(input.release());
   std::vector<AtenTensorHandle> outputs(stage.outputs.size(), nullptr);
-  stage.compiled->run(handles, outputs);
+  stage.compiled->run(handles, outputs, stream);
   for (std::size_t i = 0; i < outputs.size(); ++i) tensors[stage.outputs[i]] = Tensor(outputs[i]);
 }
 

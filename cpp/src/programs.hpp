@@ -12,10 +12,11 @@
 
 namespace megalodon::impl {
 
-// The tensors of a bundle's safetensors files: mapped once, given to every stage without a copy.
+// The tensors of a bundle's safetensors files: mapped once, given to every stage without a copy. For a GPU, each is
+// copied there once.
 class WeightStore {
  public:
-  explicit WeightStore(std::filesystem::path folder) : folder_(std::move(folder)) {}
+  WeightStore(std::filesystem::path folder, const Device& device) : folder_(std::move(folder)), device_(device) {}
 
   // The weight of a layer; Error MEGALODON_BAD_BUNDLE if it is not as the manifest says.
   Tensor find(const StageInput& input, std::int64_t layer);
@@ -28,20 +29,23 @@ class WeightStore {
   const File& open(const std::string& name);
 
   std::filesystem::path folder_;
+  const Device& device_;
   std::map<std::string, File> files_;
+  std::map<std::byte*, DeviceMemory> copies_;  // by their place in a mapped file
 };
 
 // A shared library that AOTInductor compiled. Loading it runs native code: the hashes must have been checked.
 class Library {
  public:
   // `concurrent`: how many calls may run at the same time; more wait for their turn.
-  Library(const std::filesystem::path& path, std::size_t inputs, std::size_t outputs, int concurrent);
+  Library(const std::filesystem::path& path, std::size_t inputs, std::size_t outputs, const Device& device,
+          int concurrent);
   ~Library();
   Library(const Library&) = delete;
   Library& operator=(const Library&) = delete;
 
-  // Takes the inputs over.
-  void run(std::vector<AtenTensorHandle>& inputs, std::vector<AtenTensorHandle>& outputs) const;
+  // Takes the inputs over. `stream` is the device's; null on a CPU.
+  void run(std::vector<AtenTensorHandle>& inputs, std::vector<AtenTensorHandle>& outputs, void* stream) const;
 
  private:
   struct Functions;
@@ -51,11 +55,11 @@ class Library {
 class Program {
  public:
   Program(const std::filesystem::path& folder, const ProgramEntry& entry, const Manifest& manifest,
-          WeightStore& weights, int concurrent);
+          WeightStore& weights, const Device& device, int concurrent);
 
   // Logits; the cache is updated in place. `lengths` is null for programs without that argument. Thread-safe for
   // different rows of caches.
-  Tensor run(const Tensor& token_ids, const Tensor* lengths, const CacheView& cache) const;
+  Tensor run(const Tensor& token_ids, const Tensor* lengths, const CacheView& cache, void* stream) const;
 
  private:
   // Where an input comes from: a weight of the layer, a tensor of the cache, or a tensor of the call.
@@ -71,9 +75,10 @@ class Program {
   };
 
   StageRun load(const std::filesystem::path& folder, const Stage& stage, std::int64_t layers, const Manifest& manifest,
-                WeightStore& weights, int concurrent);
+                WeightStore& weights, const Device& device, int concurrent);
   std::size_t place(const std::string& name);
-  void run_stage(const StageRun& stage, std::size_t layer, std::vector<Tensor>& tensors, const CacheView& cache) const;
+  void run_stage(const StageRun& stage, std::size_t layer, std::vector<Tensor>& tensors, const CacheView& cache,
+                 void* stream) const;
 
   std::map<std::string, std::size_t> places_;  // of the tensors of a call, by name
   StageRun begin_, layer_, end_;

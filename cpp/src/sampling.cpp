@@ -120,4 +120,12 @@ std::int64_t sample(std::span<const float> logits, const megalodon_sampling& par
   return token;
 }
 
+std::int64_t sample_checked(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index) {
+  try {
+    return sample(logits, params, index);
+  } catch (const Error& error) {
+    throw Error(MEGALODON_FAILED, error.what());
+  }
+}
+
 }  // namespace megalodon::impl

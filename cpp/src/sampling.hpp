@@ -20,4 +20,8 @@ double exp_reproducible(double x);
 // One token id; MEGALODON_INVALID_ARGUMENT if the logits are no distribution.
 std::int64_t sample(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index);
 
+// The same for logits that a program returned: if they are no distribution, the stream's state is broken too, which is
+// MEGALODON_FAILED.
+std::int64_t sample_checked(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index);
+
 }  // namespace megalodon::impl

@@ -1,6 +1,8 @@
 #include "session.hpp"
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <chrono>
 #include <cstring>
 
@@ -66,14 +68,15 @@ void Session::require_usable() const {
 std::int64_t Session::tokens_seen() const {
   const auto& layout = engine_->manifest().cache;
   const auto index = std::ranges::find(layout, kPosition, &CacheTensor::name) - layout.begin();
+  const std::vector<std::byte> bytes = row_.view().read(static_cast<std::size_t>(index));
   std::int64_t position = 0;
-  std::memcpy(&position, view_.bytes(static_cast<std::size_t>(index)).data(), sizeof position);
+  std::memcpy(&position, bytes.data(), sizeof position);
   return position;
 }
 
 void Session::reset() {
   const Use use(*this);
-  view_.reset();
+  row_.view().reset();
   pending_.reset();
   broken_ = false;
 }
@@ -82,7 +85,7 @@ std::unique_ptr<Session> Session::fork() {
   const Use use(*this);
   require_usable();
   auto other = std::make_unique<Session>(engine_);
-  other->view_.copy_from(view_);
+  other->row_.view().copy_from(row_.view());
   other->pending_ = pending_;
   return other;
 }
@@ -96,23 +99,28 @@ std::int64_t Session::position() {
 Snapshot Session::snapshot() {
   const Use use(*this);
   require_usable();
-  return Snapshot::of(engine_->manifest(), view_, pending_);
+  return Snapshot::of(engine_->manifest(), row_.view(), pending_);
 }
 
 void Session::restore(const Snapshot& snapshot) {
   const Use use(*this);
-  snapshot.copy_to(engine_->manifest(), view_);
+  snapshot.copy_to(engine_->manifest(), row_.view());
   pending_ = snapshot.pending();
   broken_ = false;
 }
 
 void Session::feed(std::span<const std::int64_t> token_ids, std::span<float> logits) {
   require_usable();
+  const std::vector<std::int64_t> fed = with_pending(token_ids);
+  poisoning([&] { engine_->prefill(std::array{std::span(fed)}, row_.view(), logits); });
+  pending_.reset();
+}
+
+std::vector<std::int64_t> Session::with_pending(std::span<const std::int64_t> token_ids) const {
   std::vector<std::int64_t> fed;
   if (pending_) fed.push_back(*pending_);
   fed.insert(fed.end(), token_ids.begin(), token_ids.end());
-  poisoning([&] { engine_->prefill(fed, view_, logits); });
-  pending_.reset();
+  return fed;
 }
 
 void Session::prefill(std::span<const std::int64_t> token_ids, std::span<float> logits) {
@@ -125,7 +133,7 @@ void Session::decode(std::int64_t token_id, std::span<float> logits) {
   require_usable();
   const std::span<const std::int64_t> ids(&token_id, 1);
   if (pending_) return feed(ids, logits);
-  poisoning([&] { engine_->decode(ids, view_, logits); });
+  poisoning([&] { engine_->decode(ids, row_.view(), logits); });
 }
 
 // ---- many streams ---------------------------------------------------------------------------------------------------
@@ -140,38 +148,75 @@ class Session::Group {
     }
   }
 
-  // The states of all, in their order, in one block.
+  // The states of all, in their order, in one block. Those that are there already stay where they are.
   CacheView together() {
-    const CacheView& first = sessions_[0]->view_;
-    const auto rows = static_cast<std::int64_t>(sessions_.size());
-    bool adjacent = true;
-    for (std::int64_t i = 0; i < rows; ++i) {
-      const CacheView& view = sessions_[static_cast<std::size_t>(i)]->view_;
-      adjacent = adjacent && view.block() == first.block() && view.first() == first.first() + i;
+    const CacheView& first = sessions_[0]->row_.view();
+    const std::int64_t most = sessions_[0]->engine_->manifest().max_batch, rows = size();
+    if (!fits(first.block(), first.first())) {
+      const auto roomy = static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(rows)));
+      fits(sessions_[0]->engine_->new_block(std::min(roomy, most)), 0);
     }
-    if (!adjacent) move_together(rows);
-    return {first.block(), first.first(), rows};
+    for (std::size_t i = 0; i < sessions_.size(); ++i) {
+      if (!places_[i]) continue;
+      places_[i]->view().copy_from(sessions_[i]->row_.view());
+      std::swap(sessions_[i]->row_, *places_[i]);
+    }
+    places_.clear();
+    const CacheView& start = sessions_[0]->row_.view();
+    return {start.block(), start.first(), rows};
+  }
+
+  // Runs what feeds all of them; if it fails, the states are unknown.
+  template <typename Call>
+  void run(Call call) {
+    const CacheView view = together();
+    try {
+      call(view);
+    } catch (...) {
+      for (Session* session : sessions_) session->broken_ = true;
+      throw;
+    }
   }
 
  private:
-  void move_together(std::int64_t rows) {
-    const Engine& engine = *sessions_[0]->engine_;
-    const auto block = std::make_shared<CacheBlock>(engine.manifest().cache, rows);
-    std::vector<CacheView> views;
-    for (std::int64_t i = 0; i < rows; ++i) {
-      views.emplace_back(block, i, 1);
-      views.back().copy_from(sessions_[static_cast<std::size_t>(i)]->view_);
+  std::int64_t size() const { return static_cast<std::int64_t>(sessions_.size()); }
+
+  // Takes the rows from `first` on for those that are elsewhere; whether all could be had.
+  bool fits(const std::shared_ptr<CacheBlock>& block, std::int64_t first) {
+    places_.clear();
+    if (first + size() > block->rows()) return false;
+    places_.resize(sessions_.size());
+    for (std::size_t i = 0; i < sessions_.size(); ++i) {
+      const std::int64_t row = first + static_cast<std::int64_t>(i);
+      const CacheView& now = sessions_[i]->row_.view();
+      if (now.block() == block && now.first() == row) continue;
+      std::optional<CacheRow> place = CacheRow::take(block, row);
+      if (!place) return false;
+      places_[i].emplace(std::move(*place));
     }
-    for (std::size_t i = 0; i < views.size(); ++i) sessions_[i]->view_ = std::move(views[i]);
+    return true;
   }
 
   std::span<Session* const> sessions_;
   std::vector<std::unique_ptr<Use>> uses_;
+  std::vector<std::optional<CacheRow>> places_;  // to move to
 };
 
-void Session::decode_batch(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids,
-                           std::span<float> logits) {
-  require(!sessions.empty(), "there are no sessions to feed; give at least one");
+void Session::prefill_batch(std::span<Session* const> sessions,
+                            std::span<const std::span<const std::int64_t>> token_ids, std::span<float> logits) {
+  const Engine& engine = *sessions[0]->engine_;
+  engine.check_batch(static_cast<std::int64_t>(sessions.size()));
+  std::vector<std::vector<std::int64_t>> fed;
+  for (const auto& ids : token_ids) engine.check_ids(ids);
+  Group group(sessions);
+  for (std::size_t i = 0; i < sessions.size(); ++i) fed.push_back(sessions[i]->with_pending(token_ids[i]));
+  const std::vector<std::span<const std::int64_t>> prompts(fed.begin(), fed.end());
+  group.run([&](const CacheView& view) { engine.prefill(prompts, view, logits); });
+  for (Session* session : sessions) session->pending_.reset();
+}
+
+template <typename Call>
+void Session::batch(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids, Call call) {
   const Engine& engine = *sessions[0]->engine_;
   engine.check_batch(static_cast<std::int64_t>(sessions.size()));
   engine.check_ids(token_ids);
@@ -179,13 +224,21 @@ void Session::decode_batch(std::span<Session* const> sessions, std::span<const s
   for (Session* session : sessions) {
     if (session->pending_) session->feed({}, {});
   }
-  const CacheView view = group.together();
-  try {
-    engine.decode(token_ids, view, logits);
-  } catch (...) {
-    for (Session* session : sessions) session->broken_ = true;
-    throw;
-  }
+  group.run([&](const CacheView& view) { call(engine, view); });
+}
+
+void Session::decode_batch(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids,
+                           std::span<float> logits) {
+  batch(sessions, token_ids,
+        [&](const Engine& engine, const CacheView& view) { engine.decode(token_ids, view, logits); });
+}
+
+void Session::step_batch(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids,
+                         std::span<const megalodon_sampling> samplings, std::span<const std::uint64_t> indices,
+                         std::span<std::int64_t> next) {
+  for (const megalodon_sampling& one : samplings) check_sampling(one);
+  batch(sessions, token_ids,
+        [&](const Engine& engine, const CacheView& view) { engine.step(token_ids, view, samplings, indices, next); });
 }
 
 // ---- generation -----------------------------------------------------------------------------------------------------
@@ -212,6 +265,7 @@ GenerateResult Session::run(std::span<const std::int64_t> prompt, const Generate
           "max_new_tokens is " + std::to_string(options.max_new_tokens) + ", expected at least 1");
   const std::int64_t eos =
       options.eos_token_id == MEGALODON_MODEL_EOS ? engine_->manifest().eos.value_or(-1) : options.eos_token_id;
+  const bool greedy = options.sampling.temperature == 0.0;
   std::vector<float> logits(static_cast<std::size_t>(engine_->manifest().logits_size));
   const std::vector<std::int64_t> first = opening(prompt);
   GenerateResult result{.prompt_tokens = static_cast<std::int64_t>(first.size())};
@@ -219,21 +273,24 @@ GenerateResult Session::run(std::span<const std::int64_t> prompt, const Generate
   feed(first, logits);
   clock.lap(result.prefill_seconds);
   for (std::int64_t index = 0; index < options.max_new_tokens; ++index) {
+    std::int64_t token = 0;
     if (index > 0) {
       const std::int64_t fed = *pending_;
       clock.lap();
-      poisoning([&] { engine_->decode({&fed, 1}, view_, logits); });
+      poisoning([&] {
+        if (greedy) {
+          engine_->decode({&fed, 1}, row_.view(), {}, {&token, 1});
+        } else {
+          engine_->decode({&fed, 1}, row_.view(), logits);
+        }
+      });
       clock.lap(result.decode_seconds);
       pending_.reset();
     }
-    std::int64_t token = 0;
-    try {
-      token = sample(logits, options.sampling, static_cast<std::uint64_t>(index));
-    } catch (const Error& error) {  // NaN: the state has it too
-      broken_ = true;
-      throw Error(MEGALODON_FAILED, error.what());
+    if (index == 0 || !greedy) {
+      poisoning([&] { token = sample_checked(logits, options.sampling, static_cast<std::uint64_t>(index)); });
+      clock.lap(result.sample_seconds);
     }
-    clock.lap(result.sample_seconds);
     pending_ = token;
     if (token == eos) {
       result.finish = MEGALODON_FINISH_EOS;

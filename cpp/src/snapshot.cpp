@@ -65,11 +65,12 @@ std::optional<std::int64_t> parse_pending(const std::string& text, const std::st
 
 Snapshot Snapshot::of(const Manifest& manifest, const CacheView& cache, std::optional<std::int64_t> pending) {
   Safetensors content;
+  std::vector<std::vector<std::byte>> states;
   for (std::size_t i = 0; i < manifest.cache.size(); ++i) {
     const CacheTensor& tensor = manifest.cache[i];
     std::vector<std::int64_t> shape{1};
     shape.insert(shape.end(), tensor.row_shape.begin(), tensor.row_shape.end());
-    content.tensors[tensor.name] = {tensor.dtype, shape, cache.bytes(i)};
+    content.tensors[tensor.name] = {tensor.dtype, shape, states.emplace_back(cache.read(i))};
   }
   content.metadata = {
       {"format", kFormat}, {"model", manifest.layout_id}, {"pending", pending ? std::to_string(*pending) : "null"}};
@@ -116,7 +117,9 @@ void Snapshot::copy_to(const Manifest& manifest, const CacheView& cache) const {
   }
   for (std::size_t i = 0; i < manifest.cache.size(); ++i) {
     const StoredTensor& stored = content_.tensors.at(manifest.cache[i].name);
-    copy_converted(cache.bytes(i), *manifest.cache[i].dtype, stored.data);
+    std::vector<std::byte> state(cache.memory(i).size());
+    copy_converted(state, *manifest.cache[i].dtype, stored.data);
+    cache.write(i, state);
   }
 }
 

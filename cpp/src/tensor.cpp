@@ -44,12 +44,13 @@ Tensor::~Tensor() {
   if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
 }
 
-Tensor Tensor::over(void* data, std::span<const std::int64_t> shape, const DType& dtype) {
+Tensor Tensor::over(void* data, std::span<const std::int64_t> shape, const DType& dtype, std::int32_t device_type,
+                    std::int32_t device_index) {
   std::vector<std::int64_t> strides(shape.size(), 1);
   for (std::size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<std::int64_t>(shape[i], 1);
   AtenTensorHandle handle = nullptr;
   check(aoti_torch_create_tensor_from_blob(data, static_cast<std::int64_t>(shape.size()), shape.data(), strides.data(),
-                                           0, dtype.number(), aoti_torch_device_type_cpu(), 0, &handle));
+                                           0, dtype.number(), device_type, device_index, &handle));
   return Tensor(handle);
 }
 
@@ -68,14 +69,12 @@ std::vector<std::int64_t> Tensor::shape() const {
 }
 
 const void* Tensor::contiguous(const DType& dtype, std::span<const std::int64_t> shape) const {
-  std::int32_t found = 0, device = 0;
+  std::int32_t found = 0;
   bool is_contiguous = false;
   check(aoti_torch_get_dtype(handle_, &found));
-  check(aoti_torch_get_device_type(handle_, &device));
   check(aoti_torch_is_contiguous(handle_, &is_contiguous));
   const std::vector<std::int64_t> sizes = this->shape();
-  if (found != dtype.number() || !std::ranges::equal(sizes, shape) || !is_contiguous ||
-      device != aoti_torch_device_type_cpu()) {
+  if (found != dtype.number() || !std::ranges::equal(sizes, shape) || !is_contiguous) {
     throw Error(MEGALODON_FAILED, "a program returned " + dtype_text(found) + " " + list_text(sizes) +
                                       ", but the manifest says " + std::string(dtype.name) + " " +
                                       list_text({shape.begin(), shape.end()}) + "; export the bundle again");

@@ -36,15 +36,17 @@ class Tensor {
   }
   ~Tensor();
 
-  // A tensor over contiguous CPU memory that somebody else keeps alive.
-  static Tensor over(void* data, std::span<const std::int64_t> shape, const DType& dtype);
+  // A tensor over contiguous memory, of a device by its number in libtorch, that somebody else keeps alive.
+  static Tensor over(void* data, std::span<const std::int64_t> shape, const DType& dtype, std::int32_t device_type,
+                     std::int32_t device_index = 0);
 
   AtenTensorHandle get() const { return handle_; }
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
   // Another reference to the same tensor, for a callee that takes its arguments over.
   AtenTensorHandle share() const;
   std::vector<std::int64_t> shape() const;
-  // The elements; Error MEGALODON_FAILED unless they are contiguous, of this dtype and shape, on the CPU.
+  // The elements, in the memory of the device; Error MEGALODON_FAILED unless they are contiguous, of this dtype and
+  // shape.
   const void* contiguous(const DType& dtype, std::span<const std::int64_t> shape) const;
 
  private:

@@ -1,6 +1,7 @@
 // Sessions through the public interface, on the bundle in MEGALODON_TEST_BUNDLE.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <filesystem>
@@ -166,16 +167,22 @@ TEST(Session, InvalidArgumentsLeaveTheStreamAsItIs) {
   Session session(engine());
   session.prefill(tokens(5));
   const std::vector<std::function<void()>> calls{[&] { session.prefill({}); },
-                                                 [&] { session.prefill({1, -1}); },
-                                                 [&] { session.prefill({1, 100'000}); },
+                                                 [&] {
+                                                   session.prefill({1, -1});
+                                                 },
+                                                 [&] {
+                                                   session.prefill({1, 100'000});
+                                                 },
                                                  [&] { session.decode(-1); },
                                                  [&] { generate(session, {}, options(0)); },
                                                  [&] { generate(session, {}, options(5, -1.0)); },
                                                  [&] { generate(session, {1'000'000}, options(5)); },
-                                                 [&] { megalodon::decode_batch({&session, &session}, {1}, 257); },
-                                                 [&] { megalodon::decode_batch({}, {}, 257); }};
+                                                 [&] {
+                                                   megalodon::decode_batch({&session, &session}, {1});
+                                                 },
+                                                 [&] { megalodon::decode_batch({}, {}); }};
   for (const auto& call : calls) EXPECT_EQ(status_of(call), MEGALODON_INVALID_ARGUMENT);
-  EXPECT_EQ(status_of([&] { megalodon::decode_batch({&session, &session}, {1, 1}, 257); }), MEGALODON_BUSY);
+  EXPECT_EQ(status_of([&] { megalodon::decode_batch({&session, &session}, {1, 1}); }), MEGALODON_BUSY);
   EXPECT_EQ(session.position(), 5);
   EXPECT_EQ(megalodon_session_create(nullptr, nullptr), MEGALODON_INVALID_ARGUMENT);
   EXPECT_EQ(megalodon_session_prefill(session.get(), nullptr, 3, nullptr), MEGALODON_INVALID_ARGUMENT);
@@ -204,11 +211,11 @@ TEST(Session, AFailedProgramPoisonsItsSessionsUntilReset) {
     EXPECT_EQ(status_of([&] { session.prefill({1}); }), MEGALODON_POISONED);
     EXPECT_EQ(status_of([&] { session.snapshot(); }), MEGALODON_POISONED);
     EXPECT_EQ(status_of([&] { session.fork(); }), MEGALODON_POISONED);
-    EXPECT_EQ(status_of([&] { megalodon::decode_batch({&other, &session}, {1, 1}, 300); }), MEGALODON_POISONED);
+    EXPECT_EQ(status_of([&] { megalodon::decode_batch({&other, &session}, {1, 1}); }), MEGALODON_POISONED);
     EXPECT_EQ(other.position(), 0);
     session.reset();
     EXPECT_EQ(session.position(), 0);
-    EXPECT_EQ(status_of([&] { megalodon::decode_batch({&other, &session}, {1, 1}, 300); }), MEGALODON_FAILED);
+    EXPECT_EQ(status_of([&] { megalodon::decode_batch({&other, &session}, {1, 1}); }), MEGALODON_FAILED);
     EXPECT_EQ(status_of([&] { other.decode(1); }), MEGALODON_POISONED);
     other.restore(fresh);
     EXPECT_EQ(other.position(), 0);
@@ -222,7 +229,6 @@ TEST(Batch, RowsAreStreamsOfTheirOwn) {
     batched.emplace_back(engine()).prefill(tokens(length, static_cast<std::int64_t>(length)));
     alone.push_back(batched.back().fork());
   }
-  const auto width = static_cast<std::size_t>(engine().info().logits_size);
   const auto step = [&](const std::vector<std::size_t>& rows, std::int64_t token) {
     std::vector<Session*> sessions;
     Ids ids;
@@ -230,7 +236,7 @@ TEST(Batch, RowsAreStreamsOfTheirOwn) {
       sessions.push_back(&batched[row]);
       ids.push_back(token + static_cast<std::int64_t>(row));
     }
-    const auto logits = megalodon::decode_batch(sessions, ids, width);
+    const auto logits = megalodon::decode_batch(sessions, ids);
     for (std::size_t i = 0; i < rows.size(); ++i) expect_close(logits[i], alone[rows[i]].decode(ids[i]));
   };
   for (std::int64_t token = 0; token < 70; ++token) step({0, 1, 2, 3, 4}, token);  // crosses a chunk
@@ -245,13 +251,89 @@ TEST(Batch, RowsAreStreamsOfTheirOwn) {
   step({0, 1, 2, 3}, 100);
 }
 
+TEST(Batch, StreamsComeAndGo) {  // as in a service: the last takes the place of one that leaves, others are appended
+  std::vector<std::unique_ptr<Session>> batched, alone;
+  const auto join = [&](std::size_t length) {
+    batched.push_back(std::make_unique<Session>(engine()));
+    batched.back()->prefill(tokens(length));
+    alone.push_back(std::make_unique<Session>(batched.back()->fork()));
+  };
+  const auto leave = [&](std::size_t index) {
+    for (auto* all : {&batched, &alone}) {
+      std::swap((*all)[index], all->back());
+      all->pop_back();
+    }
+  };
+  for (std::size_t round = 0; round < 40; ++round) {
+    if (batched.size() < 2 || (round % 3 != 0 && batched.size() < 7)) join(1 + round * 7 % 80);
+    if (round % 4 == 3) leave(round % batched.size());
+    std::vector<Session*> sessions;
+    for (const auto& one : batched) sessions.push_back(one.get());
+    const auto logits = megalodon::decode_batch(sessions, Ids(sessions.size(), static_cast<std::int64_t>(round)));
+    for (std::size_t i = 0; i < alone.size(); ++i) {
+      expect_close(logits[i], alone[i]->decode(static_cast<std::int64_t>(round)));
+    }
+  }
+}
+
+TEST(Batch, PromptsOfAnyLengthsAreFedSideBySide) {
+  std::vector<Ids> prompts{tokens(3), tokens(200), tokens(64, 5), tokens(1), tokens(129)};
+  std::vector<Session> sessions, alone;
+  std::vector<Session*> batch;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    sessions.emplace_back(engine());
+    alone.emplace_back(engine());
+  }
+  for (Session& session : sessions) batch.push_back(&session);
+  for (int round = 0; round < 2; ++round) {  // the second time from different positions
+    const auto logits = megalodon::prefill_batch(batch, prompts);
+    for (std::size_t i = 0; i < prompts.size(); ++i) expect_close(logits[i], alone[i].prefill(prompts[i]));
+    std::ranges::reverse(prompts);
+  }
+  for (std::size_t i = 0; i < alone.size(); ++i) EXPECT_EQ(sessions[i].position(), alone[i].position());
+  EXPECT_EQ(status_of([&] {
+              megalodon::prefill_batch({&sessions[0], &sessions[1]}, {{1}, {}});
+            }),
+            MEGALODON_INVALID_ARGUMENT);
+  EXPECT_EQ(sessions[0].position(), alone[0].position());
+}
+
+TEST(Batch, StepsSampleWhatEachStreamWould) {
+  const std::vector<megalodon_sampling> samplings{
+      MEGALODON_GREEDY, {0.8, 0, 0.9, 0.0, 7}, {1.2, 20, 1.0, 0.0, 8}, {1.0, 0, 1.0, 0.1, 9}};
+  for (const bool greedy : {true, false}) {
+    std::vector<Session> sessions, alone;
+    std::vector<Session*> batch;
+    std::vector<Ids> written(samplings.size());
+    std::vector<megalodon_sampling> chosen;
+    Ids fed;
+    for (std::size_t i = 0; i < samplings.size(); ++i) {
+      sessions.emplace_back(engine());
+      alone.emplace_back(engine());
+      chosen.push_back(greedy ? samplings[0] : samplings[i]);
+      fed.push_back(megalodon::sample(sessions[i].prefill(tokens(5 + i)), chosen[i], 0));
+      written[i].push_back(fed[i]);
+    }
+    for (Session& session : sessions) batch.push_back(&session);
+    for (std::uint64_t index = 1; index < 20; ++index) {
+      fed = megalodon::step_batch(batch, fed, chosen, std::vector<std::uint64_t>(batch.size(), index));
+      for (std::size_t i = 0; i < fed.size(); ++i) written[i].push_back(fed[i]);
+    }
+    for (std::size_t i = 0; i < alone.size(); ++i) {
+      GenerateOptions how = options(20);
+      how.sampling = chosen[i];
+      EXPECT_EQ(generate(alone[i], tokens(5 + i), how), written[i]) << i;
+    }
+  }
+}
+
 TEST(Batch, TokensGivenOutAreFedFirst) {
   Session session(engine()), other(engine()), same(engine());
   other.prefill({1});
   const Ids written = generate(session, tokens(5), options(6));
   same.prefill(tokens(5));
   for (const std::int64_t token : written) same.decode(token);
-  const auto logits = megalodon::decode_batch({&session, &other}, {9, 9}, 257);
+  const auto logits = megalodon::decode_batch({&session, &other}, {9, 9});
   expect_close(logits[0], same.decode(9));
   EXPECT_EQ(session.position(), same.position());
 }
@@ -262,7 +344,7 @@ TEST(Batch, LargerThanTheBundleIsRefused) {
   const auto count = static_cast<std::size_t>(engine().info().max_batch + 1);
   for (std::size_t i = 0; i < count; ++i) sessions.emplace_back(engine());
   for (Session& session : sessions) batch.push_back(&session);
-  EXPECT_EQ(status_of([&] { megalodon::decode_batch(batch, Ids(count, 1), 257); }), MEGALODON_INVALID_ARGUMENT);
+  EXPECT_EQ(status_of([&] { megalodon::decode_batch(batch, Ids(count, 1)); }), MEGALODON_INVALID_ARGUMENT);
 }
 
 TEST(Threads, EightGiveWhatOneGives) {

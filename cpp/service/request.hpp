@@ -1,0 +1,43 @@
+// The body of POST /v1/completions, checked.
+#pragma once
+
+#include <cstdint>
+#include <megalodon.hpp>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace service {
+
+struct Limits {
+  std::size_t body_bytes = std::size_t{1} << 20;
+  std::size_t prompt_tokens = 32768;
+  std::int64_t new_tokens = 4096;
+  std::size_t stop_strings = 16, stop_bytes = 256;  // of each
+};
+
+struct CompletionRequest {
+  std::string model;
+  std::string text;                     // the prompt, unless it is token ids
+  std::vector<std::int64_t> token_ids;  // the prompt
+  bool is_text = false, stream = false, ignore_eos = false;
+  std::int64_t max_tokens = 16;
+  megalodon_sampling sampling = {1.0, 0, 1.0, 0.0, 0};
+  std::vector<std::string> stop;
+};
+
+// Why a request is refused, and the HTTP status that says so.
+class Refused : public std::runtime_error {
+ public:
+  Refused(int status, const std::string& why) : std::runtime_error(why), status(status) {}
+  int status;
+};
+
+// A prompt of too many tokens.
+Refused too_long(std::size_t found, std::size_t most);
+
+// Throws Refused, with 400, or 413 for what is too long. `seed`: for a request without one.
+CompletionRequest parse_request(std::string_view body, const Limits& limits, std::uint64_t seed);
+
+}  // namespace service

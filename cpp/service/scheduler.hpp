@@ -1,0 +1,96 @@
+// Continuous batching: one thread owns all sessions, and streams join and leave between its steps.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+#include "metrics.hpp"
+#include "request.hpp"
+
+namespace service {
+
+inline constexpr const char* kShuttingDown = "the service is shutting down";
+
+// What one request has generated, from the scheduler's thread to its connection's.
+class Completion {
+ public:
+  struct Update {
+    std::string text;
+    std::vector<std::int64_t> token_ids;
+    std::string finish_reason;  // "stop" or "length"; empty: there is more to come
+    std::string failure;        // why there is no more
+    bool is_last() const { return !finish_reason.empty() || !failure.empty(); }
+  };
+
+  explicit Completion(CompletionRequest request) : request(std::move(request)) {}
+
+  // What is new, as soon as there is something, or nothing after `timeout`.
+  Update wait(std::chrono::milliseconds timeout);
+  void add(std::int64_t token_id, const std::string& text);
+  void finish(const std::string& reason, const std::string& text);
+  void fail(const std::string& why);
+  // The client has gone.
+  void cancel() { cancelled_ = true; }
+  bool is_cancelled() const { return cancelled_; }
+
+  const CompletionRequest request;
+  const std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
+
+ private:
+  void set_last(std::string Update::*field, const std::string& value, const std::string& text);
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  Update new_;
+  std::atomic<bool> cancelled_ = false;
+};
+
+struct SchedulerOptions {
+  std::size_t streams = 32;          // that run at the same time, at most the bundle's largest batch
+  std::size_t queue = 64;            // that wait
+  std::size_t prefill_tokens = 256;  // fed between two decode steps, so that prompts do not hold up those who decode
+};
+
+class Scheduler {
+ public:
+  Scheduler(const megalodon::Engine& engine, SchedulerOptions options, Metrics& metrics);
+  ~Scheduler();
+
+  // Prompt as token ids, 1 or more. Null if the queue is full, or the service is shutting down.
+  std::shared_ptr<Completion> submit(CompletionRequest request);
+  // Takes no more requests, waits for those that it has, and ends what is left after `timeout`.
+  void drain(std::chrono::seconds timeout);
+  bool is_draining() const { return draining_; }
+
+ private:
+  class Stream;
+  using Streams = std::vector<std::unique_ptr<Stream>>;
+
+  void run();
+  bool admit();
+  void drop_cancelled();
+  void prefill();
+  void decode();
+  template <typename Call>
+  void attempt(Streams& streams, std::size_t count, Call call);
+  void settle(Streams& streams);
+
+  const megalodon::Engine& engine_;
+  const SchedulerOptions options_;
+  Metrics& metrics_;
+  Streams prefilling_, decoding_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::shared_ptr<Completion>> queue_;
+  bool idle_ = true, stop_ = false;
+  std::atomic<bool> draining_ = false;
+  std::thread thread_;
+};
+
+}  // namespace service
