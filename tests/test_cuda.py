@@ -121,6 +121,7 @@ def test_batches_of_one_size_are_captured_once(folder: Path) -> None:
     session = Session(opened(folder), byte_tokenizer())
     session.runtime.config.bos_token_id = 1
     first = session.generate_batch(["", "", ""], 40, temperature=1.0)
+    assert session.generate_batch(["", "", ""], 40, temperature=1.0) == first  # its prefill is captured now
     loop = session._batch_loop
     allocated = torch.cuda.memory_allocated()
     for _ in range(3):

@@ -29,6 +29,16 @@ def test_interpreted_kernels_equal_the_plain_form(case: str) -> None:
     assert float(done.stdout.split()[-1]) < BOUNDS["float32"]
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
+def test_compiled_for_a_gpu_no_kernel_becomes_float64_by_its_eps() -> None:
+    """Compiled programs pass numbers as float64, and a sum with one made feed_up take twice the time."""
+    done = subprocess.run([sys.executable, str(HERE / "kernel_types.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert set(found) == {"megalodon_feed_up", "megalodon_attend", "megalodon_rms", "megalodon_layer_norm"}
+    assert set(found.values()) == {"0"}
+
+
 def pair(
     dtype: torch.dtype, weights: str = "float", **sizes: object
 ) -> tuple[MegalodonForCausalLM, MegalodonForCausalLM]:

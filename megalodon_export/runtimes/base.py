@@ -62,16 +62,12 @@ class Runtime(ABC):
 
     def prefiller(self, cache: MegalodonCache) -> Callable[[Tensor, Tensor], Tensor]:
         """`prefill` bound to one cache. On CUDA, short calls are captured when a size comes again, and replayed."""
-        run = self.prefill_bound_to(cache)
-        return lambda token_ids, lengths: self._prefill(token_ids, lengths, cache, run)
-
-    def prefill_bound_to(self, cache: MegalodonCache) -> Callable[[Tensor, Tensor, MegalodonCache], Tensor]:
-        """`run_prefill`, for one cache alone."""
         if not self.captures:
-            return self.run_prefill
-        from .cuda_graph import CapturedPrefills, PrefillCapturer
+            return lambda token_ids, lengths: self.prefill(token_ids, lengths, cache)
+        from .cuda_graph import CapturedPrefills
 
-        return CapturedPrefills(self.run_prefill, PrefillCapturer(self.run_prefill))
+        run = CapturedPrefills(self.run_prefill)
+        return lambda token_ids, lengths: self._prefill(token_ids, lengths, cache, run)
 
     def _prefill(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,68 +73,42 @@ _KEPT = 8  # captured prefills of one cache
 RunPrefill = Callable[[Tensor, Tensor, MegalodonCache], Tensor]
 
 
-class PrefillGraph(Protocol):
-    """A captured prefill of one size over one cache."""
-
-    def __call__(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Replay it on other tokens; logits that are the caller's own."""
-
-    def release(self) -> None:
-        """Forget it."""
-
-
 class CapturedPrefills:
     """A prefill program over one cache, captured for each size (B, L) that comes a second time, and replayed then.
 
-    The first time it runs as it is, which loads its kernels. `capture` must leave the cache as it is.
+    The first time it runs as it is, which loads its kernels; a capture then runs nothing, and leaves the cache alone.
     """
 
-    def __init__(self, run: RunPrefill, capture: Callable[[Tensor, Tensor, MegalodonCache], PrefillGraph]) -> None:
-        self._run, self._capture = run, capture
+    def __init__(self, run: RunPrefill) -> None:
+        self._run = run
         self._seen: set[torch.Size] = set()
-        self._graphs: OrderedDict[torch.Size, PrefillGraph] = OrderedDict()
+        self._captured: OrderedDict[torch.Size, _CapturedPrefill] = OrderedDict()
+        self._pool: Any = None  # of memory: no two of the graphs run at a time, and results are copied out
 
     def __call__(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
         """The program's logits, the caller's own. The cache is the same at every call."""
         size = token_ids.shape
-        if size not in self._graphs:
+        if size not in self._captured:
             if size not in self._seen or token_ids.numel() > _MOST_TOKENS:
                 self._seen.add(size)
                 return self._run(token_ids, lengths, cache)
-            if len(self._graphs) == _KEPT:
-                self._graphs.popitem(last=False)[1].release()
-            self._graphs[size] = self._capture(token_ids, lengths, cache)
-        self._graphs.move_to_end(size)
-        return self._graphs[size](token_ids, lengths)
-
-
-class PrefillCapturer:
-    """Captures prefills of a program of torch's; the graphs share one pool of memory, since no two run at a time."""
-
-    def __init__(self, run: RunPrefill) -> None:
-        self._run = run
-        self._pool: Any = None
-
-    def __call__(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> PrefillGraph:
-        """Capture one, which runs nothing: all that it runs has run before."""
-        graph = _CapturedPrefill(self._run, token_ids, lengths, cache, self._pool)
-        self._pool = graph.pool
-        return graph
+            if len(self._captured) == _KEPT:
+                self._captured.popitem(last=False)
+            self._captured[size] = _CapturedPrefill(self._run, token_ids, lengths, cache, self._pool)
+            self._pool = self._captured[size].graph.pool()
+        self._captured.move_to_end(size)
+        return self._captured[size](token_ids, lengths)
 
 
 class _CapturedPrefill:
     def __init__(self, run: RunPrefill, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache, pool: Any) -> None:
         self._token_ids, self._lengths = token_ids.clone(), lengths.clone()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
             self._logits = run(self._token_ids, self._lengths, cache)
-        self.pool = self._graph.pool()
 
     def __call__(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         self._token_ids.copy_(token_ids)
         self._lengths.copy_(lengths)
-        self._graph.replay()
+        self.graph.replay()
         return self._logits.clone()
-
-    def release(self) -> None:
-        self._graph.reset()

@@ -8,7 +8,6 @@ rings: run twice, as ONNX Runtime does where it captures a CUDA graph, it gives 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from ..exporters.programs import DECODE, PREFILL, Limits
 from ..model import MegalodonCache, MegalodonConfig
 from ..model.cache import copy_in_place
 from .base import Runtime, RuntimeUnavailable
-from .cuda_graph import CapturedPrefills, PrefillGraph
 from .onnx_session import OnnxSession, bind, open_session, require_cuda, shared_weights
 
 _BOUND = 16  # decode steps kept bound (on CUDA: captured), each to the addresses of one cache
@@ -58,28 +56,10 @@ class OnnxRuntime(Runtime):
 
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
         """One call of the prefill graph."""
-        step = self.bound_prefill(token_ids, lengths, cache)
-        step.run(cache)
-        return step.logits
-
-    def prefill_bound_to(self, cache: MegalodonCache) -> Callable[[Tensor, Tensor, MegalodonCache], Tensor]:
-        """`run_prefill` for one cache, captured on CUDA."""
-        return CapturedPrefills(self.run_prefill, self._capture) if self.device.type == "cuda" else self.run_prefill
-
-    def _capture(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> PrefillGraph:
-        """ONNX Runtime runs a graph three times to capture it: with rows of no tokens, which change nothing."""
-        self._graphs += 1
-        step = self.bound_prefill(token_ids.clone(), torch.zeros_like(lengths), cache, self._graphs)
-        step.run(cache)
-        return _PrefillGraph(step, cache)
-
-    def bound_prefill(
-        self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache, graph: int | None = None
-    ) -> BoundStep:
-        """A prefill of these tensors; on CUDA captured under a number, if there is one."""
         rows = token_ids.shape if self.all_logits else (cache.batch,)
         logits = torch.empty((*rows, self.config.logits_size), device=self.device)
-        return BoundStep(self, PREFILL, {"token_ids": token_ids, "lengths": lengths}, cache, logits, graph)
+        BoundStep(self, PREFILL, {"token_ids": token_ids, "lengths": lengths}, cache, logits).run(cache)
+        return logits
 
     def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """One call of the decode graph; on CUDA the second for a cache replays what the first has captured."""
@@ -95,7 +75,7 @@ class OnnxRuntime(Runtime):
     def _captured_step(self, cache: MegalodonCache) -> BoundStep:
         if len(self._steps) == _BOUND:
             _, oldest = self._steps.popitem(last=False)
-            oldest.release()
+            self._sessions[DECODE].release(oldest.graph)
         token_ids = torch.zeros(cache.batch, dtype=torch.int64, device=self.device)
         logits = torch.empty(cache.batch, self.config.logits_size, device=self.device)
         self._graphs += 1
@@ -136,23 +116,3 @@ class BoundStep:
         """Run it; the cache, at the addresses that were bound, is updated in place."""
         self.session.run(self.binding, self.graph)
         copy_in_place(cache.states(), self._states)
-
-    def release(self) -> None:
-        """Forget what was captured."""
-        self.session.release(self.graph)
-
-
-class _PrefillGraph:
-    """A prefill that ONNX Runtime has captured."""
-
-    def __init__(self, step: BoundStep, cache: MegalodonCache) -> None:
-        self._step, self._cache = step, cache
-
-    def __call__(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        self._step.arguments["token_ids"].copy_(token_ids)
-        self._step.arguments["lengths"].copy_(lengths)
-        self._step.run(self._cache)
-        return self._step.logits.clone()
-
-    def release(self) -> None:
-        self._step.release()

@@ -51,7 +51,7 @@ def require_cuda(device: torch.device) -> None:
 
 
 def open_session(
-    path: Path, device: torch.device, weights: dict[str, onnxruntime.OrtValue], prepack: bool
+    path: Path, device: torch.device, weights: dict[str, onnxruntime.OrtValue], prepack: bool, capture: bool
 ) -> OnnxSession:
     """Open a graph with every node on the device; `weights` by their names in the graph are used as they are.
 
@@ -67,7 +67,8 @@ def open_session(
     for name, value in weights.items():
         options.add_initializer(name, value)
     cuda = {"device_id": str(device.index), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
-    cuda["enable_cuda_graph"] = "1"  # for the runs that ask for it: see `OnnxSession.run`
+    if capture:  # refused for a graph with any node on the host, where prefill has what reads its sizes
+        cuda["enable_cuda_graph"] = "1"
     try:
         session = _open(path, options, [(CUDA, cuda)])
     except Exception as error:  # pybind's classes of errors have no public names

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import silu, start, wait
+from .launch import inverse_root, silu, start, wait
 from .ring import rotated, turn_of
 
 
@@ -47,7 +47,7 @@ def megalodon_rotate(
     row = (b * L + token) * (2 * HALF * H)
     lo = tl.load(z_ptr + row + at, mask=ok, other=0.0).to(tl.float32)
     hi = tl.load(z_ptr + row + at + HALF, mask=ok, other=0.0).to(tl.float32)
-    factor = 1.0 / tl.sqrt(tl.sum(lo * lo + hi * hi, 0) / (2 * HALF) + eps)
+    factor = inverse_root(tl.sum(lo * lo + hi * hi, 0) / (2 * HALF), eps)
     cos = tl.load(cos_ptr + (b * L + token) * HALF + half, mask=ok, other=0.0)
     sin = tl.load(sin_ptr + (b * L + token) * HALF + half, mask=ok, other=0.0)
     Z: tl.constexpr = 2 * HALF * H

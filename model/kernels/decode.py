@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import silu, start, wait
+from .launch import inverse_root, silu, start, wait
 from .norms import layer_norm, scale_and_shift
 from .weights import bias_rows, products, row_products, weight_rows
 
@@ -103,7 +103,7 @@ def megalodon_ema_step(
         variance = (count * var_in + tl.sum(within * within, 1) / GROUP + between) * share
     tl.store(mean_ptr + b * G + group, mean, mask=group_ok)
     tl.store(var_ptr + b * G + group, variance, mask=group_ok)
-    normed = (x - mean[:, None]) * (1.0 / tl.sqrt(variance + eps))[:, None] * weight + bias
+    normed = (x - mean[:, None]) * inverse_root(variance, eps)[:, None] * weight + bias
     x_norm = tl.reshape(normed, (CHANNELS,)).to(x_norm_ptr.dtype.element_ty)
     tl.store(x_norm_ptr + b * D + flat, x_norm, mask=flat_ok)
 
@@ -135,7 +135,7 @@ def root_mean_square_products(
     part = tl.arange(0, PARTS_P)
     squares = tl.load(squares_ptr + b * PARTS + part, mask=part < PARTS, other=0.0)
     y = products(weight, x_ptr + b * D, 0, D, WIDTH, BITS, GROUP)
-    return y * (1.0 / tl.sqrt(tl.sum(squares, 0) / D + eps))
+    return y * inverse_root(tl.sum(squares, 0) / D, eps)
 
 
 @triton.jit

@@ -39,6 +39,12 @@ def silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
+@triton.jit
+def inverse_root(x, eps):
+    """1 / sqrt(x + eps) in float32, also where eps comes as float64, as it does in a compiled program."""
+    return 1.0 / tl.sqrt(x + tl.cast(eps, tl.float32))
+
+
 class kernel:
     """The launcher of a @triton.jit function, traceable unless it is interpreted: `kernel(function)[grid](...)`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import start, wait
+from .launch import inverse_root, start, wait
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def megalodon_rms(
     valid = token < tl.load(lengths_ptr + b)
     at = (b * L + token) * D + k
     y = tl.load(y_ptr + at, mask=ok & valid, other=0.0)
-    m = y * (1.0 / tl.sqrt(tl.sum(y * y, 0) / D + eps)) * scale
+    m = y * inverse_root(tl.sum(y * y, 0) / D, eps) * scale
     tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=ok)
 
 
@@ -53,7 +53,7 @@ def scale_and_shift(weight_ptr, bias_ptr, k, K: tl.constexpr, AFFINE: tl.constex
 def layer_norm(x, k, eps, scale, shift, K: tl.constexpr):
     """LayerNorm of one row x (K) float32, 0 beyond K."""
     centred = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)
-    return centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / K + eps)) * scale + shift
+    return centred * inverse_root(tl.sum(centred * centred, 0) / K, eps) * scale + shift
 
 
 @triton.jit

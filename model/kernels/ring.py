@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import start, wait
+from .launch import inverse_root, start, wait
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def megalodon_attend(
     cos = tl.load(cos_ptr + b * HALF + half, mask=half_ok, other=0.0)
     sin = tl.load(sin_ptr + b * HALF + half, mask=half_ok, other=0.0)
     sums = tl.load(values + seen * DV, mask=feature_ok & mine, other=0.0).to(tl.float32)
-    factor = 1.0 / tl.sqrt(tl.sum(z_lo * z_lo + z_hi * z_hi, 0) / (2 * HALF) + eps)
+    factor = inverse_root(tl.sum(z_lo * z_lo + z_hi * z_hi, 0) / (2 * HALF), eps)
     q_lo, q_hi = rotated(z_lo * factor, z_hi * factor, q_turn, cos, sin)
     k_lo, k_hi = rotated(z_lo * factor, z_hi * factor, k_turn, cos, sin)
     q_lo, q_hi = q_lo.to(dtype).to(tl.float32), q_hi.to(dtype).to(tl.float32)

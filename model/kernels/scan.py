@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import start, wait
+from .launch import inverse_root, start, wait
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def megalodon_norm(
     weight = tl.load(weight_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32) + 1.0
     bias = tl.load(bias_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + b * L * (G * GROUP) + at, mask=ok, other=0.0).to(tl.float32)
-    y = (x - mean[:, :, None]) * (1.0 / tl.sqrt(variance + eps))[:, :, None] * weight[None, :, :] + bias[None, :, :]
+    y = (x - mean[:, :, None]) * inverse_root(variance, eps)[:, :, None] * weight[None, :, :] + bias[None, :, :]
     y = tl.where(valid[:, None, None], y, 0.0)
     tl.store(y_ptr + b * L * (G * GROUP) + at, y.to(y_ptr.dtype.element_ty), mask=ok)
 

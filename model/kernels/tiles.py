@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import silu, start, wait
+from .launch import inverse_root, silu, start, wait
 from .weights import bias_rows, tile_products
 
 
@@ -20,7 +20,7 @@ def row_factors(squares_ptr, b, B, eps, D: tl.constexpr, PARTS: tl.constexpr, PA
     part = tl.arange(0, PARTS_P)
     ok = (b < B)[:, None] & (part < PARTS)[None, :]
     total = tl.sum(tl.load(squares_ptr + b[:, None] * PARTS + part[None, :], mask=ok, other=0.0), 1)
-    return 1.0 / tl.sqrt(total / D + eps)
+    return inverse_root(total / D, eps)
 
 
 @triton.jit
