@@ -58,7 +58,7 @@ class Runtime(ABC):
         Returns float32 logits (B, V) after each row's last token, zeros for a row of length 0; with `all_logits`
         (B, L, V). ValueError for ids or lengths out of range.
         """
-        return self._prefill(token_ids, lengths, cache, self.run_prefill)
+        return self._feed(token_ids, lengths, cache, self.run_prefill)
 
     def prefiller(self, cache: MegalodonCache) -> Callable[[Tensor, Tensor], Tensor]:
         """`prefill` bound to one cache. On CUDA, short calls are captured when a size comes again, and replayed."""
@@ -67,9 +67,9 @@ class Runtime(ABC):
         from .cuda_graph import CapturedPrefills
 
         run = CapturedPrefills(self.run_prefill)
-        return lambda token_ids, lengths: self._prefill(token_ids, lengths, cache, run)
+        return lambda token_ids, lengths: self._feed(token_ids, lengths, cache, run)
 
-    def _prefill(
+    def _feed(
         self,
         token_ids: Tensor,
         lengths: Tensor,
