@@ -116,10 +116,6 @@ std::vector<impl::Session*> sessions_of(megalodon_session* const* sessions, std:
   return all;
 }
 
-megalodon_generate_options read_generate_options(const megalodon_generate_options* options) {
-  return read_options(options, megalodon_generate_options MEGALODON_GENERATE_OPTIONS_INIT);
-}
-
 impl::GenerateOptions convert(const megalodon_generate_options& options) {
   return {options.sampling, options.max_new_tokens, options.eos_token_id};
 }
@@ -281,7 +277,7 @@ megalodon_status megalodon_session_generate(megalodon_session* session, const in
                                             megalodon_generate_result* result) {
   return guarded([&] {
     require(callback != nullptr, "callback is NULL, expected a function");
-    const megalodon_generate_options chosen = read_generate_options(options);
+    const auto chosen = read_options(options, megalodon_generate_options MEGALODON_GENERATE_OPTIONS_INIT);
     require(chosen.stop_count == 0, "stop strings end texts; use megalodon_session_generate_text");
     const auto give = [&](std::int64_t token) {
       return callback(user, token) == 0 ? std::nullopt : std::optional(MEGALODON_FINISH_STOPPED);
@@ -298,7 +294,7 @@ megalodon_status megalodon_session_generate_text(megalodon_session* session, con
   return guarded([&] {
     need(prompt, "prompt");
     require(callback != nullptr, "callback is NULL, expected a function");
-    const megalodon_generate_options chosen = read_generate_options(options);
+    const auto chosen = read_options(options, megalodon_generate_options MEGALODON_GENERATE_OPTIONS_INIT);
     const auto give = [&](const std::string& piece) { return callback(user, piece.c_str(), piece.size()) != 0; };
     const impl::GenerateResult done =
         of(session).generate_text(prompt, convert(chosen), strings_of(chosen.stop, chosen.stop_count), give);

@@ -45,13 +45,16 @@ RecordedStep* CacheBlock::step(std::int64_t first, std::int64_t rows,
 }
 
 CacheView::CacheView(std::shared_ptr<CacheBlock> block, std::int64_t first, std::int64_t rows)
-    : block_(std::move(block)), first_(first), rows_(rows) {
-  for (std::size_t i = 0; i < block_->layout().size(); ++i) {
+    : block_(std::move(block)), first_(first), rows_(rows) {}
+
+const Tensor& CacheView::tensor(std::size_t index) const {
+  for (std::size_t i = tensors_.size(); i < block_->layout().size(); ++i) {
     const CacheTensor& tensor = block_->layout()[i];
-    std::vector<std::int64_t> shape{rows};
+    std::vector<std::int64_t> shape{rows_};
     shape.insert(shape.end(), tensor.row_shape.begin(), tensor.row_shape.end());
-    tensors_.push_back(block_->device().over(block_->row(i, first), shape, *tensor.dtype));
+    tensors_.push_back(block_->device().over(block_->row(i, first_), shape, *tensor.dtype));
   }
+  return tensors_[index];
 }
 
 std::span<std::byte> CacheView::memory(std::size_t index) const {
@@ -69,7 +72,7 @@ void CacheView::write(std::size_t index, std::span<const std::byte> bytes) const
 }
 
 void CacheView::reset() const {
-  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+  for (std::size_t i = 0; i < block_->layout().size(); ++i) {
     const CacheTensor& tensor = block_->layout()[i];
     if (tensor.fill == 0.0) {
       block_->device().zero(memory(i).data(), memory(i).size());
@@ -86,7 +89,7 @@ void CacheView::reset() const {
 }
 
 void CacheView::copy_from(const CacheView& other) const {
-  for (std::size_t i = 0; i < tensors_.size(); ++i) write(i, other.memory(i));
+  for (std::size_t i = 0; i < block_->layout().size(); ++i) write(i, other.memory(i));
 }
 
 std::optional<CacheRow> CacheRow::take(const std::shared_ptr<CacheBlock>& block, std::int64_t row) {

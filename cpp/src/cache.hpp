@@ -44,7 +44,8 @@ class CacheView {
  public:
   CacheView(std::shared_ptr<CacheBlock> block, std::int64_t first, std::int64_t rows);
 
-  const Tensor& tensor(std::size_t index) const { return tensors_[index]; }
+  // For programs; by one thread at a time.
+  const Tensor& tensor(std::size_t index) const;
   // Where a tensor's rows are, in the device's memory.
   std::span<std::byte> memory(std::size_t index) const;
   std::vector<std::byte> read(std::size_t index) const;
@@ -59,7 +60,7 @@ class CacheView {
  private:
   std::shared_ptr<CacheBlock> block_;
   std::int64_t first_, rows_;
-  std::vector<Tensor> tensors_;
+  mutable std::vector<Tensor> tensors_;  // made when they are asked for, which replaying a step does not
 };
 
 // The row of one stream, which no other takes while this lives.

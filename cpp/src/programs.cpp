@@ -99,7 +99,7 @@ Library::Library(const std::filesystem::path& path, std::size_t inputs, std::siz
   f.last_error = f.find<decltype(f.last_error)>("AOTInductorGetLastError");
   const auto create =
       f.need<decltype(&AOTInductorModelContainerCreateWithDevice)>("AOTInductorModelContainerCreateWithDevice");
-  f.check(create(&f.container, static_cast<std::size_t>(concurrent), device.type(),
+  f.check(create(&f.container, device.is_concurrent() ? static_cast<std::size_t>(concurrent) : 1, device.type(),
                  path.parent_path().c_str()),  // where a GPU's kernels are, in files of their own
           "cannot be started");
   const auto count = [&](const char* name, std::size_t expected, const std::string& what) {
