@@ -54,7 +54,7 @@ def plots(found: dict[str, Any], out: Path) -> None:
     from matplotlib import pyplot
 
     title = f"{found['model']}, {_numbers(found)}, {found['machine']}"
-    contexts = [r for r in found["contexts"] if "error" not in r and not r.get("again")]
+    contexts = [r for r in found["contexts"] if "error" not in r and not r.get("fresh_streams")]
     if contexts:
         figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))
         for axis, key, label, scale in (
@@ -149,7 +149,7 @@ _DECODE: list[Column] = [
 ]
 _CONTEXTS: list[Column] = [
     ("runtime", lambda r: r["runtime"]),
-    ("context", lambda r: f"{r['context_tokens']:,}{', again' if r.get('again') else ''}"),
+    ("context", lambda r: f"{r['context_tokens']:,}" + (" each, fresh" if r.get("fresh_streams") else "")),
     ("prefill tokens/s", _number("prefill_tokens_per_second", ",.0f")),
     ("of floor", _number("prefill_share", ".1%")),
     ("decode ms", _number("decode_seconds", ",.3f", 1e-3)),

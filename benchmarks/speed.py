@@ -192,8 +192,9 @@ def guarded(rows: Iterator[dict[str, Any]], head: dict[str, Any], device: str) -
 def stream(runtime: Runtime, contexts: Sequence[int], steps: int, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
     """One stream fed with random tokens up to each context in turn, a call of the prefill program's length at a time.
 
-    Per context: the rate since the context before, and a decode step there, in a copy of the stream. Last, the first
-    context again: by then the device has worked for as long as the others took, and is as warm.
+    Per context: the rate since the context before, and a decode step there, in a copy of the stream. Last, as many
+    tokens as came last, in fresh streams of one segment each: a device that has worked for seconds is slower than one
+    that begins, whatever the context.
     """
     config, device, cache = runtime.config, runtime.device, runtime.new_cache(1)
     prefill, copy = runtime.prefiller(cache), runtime.new_cache(1)
@@ -206,23 +207,18 @@ def stream(runtime: Runtime, contexts: Sequence[int], steps: int, ceilings: Ceil
         feed(segment)
     step, token_ids = runtime.decoder(copy), torch.randint(config.vocab_size, (1,), device=device)
     cache.reset()
-    for index, context in enumerate([*contexts, contexts[0]]):
-        if index == len(contexts):
-            cache.reset()
+    fed = 0
+    for context in contexts:
         start = int(cache.position[0])  # waits for the device
         started = time.perf_counter()
         for position in range(start, context, segment):
             feed(min(segment, context - position))
         fed = int(cache.position[0]) - start
-        row: dict[str, Any] = {"context_tokens": context, "again": index == len(contexts)}
+        row: dict[str, Any] = {"context_tokens": context}
         if fed:
             seconds = time.perf_counter() - started
             operations = prefill_flops(config, 1, fed, start, runtime.all_logits)
-            row |= {
-                "streamed_tokens": fed,
-                "prefill_tokens_per_second": fed / seconds,
-                "prefill_share": operations / ceilings.matmul / seconds,
-            }
+            row |= rates(fed, seconds, operations, ceilings)
         for new, old in zip(copy.tensors(), cache.tensors(), strict=True):
             new.copy_(old)
         seconds = median_seconds(lambda: step(token_ids), device, steps)
@@ -233,6 +229,25 @@ def stream(runtime: Runtime, contexts: Sequence[int], steps: int, ceilings: Ceil
             "decode_tokens_per_second": 1 / seconds,
             "decode_share": moved / ceilings.copy / seconds,
         }
+    pieces = max(fed // segment, 1)
+    started = time.perf_counter()
+    for _ in range(pieces):
+        cache.position.zero_()  # a fresh stream for the programs: nothing of the ring is visible
+        feed(segment)
+    int(cache.position[0])
+    operations = pieces * prefill_flops(config, 1, segment, all_logits=runtime.all_logits)
+    yield {"fresh_streams": pieces, "context_tokens": segment} | rates(
+        pieces * segment, time.perf_counter() - started, operations, ceilings
+    )
+
+
+def rates(tokens: int, seconds: float, operations: int, ceilings: Ceilings) -> dict[str, Any]:
+    """Of a prefill that was streamed."""
+    return {
+        "streamed_tokens": tokens,
+        "prefill_tokens_per_second": tokens / seconds,
+        "prefill_share": operations / ceilings.matmul / seconds,
+    }
 
 
 def write(out: Path, found: dict[str, Any]) -> None:
