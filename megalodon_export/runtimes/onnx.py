@@ -49,7 +49,8 @@ class OnnxRuntime(Runtime):
         paths = {name: folder / one["file"] for name, one in self._entries.items()}
         weights = shared_weights(list(paths.values()), chosen) if chosen.type == "cuda" else {}
         self._sessions = {
-            name: open_session(path, chosen, weights.get(path, {}), prepack) for name, path in paths.items()
+            name: open_session(path, chosen, weights.get(path, {}), prepack, capture=name == DECODE)
+            for name, path in paths.items()
         }
         self._steps: OrderedDict[tuple[int, ...], BoundStep] = OrderedDict()
         self._graphs = 0
