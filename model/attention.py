@@ -1,68 +1,19 @@
-"""Gated attention inside chunks: rotary positions, the ring cache, and the block that combines it with the CEMA."""
+"""Attention inside chunks, over new tokens and the ring cache."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from .blocking import batched_matmul, compact, first, from_blocks, to_blocks
+from .blocking import batched_matmul, first, from_blocks, to_blocks
 from .cache import LayerCache
-from .config import MegalodonConfig
-from .constants import DerivedConstants
-from .ema import ComplexEMA
-from .norm import NormState, RMSNorm, TimestepNorm, accumulation_dtype, cast
+from .norm import accumulation_dtype, cast
 from .plan import PrefillPlan
-
-if TYPE_CHECKING:
-    from .sequence_parallel import Relay
-
-
-class Rotary(NamedTuple):
-    """Cosines and sines (..., dz/2) of some positions."""
-
-    cos: Tensor
-    sin: Tensor
-
 
 PARTS = 4  # of the queries of a prefill: 5/8 of all pairs of new tokens are computed, of which half are visible
 MIN_SCORE = -1e30  # for masked scores: finite, so that a row without any valid key stays finite
-
-
-class RotaryTable(DerivedConstants):
-    """Cosines and sines (C, dz/2) of the positions inside a chunk, computed in float64."""
-
-    anchor: Tensor
-
-    def __init__(self, head_dim: int, chunk_size: int, base: float | None) -> None:
-        super().__init__()
-        self.head_dim, self.chunk_size, self.base = head_dim, chunk_size, base or 10_000.0
-        self.register_buffer("anchor", torch.zeros(0), persistent=False)  # follows the module's device and dtype
-
-    def derive(self) -> dict[str, Tensor]:
-        """The two tables."""
-        device = self.anchor.device
-        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
-        positions = torch.arange(self.chunk_size, dtype=torch.float64, device=device)
-        angle = torch.outer(positions, self.base ** (-pairs / self.head_dim))
-        dtype = accumulation_dtype(self.anchor.dtype)
-        return {"cos": torch.cos(angle).to(dtype), "sin": torch.sin(angle).to(dtype)}
-
-    def forward(self, positions: Tensor) -> Rotary:
-        """Rows of the tables for absolute positions (...): (..., dz/2) each."""
-        table = self.constants()
-        slots = positions % self.chunk_size
-        return Rotary(table["cos"][slots], table["sin"][slots])
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (j, j + dz/2) of the last dimension of x by the given angles (half-split layout)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def masked_softmax(
@@ -171,83 +122,3 @@ def attend_step(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, position: Te
     scores = batched_matmul(q[:, :, None], cache.key.mT)  # (B, H, 1, C)
     weights = masked_softmax(scores, allowed[:, None, None], cache.value.dtype)
     return batched_matmul(weights, cache.value)[:, :, 0]
-
-
-class GatedAttention(nn.Module):
-    """Moving average gated attention: x + h of `block(x)`, with the names of the original's parameters."""
-
-    def __init__(self, config: MegalodonConfig) -> None:
-        super().__init__()
-        dim, z, e = config.model_dim, config.z_dim, config.value_dim
-        self.heads, self.chunk = config.num_heads, config.chunk_size
-        self.horizon = config.kv_horizon
-        self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
-        self.hidden_dropout, self.drop_key = config.hidden_dropout, config.drop_key
-        self.timenorm = TimestepNorm(dim, config.norm_num_groups, config.norm_eps, config.norm_statistics)
-        self.cema = ComplexEMA(dim, config.cema_ndim, config.ema_prefill)
-        self.rmsnorm = RMSNorm(dim if config.norm_affine else None, config.norm_eps)
-        self.znorm = RMSNorm(None, config.norm_eps)
-        self.wz = nn.Linear(dim, z)
-        self.wv = nn.Linear(dim, e)
-        self.wr = nn.Linear(dim, e)
-        self.wh1 = nn.Linear(dim, dim)
-        self.wh2 = nn.Linear(e, dim, bias=config.projection_bias)
-        self.gamma = nn.Parameter(torch.zeros(2, z))
-        self.beta = nn.Parameter(torch.zeros(2, z))
-
-    def forward(
-        self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None, relay: Relay | None = None
-    ) -> tuple[Tensor, NormState, Tensor]:
-        """x (B, L, D) -> x + h, new norm state, new EMA state. Key and value of the cache are updated in place."""
-        norm, ema = self._states(cache, x)
-        if relay is not None:
-            states = (*norm, self.cema.initial_state(x) if ema is None else ema)
-            *norm_state, ema = relay.receive(self, states, x, self.timenorm, self.cema)
-            norm = NormState(*norm_state)
-        x_norm, norm = self.timenorm(x, plan, norm)
-        y, ema = self.cema(x_norm, plan, ema)
-        if relay is not None:
-            y = relay.send(self, y, (*norm, ema))
-        m, q, k, v = self._project(x_norm, y, rotary)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, d)
-        dropout = self.attention_dropout if self.training else 0.0
-        if cache is not None and self.horizon is not None:
-            from .horizon import attend_and_write
-
-            o = attend_and_write(q, k, v, plan, cache, self.horizon, self.chunk, dropout, self.drop_key)
-        else:
-            o = attend_prefill(q, k, v, plan, cache, self.chunk, dropout, self.drop_key)
-            if cache is not None:
-                write_ring(cache.key, k.detach(), plan)
-                write_ring(cache.value, v.detach(), plan)
-        return self._gate(x, m, o.transpose(1, 2)), norm, ema
-
-    def step(self, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> tuple[Tensor, NormState, Tensor]:
-        """One token, x (B, D); otherwise as `forward`."""
-        x_norm, norm = self.timenorm.step(x, position, NormState(cache.norm_mean, cache.norm_var))
-        y, ema = self.cema.step(x_norm, cache.ema_state)
-        m, q, k, v = self._project(x_norm, y, rotary)
-        return self._gate(x, m, attend_step(q, k, v, cache, position)), norm, ema
-
-    def _states(self, cache: LayerCache | None, x: Tensor) -> tuple[NormState, Tensor | None]:
-        if cache is None:
-            return self.timenorm.initial_state(x.shape[0], x.device), None
-        return NormState(cache.norm_mean, cache.norm_var), cache.ema_state
-
-    def _project(self, x_norm: Tensor, y: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """m (..., D) and per head q, k (..., H, dz), v (..., H, dv), from the norm's and the EMA's output."""
-        m = self._drop(cast(self.rmsnorm(y), x_norm.dtype), self.hidden_dropout)
-        z = self.znorm(self.wz(m).unflatten(-1, (self.heads, -1)))  # (..., H, dz), accumulation dtype
-        scale = (cast(self.gamma, z.dtype) + 1) / math.sqrt(z.shape[-1])
-        rows = (2, *[1] * (z.dim() - 2), self.heads, z.shape[-1])  # query and key first, so that each is contiguous
-        cos, sin = (t[..., None, :] for t in rotary)
-        q, k = cast(rotate(z * scale.view(rows) + cast(self.beta, z.dtype).view(rows), cos, sin), x_norm.dtype)
-        v = F.silu(self.wv(x_norm)).unflatten(-1, (self.heads, -1))
-        return m, q, k, v
-
-    def _gate(self, x: Tensor, m: Tensor, o: Tensor) -> Tensor:
-        gated = self._drop(compact(o).flatten(-2) * F.silu(self.wr(m)), self.hidden_dropout)
-        return x + self._drop(self.wh1(m) + self.wh2(gated), self.dropout)
-
-    def _drop(self, x: Tensor, rate: float) -> Tensor:
-        return F.dropout(x, rate) if self.training else x

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attention import GatedAttention, Rotary
 from .cache import LayerCache, copy_in_place
 from .config import MegalodonConfig
 from .feed_forward import FeedForward
+from .gated_attention import GatedAttention
 from .norm import NormState
 from .plan import PrefillPlan
+from .rotary import Rotary
 
 if TYPE_CHECKING:
-    from .sequence_parallel import Relay
+    from .relay import Relay
 
 
 class MegalodonBlock(nn.Module):

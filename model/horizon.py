@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import Rotary, RotaryTable, masked_softmax, write_ring
+from .attention import masked_softmax, write_ring
 from .cache import LayerCache, MegalodonCache
 from .norm import accumulation_dtype
 from .plan import PrefillPlan
+from .rotary import Rotary, RotaryTable
 
 
 class AbsoluteRotary(RotaryTable):

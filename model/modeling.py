@@ -14,7 +14,6 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .attention import GatedAttention, Rotary, RotaryTable
 from .blocking import first, padding_to
 from .blocks import MegalodonBlock
 from .cache import FinalCache, MegalodonCache
@@ -23,6 +22,7 @@ from .constants import unfreeze_constants
 from .dispatch import execution_device, is_dispatched
 from .ema import ComplexEMA
 from .feed_forward import FeedForward
+from .gated_attention import GatedAttention
 from .generation import CACHE, MegalodonGenerationMixin
 from .horizon import AbsoluteRotary, reserve
 from .loss import cross_entropy
@@ -30,7 +30,8 @@ from .norm import NormState, TimestepNorm
 from .padding import Rows
 from .plan import BLOCK, PrefillPlan
 from .quantized import empty_quantized, replace_linear_layers
-from .sequence_parallel import Relay
+from .relay import Relay
+from .rotary import Rotary, RotaryTable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -10,15 +10,11 @@ from golden_data import assert_gradients, halves, leaves, load, plan_of, under
 from torch import Tensor
 
 from megalodon_export.model import MegalodonCache, MegalodonConfig
-from megalodon_export.model.attention import (
-    GatedAttention,
-    RotaryTable,
-    attend_prefill,
-    attend_step,
-    write_ring,
-)
+from megalodon_export.model.attention import attend_prefill, attend_step, write_ring
 from megalodon_export.model.cache import LayerCache, copy_in_place
 from megalodon_export.model.feed_forward import FeedForward
+from megalodon_export.model.gated_attention import GatedAttention
+from megalodon_export.model.rotary import RotaryTable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = ("blocked", "fft")

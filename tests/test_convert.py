@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import megalodon_export.model as m
-from megalodon_export.model.attention import rotate
 from megalodon_export.model.convert import convert_upstream
+from megalodon_export.model.rotary import rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,12 +12,9 @@ from golden_data import assert_gradients, full, halves, leaves, load, plan_of, r
 from torch import Tensor
 from torch.func import functional_call
 
-from megalodon_export.model.attention import (
-    RotaryTable,
-    rotate,
-)
 from megalodon_export.model.ema import ComplexEMA, powers_of_q
 from megalodon_export.model.norm import NormState, TimestepNorm, prefix_sum
+from megalodon_export.model.rotary import RotaryTable, rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = ("blocked", "fft")

@@ -18,9 +18,10 @@ from . import chunks, norms, scan
 from .launch import group_sizes, kernel, power_of_2, programmatic
 
 if TYPE_CHECKING:
-    from ..attention import GatedAttention, Rotary
     from ..feed_forward import FeedForward
+    from ..gated_attention import GatedAttention
     from ..norm import TimestepNorm
+    from ..rotary import Rotary
 
 _CHANNELS = 32  # of the scan in one program: one warp, a thread a channel
 

@@ -13,8 +13,9 @@ from . import FEW, decode, norms, ring, tiles
 from .launch import group_sizes, kernel, power_of_2, programmatic
 
 if TYPE_CHECKING:
-    from ..attention import GatedAttention, Rotary
     from ..feed_forward import FeedForward
+    from ..gated_attention import GatedAttention
+    from ..rotary import Rotary
 
 _FEATURE_BYTES = 2048  # of a slot's value that a program of attention takes: 16 a thread, for all slots
 _SLOTS = 16  # of a ring that a program of attention reads at a time
