@@ -63,23 +63,65 @@ def score(
     chunk = runtime.config.chunk_size
     if truncate_chunks and truncate_chunks <= TRUNCATION_STRIDE:
         raise ValueError(f"truncate_chunks is {truncate_chunks}, expected 0 (off) or more than {TRUNCATION_STRIDE}")
-    rows = [torch.as_tensor(document).cpu() for document in documents]
-    steps = torch.tensor([max(len(row) - 1, 0) for row in rows])
-    cache, total = runtime.new_cache(len(rows)), Score()
-    longest = int(steps.max())
-    cuts = {*range(0, longest, segment or runtime.limits.max_length), longest}
+    rows = [torch.as_tensor(document, dtype=torch.int64).cpu() for document in documents]
+    steps = _steps(rows)
+    cache, nats, longest = runtime.new_cache(len(rows)), 0.0, int(steps.max())
+    cuts = _cuts(longest, segment or runtime.limits.max_length)
     if truncate_chunks:  # two chunks a call, and what is less than a chunk by itself
-        cuts = {*range(0, longest, TRUNCATION_STRIDE * chunk), longest // chunk * chunk, longest}
-    for start, end in itertools.pairwise(sorted(cuts)):
-        ids, targets = _window(rows, start, end, 0), _window(rows, start + 1, end + 1, IGNORED)
-        nats = _losses(runtime, ids, targets, (steps - start).clamp(0, end - start), cache)
-        total += Score(float(nats.double().sum()), int((targets != IGNORED).sum()))
+        cuts = _cuts(longest, TRUNCATION_STRIDE * chunk) | {longest // chunk * chunk}
+    for end, losses, _ in _feed(runtime, rows, [row[1:] for row in rows], cuts, cache):
+        nats += float(losses.double().sum())
         if truncate_chunks and truncate_chunks * chunk <= end < longest:
             first = end - (truncate_chunks - TRUNCATION_STRIDE) * chunk
             recent = runtime.new_cache(len(rows))
             runtime.prefill(_window(rows, first, end, 0), (steps - first).clamp(0, end - first), recent)
             _replace_statistics(cache, recent)
-    return total
+    return Score(nats, int(steps.sum()))
+
+
+@torch.no_grad()
+def score_continuations(
+    runtime: Runtime, requests: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[tuple[float, bool]]:
+    """Each continuation's log-probability in nats after its context, and whether greedy decoding would choose it.
+
+    `requests` are rows of one batch: contexts of at least one token, continuations of any number. What is context in
+    every row is prefilled in any runtime, so contexts of like lengths belong together.
+    """
+    if not all(context for context, _ in requests):
+        raise ValueError("a context has no token; begin it with the model's bos_token_id")
+    rows = [torch.tensor([*context, *continuation]) for context, continuation in requests]
+    starts = [len(context) for context, _ in requests]
+    targets = [F.pad(row[start:], (start - 1, 0), value=IGNORED) for row, start in zip(rows, starts, strict=True)]
+    cuts = _cuts(int(_steps(rows).max()), runtime.limits.max_length)
+    cuts |= {min(starts) - 1}
+    nats = torch.zeros(len(rows), dtype=torch.float64, device=runtime.device)
+    greedy = torch.ones(len(rows), dtype=torch.bool, device=runtime.device)
+    for _, losses, likeliest in _feed(runtime, rows, targets, cuts, runtime.new_cache(len(rows))):
+        nats += losses.double().sum(1)
+        greedy &= likeliest.all(1)
+    return list(zip((-nats).tolist(), greedy.tolist(), strict=True))
+
+
+def _steps(rows: Sequence[Tensor]) -> Tensor:
+    """How many tokens of each row are fed: all but the last."""
+    return torch.tensor([max(len(row) - 1, 0) for row in rows])
+
+
+def _cuts(length: int, stride: int) -> set[int]:
+    return {*range(0, length, stride), length}
+
+
+def _feed(
+    runtime: Runtime, rows: Sequence[Tensor], targets: Sequence[Tensor], cuts: set[int], cache: MegalodonCache
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Feed rows in calls from cut to cut. Yields each call's end, and of each target (B, L) its nats, 0 where it is
+    ignored, and whether it is the likeliest token or ignored.
+    """
+    steps = _steps(rows)
+    for start, end in itertools.pairwise(sorted(cuts)):
+        ids, wanted = _window(rows, start, end, 0), _window(targets, start, end, IGNORED)
+        yield end, *_losses(runtime, ids, wanted, (steps - start).clamp(0, end - start), cache)
 
 
 def _window(rows: Sequence[Tensor], start: int, end: int, padding: int) -> Tensor:
@@ -88,16 +130,26 @@ def _window(rows: Sequence[Tensor], start: int, end: int, padding: int) -> Tenso
     return torch.stack([F.pad(piece, (0, end - start - len(piece)), value=padding) for piece in pieces])
 
 
-def _losses(runtime: Runtime, ids: Tensor, targets: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
-    """Feed ids (B, L) and return the nats of each target (B, L), 0 where it is ignored."""
-    targets = targets.to(runtime.device)
+def _losses(
+    runtime: Runtime, ids: Tensor, targets: Tensor, lengths: Tensor, cache: MegalodonCache
+) -> tuple[Tensor, Tensor]:
+    """Feed ids (B, L); of each target (B, L), as `_feed` yields them, the nats and whether it is the likeliest."""
+    ids, targets = ids.to(runtime.device), targets.to(runtime.device)
+    if not (targets != IGNORED).any():
+        runtime.prefill(ids, lengths, cache)
+        return torch.zeros(targets.shape, device=runtime.device), torch.ones_like(targets, dtype=torch.bool)
     if runtime.all_logits:
-        logits = runtime.prefill(ids.to(runtime.device), lengths, cache)
-        return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        return _judge(runtime.prefill(ids, lengths, cache), targets)
     decode = runtime.decoder(cache)  # a row that has ended goes on with padding, which nobody sees
-    steps = zip(ids.to(runtime.device).unbind(1), targets.unbind(1), strict=True)
-    losses = [F.cross_entropy(decode(i), t, ignore_index=IGNORED, reduction="none") for i, t in steps]
-    return torch.stack(losses, dim=1)
+    pairs = [_judge(decode(i), t) for i, t in zip(ids.unbind(1), targets.unbind(1), strict=True)]
+    losses, likeliest = zip(*pairs, strict=True)
+    return torch.stack(losses, dim=1), torch.stack(likeliest, dim=1)
+
+
+def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of targets (...) under logits (..., V), and whether they are the likeliest; ignored ones: 0 and yes."""
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(targets.shape), (logits.argmax(-1) == targets) | (targets == IGNORED)
 
 
 def _replace_statistics(cache: MegalodonCache, recent: MegalodonCache) -> None:
