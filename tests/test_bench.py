@@ -108,7 +108,9 @@ def test_the_harness_measures_a_bundle(tiny_bundle: Path, tmp_path: Path) -> Non
     assert all("outside 1..8" in r["error"] for r in rows if "error" in r)  # the bundle's limit
     contexts = [(r["runtime"], r["context_tokens"], r.get("fresh_streams")) for r in found["contexts"]]
     assert contexts == [
-        (name, *row) for name in ("eager", "aoti") for row in ((64, None), (200, None), (64, 2))  # 136 tokens afresh
+        (name, *row)
+        for name in ("eager", "aoti")
+        for row in ((64, None), (200, None), (64, 2))  # 136 tokens afresh
     ]
     for row in rows + found["contexts"]:
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,12 +21,26 @@ from megalodon_export.verify import BOUNDS, visible
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """The cases, each in a process with one thread, as many at a time as there are processors."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(case: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(HERE / "kernel_cases.py"), case]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {case: pool.submit(run, case) for case in CASES}
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
 @pytest.mark.parametrize("case", CASES)
-def test_interpreted_kernels_equal_the_plain_form(case: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "kernel_cases.py"), case]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def test_interpreted_kernels_equal_the_plain_form(
+    interpreted: dict[str, Future[subprocess.CompletedProcess[str]]], case: str
+) -> None:
+    done = interpreted[case].result()
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout.split()[-1]) < BOUNDS["float32"]
 
