@@ -22,6 +22,8 @@ class ModelRuntime(Runtime):
         freeze_constants(model)
         limits = limits or Limits.of(model.config, max_batch=2**16)
         super().__init__(model.config, model.dtype_of_weights, model.device, limits, all_logits)
+        # A horizon beyond the chunk reads positions on the host, which no captured graph can.
+        self.capturable = model.config.kv_horizon is None
 
     @torch.no_grad()
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
