@@ -23,7 +23,7 @@ import torch._higher_order_ops.triton_kernel_wrap as triton_kernel_wrap
 from transformers.utils import logging
 
 from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants, use_kernels
-from .programs import DECODE, DECODE_ONE, PREFILL, Limits, sizes_of_one_are_not_special
+from .programs import DECODE, DECODE_ONE, PREFILL, Limits, symbolic_sizes
 from .stages import Stage, export_stages
 from .streaming import stream_products
 from .workers import Worker, run_side_by_side, serve
@@ -138,7 +138,7 @@ def compile_stages(
 
 def compile_stage(stage: Stage, options: dict[str, Any]) -> dict[str, Any]:
     """Compile one stage: its entry in the manifest, and the `files` that AOTInductor made, without sources."""
-    with torch.no_grad(), sizes_of_one_are_not_special(), waits_are_understood():
+    with torch.no_grad(), symbolic_sizes(), waits_are_understood():
         files = torch._inductor.aot_compile(stage.graph, stage.examples, options=options)
     paths = [str(file) for file in files]  # type: ignore[union-attr]
     return {

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as fx_config
 
 from ..model import MegalodonConfig, cache_layout, dimension_sizes
@@ -107,7 +108,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def sizes_of_one_are_not_special() -> Iterator[None]:
-    """Batch 1 and one block are in range: torch must not treat them as other programs (0/1 specialisation)."""
-    with fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+def symbolic_sizes() -> Iterator[None]:
+    """Batch 1 and one block are in range: torch must not treat them as other programs (0/1 specialisation).
+
+    torch's cache of fake tensors is off: where sizes are symbols, its keys cost more than it saves.
+    """
+    with (
+        fx_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+        dynamo_config.patch(fake_tensor_cache_enabled=False),  # type: ignore[attr-defined]
+    ):
         yield

@@ -24,7 +24,7 @@ from ..model import MegalodonForCausalLM
 from ..model.cache import FinalCache, LayerCache
 from ..model.modeling import last_valid
 from ..model.plan import BLOCK
-from .programs import DECODE_ONE, PREFILL, Limits, dtype_name, sizes_of_one_are_not_special
+from .programs import DECODE_ONE, PREFILL, Limits, dtype_name, symbolic_sizes
 from .structures import dimension, flatten_all, rebuild, root_of, unbacked
 
 BEGIN, LAYER, END = STAGES = ("begin", "layer", "end")
@@ -172,7 +172,7 @@ class _Tracer:
         tensors = given | self.weights
         module = _StageModule(self, run, values, tuple(tensors))
         dims = [self.dims.get(name) for name in tensors]
-        with torch.no_grad(), sizes_of_one_are_not_special():
+        with torch.no_grad(), symbolic_sizes():
             program = export(module, (list(tensors.values()),), dynamic_shapes=(dims,), strict=False)
         count = len(program.graph_signature.user_outputs)
         outputs = tree_unflatten(range(count), program.call_spec.out_spec)
