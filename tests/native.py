@@ -93,29 +93,29 @@ class Engine:
     """megalodon_engine"""
 
     def __init__(self, library: Library, folder: Path, check_hashes: bool = True) -> None:
-        self.library, self.handle = library, c_void_p()
+        self.abi, self.handle = library, c_void_p()
         options = EngineOptions(ctypes.sizeof(EngineOptions), check_hashes, 0)
         library.call("engine_open", str(folder).encode(), byref(options), byref(self.handle))
 
     def __del__(self) -> None:
-        self.library.free("engine", self.handle)
+        self.abi.free("engine", self.handle)
 
 
 class Session:
     """megalodon_session"""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.library, self.handle = engine, engine.library, c_void_p()
-        self.library.call("session_create", engine.handle, byref(self.handle))
+        self.engine, self.abi, self.handle = engine, engine.abi, c_void_p()
+        self.abi.call("session_create", engine.handle, byref(self.handle))
 
     def __del__(self) -> None:
-        self.library.free("session", self.handle)
+        self.abi.free("session", self.handle)
 
     def prefill(self, token_ids: Sequence[int], logits_size: int) -> np.ndarray:
         """Logits (V) after the last token."""
         logits = np.empty(logits_size, dtype=np.float32)
         pointer = logits.ctypes.data_as(POINTER(c_float))
-        self.library.call("session_prefill", self.handle, _ids(token_ids), c_size_t(len(token_ids)), pointer)
+        self.abi.call("session_prefill", self.handle, _ids(token_ids), c_size_t(len(token_ids)), pointer)
         return logits
 
     def generate_ids(self, prompt: Sequence[int], count: int, eos: int = -2, **sampling: Any) -> list[int]:
@@ -123,7 +123,7 @@ class Session:
         written: list[int] = []
         callback = TokenCallback(lambda _, token: written.append(token) or 0)
         options = _options(count, eos, (), sampling)
-        self.library.call(
+        self.abi.call(
             "session_generate",
             *(self.handle, _ids(prompt), c_size_t(len(prompt)), byref(options), callback, None, None),
         )
@@ -139,24 +139,24 @@ class Session:
 
         options = _options(count, -2, stop, sampling)
         callback = TextCallback(give)
-        self.library.call("session_generate_text", self.handle, prompt.encode(), byref(options), callback, None, None)
+        self.abi.call("session_generate_text", self.handle, prompt.encode(), byref(options), callback, None, None)
         return pieces
 
     def save(self, path: Path) -> None:
         """Write a snapshot."""
         snapshot = c_void_p()
-        self.library.call("session_snapshot", self.handle, byref(snapshot))
-        self.library.call("snapshot_save", snapshot, str(path).encode())
-        self.library.free("snapshot", snapshot)
+        self.abi.call("session_snapshot", self.handle, byref(snapshot))
+        self.abi.call("snapshot_save", snapshot, str(path).encode())
+        self.abi.free("snapshot", snapshot)
 
     def restore(self, path: Path) -> None:
         """Go back to a snapshot."""
         snapshot = c_void_p()
-        self.library.call("snapshot_load", str(path).encode(), byref(snapshot))
+        self.abi.call("snapshot_load", str(path).encode(), byref(snapshot))
         try:
-            self.library.call("session_restore", self.handle, snapshot)
+            self.abi.call("session_restore", self.handle, snapshot)
         finally:
-            self.library.free("snapshot", snapshot)
+            self.abi.free("snapshot", snapshot)
 
 
 def _ids(token_ids: Sequence[int]) -> Any:

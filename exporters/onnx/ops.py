@@ -126,10 +126,8 @@ def _expand(t: Translator, node: fx.Node, x: Operand, sizes: Sequence[Any]) -> V
     old = (*[None] * (len(dims) - len(x.shape)), *x.shape)
     for axis, (dim, before) in enumerate(zip(dims, old, strict=True)):
         if dim != before:
-            steps = t.graph.value(Steps(sympy.Integer(0), dim))
-            zeros = t.cast(t.graph.op("Sub", steps, steps), dtype)
-            after = list(range(1, len(dims) - axis))
-            column = t.graph.op("Unsqueeze", zeros, t.graph.constant(after)) if after else zeros
+            row, after = zero_vector(t, dim, dtype), list(range(1, len(dims) - axis))
+            column = t.graph.op("Unsqueeze", row, t.graph.constant(after)) if after else row
             value = t.graph.op("Add", column, value)
     return Val.of(value, dims)
 
@@ -285,17 +283,19 @@ def _pad(t: Translator, node: fx.Node, x: Operand, sizes: Sequence[Any]) -> Oper
     return Val.of(value, t.dims(node))
 
 
+def zero_vector(t: Translator, dim: Expr, dtype: torch.dtype) -> ir.Value:
+    """As many zeros as a size says."""
+    steps = t.graph.value(Steps(sympy.Integer(0), dim))
+    return t.cast(t.graph.op("Sub", steps, steps), dtype)
+
+
 def zeros(t: Translator, dims: tuple[Expr, ...], dtype: torch.dtype) -> ir.Value:
     """Zeros of a shape, made once: sums of vectors, since to be told the sizes a node would need them in one tensor."""
 
     def make() -> ir.Value:
         parts = []
         for axis, dim in enumerate(dims):
-            if dim.is_number:
-                vector = t.graph.constant([0] * int(dim), dtype)
-            else:
-                steps = t.graph.value(Steps(sympy.Integer(0), dim))
-                vector = t.cast(t.graph.op("Sub", steps, steps), dtype)
+            vector = t.graph.constant([0] * int(dim), dtype) if dim.is_number else zero_vector(t, dim, dtype)
             others = [other for other in range(len(dims)) if other != axis]
             parts.append(t.graph.op("Unsqueeze", vector, t.graph.constant(others)) if others else vector)
         return functools.reduce(lambda a, b: t.graph.op("Add", a, b), parts)
