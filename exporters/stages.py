@@ -3,6 +3,9 @@
     prefill   begin(token_ids, lengths, cache) -> x, plan, rotary   layer(x, plan, rotary, cache) -> x   end -> logits
     decode    begin(token_ids, cache) -> x, rotary                  layer(x, rotary, cache) -> x         end -> logits
 
+On a GPU, decode's end also writes the most probable tokens into its argument `greedy` (`model/kernels/greedy.py`): fed
+back, they make the next step, and the host need not take part.
+
 Layers are alike but for their weights, so weights are inputs like any other, and one compiled layer serves all.
 Every stage takes and gives a flat list of tensors. Their names come from the structures they live in (the plan, the
 cache, the model's parameters); what a stage does not use is not among its inputs.
@@ -93,7 +96,14 @@ def decode_stages(model: MegalodonForCausalLM) -> dict[str, Run]:
     def end(x: Tensor, final: FinalCache) -> dict[str, Any]:
         return {"logits": model.logits(body.end_decode(x, final))}
 
-    return {BEGIN: begin, LAYER: layer, END: end}
+    def end_and_choose(x: Tensor, final: FinalCache, greedy: Tensor) -> dict[str, Any]:
+        from ..model.kernels.greedy import choose_greedy
+
+        logits = model.logits(body.end_decode(x, final))
+        choose_greedy(logits, greedy)
+        return {"logits": logits}
+
+    return {BEGIN: begin, LAYER: layer, END: end_and_choose if body.kernels else end}
 
 
 def export_stages(model: MegalodonForCausalLM, name: str, limits: Limits, all_logits: bool = False) -> dict[str, Stage]:
@@ -131,10 +141,12 @@ def _examples(
     values = {
         "token_ids": torch.randint(vocabulary, shape, device=device),
         "lengths": torch.full((batch_size,), example - 1, device=device),
+        "greedy": torch.zeros(2, batch_size, dtype=torch.int64, device=device),
         "layers": cache.layers,
         "final": cache.final,
     }
     dims: dict[str, dict[int, Any]] = {name: {0: batch} for name in flatten_all(values)}
+    dims["greedy"] = {1: batch}
     if name == PREFILL and blocks > 1:
         dims["token_ids"][1] = limits.granule * Dim("blocks", min=1, max=max(blocks, 3))
     return values, dims

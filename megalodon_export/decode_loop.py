@@ -18,6 +18,7 @@ from .sampling import Kind, SamplingParams, choose, controls, device_uniform, ra
 
 # One step ahead hides the host's turn between two steps, the second one its hiccups. A CPU has nothing to hide.
 LOOKAHEAD = {"cpu": 0, "cuda": 2}
+_KEEP_EVERY = 8  # steps: keeping takes a few microseconds, going back as many steps
 
 
 class DecodeLoop:
@@ -25,7 +26,8 @@ class DecodeLoop:
 
     Token i of a row is the one sampled after i others; the step that feeds it is step i. `fed` steps are accepted by
     the caller, `issued` steps have been started on the device, at most `lookahead` more. `rewind` takes those back; it
-    needs `rewindable`, which copies the small states before each step that runs ahead. 0 steps ahead copy nothing.
+    needs `rewindable`: every few steps the small states are kept, and going back starts from there. 0 steps ahead keep
+    nothing.
     """
 
     def __init__(
@@ -35,16 +37,17 @@ class DecodeLoop:
         self.runtime, self.cache = runtime, cache
         self.prefill = runtime.prefiller(cache)
         self.lookahead = LOOKAHEAD[device.type] if lookahead is None else lookahead
-        self._token_ids = torch.zeros(batch, dtype=torch.int64, device=device)  # sampled last, to be fed next
+        self._choice = torch.zeros(2, batch, dtype=torch.int64, device=device)  # tokens to be fed next, faults
         self._index = torch.zeros((), dtype=torch.int64, device=device)  # tokens sampled since `start`
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
         self._controls = torch.zeros(4, batch, 1, dtype=torch.float64, device=device)
-        self._result = torch.zeros(2, batch, dtype=torch.int64, device=device)  # token ids, faults
         on_gpu = device.type == "cuda"
         self._results = torch.zeros(self.lookahead + 1, 2, batch, dtype=torch.int64, pin_memory=on_gpu)
         self._arrived = [torch.cuda.Event() for _ in self._results] if on_gpu else []
-        self._state = [*cache.states(), self._token_ids, self._index]
-        self._saved = [[t.clone() for t in self._state] for _ in range(self.lookahead if rewindable else 0)]
+        self._state = [*cache.states(), self._choice, self._index]
+        # Two: the last one may be of a step that is not accepted yet.
+        self._kept = [[t.clone() for t in self._state] for _ in range(2 if self.lookahead and rewindable else 0)]
+        self._kept_at: list[int] = []  # the steps before which they were kept, the last one first
         self._kind = Kind.GREEDY
         self._captured: dict[Kind, Callable[[], None]] = {}
         self._positions: list[int] = []
@@ -62,7 +65,8 @@ class DecodeLoop:
         self._index.zero_()
         self._steps, self._issued, self._fed = count - 1, 0, 0
         # Only whoever can go back has to know where a chunk ends.
-        self._positions = self.cache.position.tolist() if self._saved else []
+        self._positions = self.cache.position.tolist() if self._kept else []
+        self._kept_at = []
         self._sample(logits)
         self._send()
         self._run_ahead()
@@ -86,57 +90,79 @@ class DecodeLoop:
 
     def rewind(self) -> None:
         """Take back the steps that ran ahead. The loop can go on afterwards."""
-        if self._issued > self._fed:
-            _copy(self._state, self._saved[self._fed % self.lookahead])
-            self._issued = self._fed
+        if self._issued == self._fed:
+            return
+        step = next(step for step in self._kept_at if step <= self._fed)
+        _copy(self._state, self._kept[self._kept_at.index(step)])
+        for _ in range(step, self._fed):
+            self._run()
+        self._issued = self._fed
 
     def forget(self) -> None:
         """The cache has been given another content: there is nothing to take back."""
         self._issued = self._fed
 
     def _run_ahead(self) -> None:
-        while self._issued < min(self._fed + self.lookahead, self._steps) and self._can_be_taken_back():
+        while self._issued < min(self._fed + self.lookahead, self._steps):
+            if self._issued > self._fed and self._starts_a_chunk():
+                break  # until the step before it is accepted: see `_keep`
             self._issue()
 
-    def _can_be_taken_back(self) -> bool:
-        """Whether going back over the next step restores what was visible.
-
-        A step at the start of a chunk overwrites a slot that the chunk before sees, if there is a step of it to undo.
-        """
+    def _starts_a_chunk(self) -> bool:
+        """Whether the next step does, in any row."""
         chunk = self.runtime.config.chunk_size
-        starts = any((position + self._issued) % chunk == 0 for position in self._positions)
-        return self._issued == self._fed or not starts
+        return any((position + self._issued) % chunk == 0 for position in self._positions)
+
+    def _keep(self) -> None:
+        """Keep the small states before the next step, if it is time to.
+
+        Going back repeats steps, which then see the ring as it was: a step writes what it wrote. But at the start of
+        a chunk it overwrites a slot that the chunk before sees, so nobody goes back to before such a step.
+        """
+        fresh = self._starts_a_chunk()
+        if fresh:
+            self._kept_at = []
+        if fresh or not self._kept_at or self._issued - self._kept_at[0] >= _KEEP_EVERY + self.lookahead:
+            self._kept.reverse()
+            _copy(self._kept[0], self._state)
+            self._kept_at = [self._issued, *self._kept_at[:1]]
 
     def _issue(self) -> None:
         """Start one step."""
-        if self._saved:
-            _copy(self._saved[self._issued % self.lookahead], self._state)
-        if not self.runtime.captures:
-            self._step()
-        else:
-            if self._kind not in self._captured:
-                from .runtimes.cuda_graph import CapturedStep
-
-                self._captured[self._kind] = CapturedStep(self._step, self.cache, [self._token_ids, self._index])
-            self._captured[self._kind]()
+        if self._kept:
+            self._keep()
+        self._run()
         self._issued += 1
         self._send()
 
+    def _run(self) -> None:
+        if not self.runtime.captures:
+            return self._step()
+        if self._kind not in self._captured:
+            from .runtimes.cuda_graph import CapturedStep
+
+            self._captured[self._kind] = CapturedStep(self._step, self.cache, [self._choice, self._index])
+        self._captured[self._kind]()
+
     def _step(self) -> None:
-        self._sample(self.runtime.run_decode(self._token_ids, self.cache))
+        token_ids, config = self._choice[0], self.runtime.config
+        if config.logits_size > config.vocab_size:
+            # Such a head can choose what cannot be fed: `advance` refuses it, no program sees it.
+            token_ids = token_ids.clamp(max=config.vocab_size - 1)
+        if self._kind is Kind.GREEDY:
+            self.runtime.run_greedy(token_ids, self.cache, self._choice)
+        else:
+            self._sample(self.runtime.run_decode(token_ids, self.cache))
 
     def _sample(self, logits: Tensor) -> None:
         draws = None if self._kind is Kind.GREEDY else device_uniform(self._seeds, self._index)
-        tokens, faults = choose(logits, self._kind, self._controls, draws)
-        torch.stack([tokens, faults], out=self._result)
-        # A head wider than the vocabulary can choose what cannot be fed: `advance` refuses it, no program sees it.
-        self._token_ids.copy_(tokens.clamp(max=self.runtime.config.vocab_size - 1))
+        torch.stack(choose(logits, self._kind, self._controls, draws), out=self._choice)
         self._index.add_(1)
 
     def _send(self) -> None:
         """Copy the tokens sampled last to the host, behind what the device does now."""
         place = self._issued % len(self._results)
-        self._results[place].copy_(self._result, non_blocking=True)
+        self._results[place].copy_(self._choice, non_blocking=True)
         if self._arrived:
             self._arrived[place].record()
 

@@ -32,6 +32,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from .model.kernels import NOTHING_LEFT, POSITIVE_INFINITY
+
 _MASK = 2**64 - 1
 _GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _LOG2_E = 1.4426950408889634
@@ -39,8 +41,7 @@ _LOG2_E = 1.4426950408889634
 _LN2_HIGH = 6.93147180369123816490e-01
 _LN2_LOW = 1.90821492927058770002e-10
 _TAYLOR = tuple(1.0 / math.factorial(k) for k in range(14))
-# Faults of a row; a positive one is a number of NaNs.
-_POSITIVE_INFINITY, _NOTHING_LEFT, _BAD_DRAW = -1, -2, -3
+_BAD_DRAW = -3  # a fault of a row, as POSITIVE_INFINITY and NOTHING_LEFT are
 _LOWEST_EXPONENT = -64.0  # exp(-64) is below half a unit of every weight, and 2**n stays far from subnormal
 
 
@@ -139,16 +140,18 @@ def controls(rows: Sequence[SamplingParams]) -> Tensor:
     return torch.tensor(columns, dtype=torch.float64).T[..., None].contiguous()
 
 
-def choose(logits: Tensor, kind: Kind, control: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+def choose(
+    logits: Tensor, kind: Kind, control: Tensor | None = None, draws: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One token id per row, by the algorithm in the module's docstring, without waiting for the device.
 
-    logits (B, V) any float dtype, control (4, B, 1) from `controls`, draws (B) float64, None if greedy
+    logits (B, V) any float dtype; control (4, B, 1) from `controls` and draws (B) float64, both None if greedy
     -> token ids (B) int64, faults (B) int64. Where `faults` is not 0 the token is 0 and `raise_faults` says what was
     wrong. Every operation can be captured in a CUDA graph.
     """
     peak = logits.amax(dim=-1, keepdim=True)  # (B, 1); NaN if the row holds one
     faults = _faults(logits, peak[:, 0], draws)
-    if kind is Kind.GREEDY or draws is None:
+    if kind is Kind.GREEDY or control is None or draws is None:
         return logits.argmax(dim=-1).where(faults == 0, 0), faults  # the first of equal maxima
     temperature, top_k, top_p, min_p = control
     weights = _integer_weights(logits.double() - peak.double(), temperature)  # (B, V)
@@ -182,7 +185,7 @@ def raise_faults(faults: Sequence[int], vocab_size: int, draws: Callable[[], lis
         return
     if faults[row] == _BAD_DRAW:
         raise ValueError(f"draw of row {row} is {draws()[row]}, expected a number in [0, 1); use uniform()")
-    found = {_POSITIVE_INFINITY: "+inf among the logits", _NOTHING_LEFT: "-inf for every token"}.get(
+    found = {POSITIVE_INFINITY: "+inf among the logits", NOTHING_LEFT: "-inf for every token"}.get(
         faults[row], f"NaN in {faults[row]} of {vocab_size} logits"
     )
     raise ValueError(
@@ -216,8 +219,8 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
 
 def _faults(logits: Tensor, peak: Tensor, draws: Tensor | None) -> Tensor:
     faults = logits.isnan().sum(dim=-1)
-    faults = faults.masked_fill(peak == math.inf, _POSITIVE_INFINITY)
-    faults = faults.masked_fill(peak == -math.inf, _NOTHING_LEFT)
+    faults = faults.masked_fill(peak == math.inf, POSITIVE_INFINITY)
+    faults = faults.masked_fill(peak == -math.inf, NOTHING_LEFT)
     if draws is None:
         return faults
     return faults.masked_fill(~((draws >= 0.0) & (draws < 1.0)), _BAD_DRAW)

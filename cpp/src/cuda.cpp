@@ -3,9 +3,13 @@
 #include "cuda.hpp"
 
 #include <ATen/Context.h>
+#include <ATen/cuda/CUDAEvent.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/max.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -15,7 +19,7 @@
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 
 #include <algorithm>
-#include <cmath>
+#include <array>
 #include <cstring>
 #include <mutex>
 #include <new>
@@ -166,15 +170,14 @@ class Cuda final : public Device {
   }
 
   void run(const std::function<void(void*)>& call) const override {
-    translated([&] {
-      const Turn turn(*this);
+    queue([&] {
       call(stream_.stream());
       synchronize();
     });
   }
 
-  std::unique_ptr<RecordedStep> record(const Step& step, std::int64_t rows,
-                                       std::span<const std::span<std::byte>> states) const override;
+  std::unique_ptr<RecordedStep> record(const Step& step, std::int64_t rows, StepMemory memory,
+                                       std::int64_t logits_size) const override;
 
  private:
   class Graph;
@@ -189,6 +192,14 @@ class Cuda final : public Device {
     c10::cuda::CUDAStreamGuard guard_;
   };
 
+  // Makes calls that the stream takes up in its order, without waiting for it.
+  template <typename Call>
+  void queue(Call call) const {
+    translated([&] {
+      const Turn turn(*this);
+      call();
+    });
+  }
   void copy_async(void* to, const void* from, std::size_t size) const {
     C10_CUDA_CHECK(cudaMemcpyAsync(to, from, size, cudaMemcpyDefault, stream_.stream()));
   }
@@ -200,18 +211,19 @@ class Cuda final : public Device {
   const at::cuda::MempoolId_t pool_ = at::cuda::graph_pool_handle();
 };
 
-// A step captured once and replayed for every token: token ids from the host, the step, the most probable tokens to the
-// host. Logits are fetched when they are asked for.
+// A step captured once and replayed for every token. What it chose stays on the device, where the next one finds it, and
+// travels to the host behind it. Logits are fetched when they are asked for.
 class Cuda::Graph final : public RecordedStep {
  public:
-  Graph(const Cuda& device, const Step& step, std::int64_t rows, std::span<const std::span<std::byte>> states)
+  Graph(const Cuda& device, const Step& step, std::int64_t rows, StepMemory memory, std::int64_t logits_size)
       : device_(device),
-        ids_(at::empty({rows}, at::TensorOptions(at::kLong).device(device.stream_.device()))),
-        host_ids_(static_cast<std::size_t>(rows)),
-        host_greedy_(static_cast<std::size_t>(rows)),
-        host_peaks_(static_cast<std::size_t>(rows)) {
-    std::ranges::fill(host_ids_.values(), 0);
-    warm_up(step, states);
+        rows_(static_cast<std::size_t>(rows)),
+        choice_(at::zeros({2, rows}, at::TensorOptions(at::kLong).device(device.stream_.device()))),
+        host_ids_(rows_),
+        host_choices_(2 * rows_ * kPlaces),
+        host_logits_(rows_ * static_cast<std::size_t>(logits_size)),
+        logits_size_(logits_size) {
+    warm_up(step, memory);
     graph_.capture_begin(device.pool_, cudaStreamCaptureModeThreadLocal);
     try {
       call(step);
@@ -225,84 +237,127 @@ class Cuda::Graph final : public RecordedStep {
     graph_.capture_end();
     if (rows <= kFewRows) Overlap(graph_.raw_cuda_graph()).apply();
     graph_.instantiate();
-    host_logits_.emplace(static_cast<std::size_t>(logits_.numel()));
+    for (const auto& state : memory.states) live_.push_back(words(state.data(), state.size()));
+    live_.push_back(words(choice_.data_ptr(), choice_.nbytes()));
   }
 
   void run(std::span<const std::int64_t> token_ids, std::span<float> logits, std::span<std::int64_t> greedy) override {
     device_.run([&](void*) {
-      std::ranges::copy(token_ids, host_ids_.values().begin());
-      graph_.replay();
-      if (!logits.empty()) fetch(logits);
-      if (greedy.empty()) return;
-      device_.synchronize();
-      std::ranges::copy(host_greedy_.values(), greedy.begin());
-      check_peaks();
+      start(token_ids, 0);
+      if (!logits.empty()) {
+        const auto values = host_logits_.values();
+        device_.copy_async(values.data(), logits_.data_ptr(), values.size_bytes());
+        device_.synchronize();
+        std::ranges::copy(values, logits.begin());
+      }
+      if (!greedy.empty()) take(0, greedy);
     });
+  }
+
+  void issue(std::span<const std::int64_t> token_ids, std::int64_t place) override {
+    device_.queue([&] { start(token_ids, place); });
+  }
+
+  void read(std::int64_t place, std::span<std::int64_t> greedy) override {
+    translated([&] { take(place, greedy); });
+  }
+
+  void keep(bool place) override {
+    device_.queue([&] {
+      std::vector<at::Tensor>& kept = kept_[place];
+      if (kept.empty()) {
+        for (const at::Tensor& live : live_) kept.push_back(at::empty_like(live));
+      }
+      at::_foreach_copy_(kept, live_);
+    });
+  }
+
+  void put_back(bool place) override {
+    device_.queue([&] { at::_foreach_copy_(live_, kept_[place]); });
   }
 
  private:
-  // Libraries load their kernels and allocate their workspaces outside the capture. Leaves the states as they were.
-  void warm_up(const Step& step, std::span<const std::span<std::byte>> states) {
+  // Memory as a tensor for copies: all that a step updates is a whole number of words.
+  at::Tensor words(void* data, std::size_t size) const {
+    return at::from_blob(data, {static_cast<std::int64_t>(size / sizeof(std::int32_t))},
+                         choice_.options().dtype(at::kInt));
+  }
+
+  // Libraries load their kernels and allocate their workspaces outside the capture. Leaves the memory as it was.
+  void warm_up(const Step& step, const StepMemory& memory) {
+    std::vector<std::span<std::byte>> all = memory.states;
+    all.insert(all.end(), memory.rings.begin(), memory.rings.end());
     std::vector<at::Tensor> before;
-    for (const auto& state : states) {
-      before.push_back(at::empty({static_cast<std::int64_t>(state.size())}, ids_.options().dtype(at::kByte)));
-      device_.copy_async(before.back().data_ptr(), state.data(), state.size());
+    for (const auto& one : all) {
+      before.push_back(at::empty({static_cast<std::int64_t>(one.size())}, choice_.options().dtype(at::kByte)));
+      device_.copy_async(before.back().data_ptr(), one.data(), one.size());
     }
     for (int round = 0; round < 2; ++round) {
       call(step);
-      for (std::size_t i = 0; i < states.size(); ++i) {
-        device_.copy_async(states[i].data(), before[i].data_ptr(), states[i].size());
+      for (std::size_t i = 0; i < all.size(); ++i) {
+        device_.copy_async(all[i].data(), before[i].data_ptr(), all[i].size());
       }
+      choice_.zero_();
     }
     device_.synchronize();
-    for (at::Tensor* result : {&logits_, &greedy_, &peaks_}) result->reset();
+    logits_.reset();
   }
 
   void call(const Step& step) {
-    device_.copy_async(ids_.data_ptr(), host_ids_.values().data(), host_ids_.values().size_bytes());
-    const Tensor ids = device_.over(ids_.data_ptr(), ids_.sizes(), *dtype_by_name("int64"));
-    const Tensor logits = step(ids, device_.stream_.stream());
+    const DType& ids = *dtype_by_name("int64");
+    const std::array<std::int64_t, 1> row{choice_.size(1)};
+    const Tensor fed = device_.over(choice_.data_ptr(), row, ids);
+    const Tensor choice = device_.over(choice_.data_ptr(), choice_.sizes(), ids);
+    const Tensor logits = step(fed, choice, device_.stream_.stream());
     logits_ = *torch::aot_inductor::tensor_handle_to_tensor_pointer(logits.get());
-    std::tie(peaks_, greedy_) = at::max(logits_, -1);  // the first of equal ones, as on the host; NaN before all
-    device_.copy_async(host_greedy_.values().data(), greedy_.data_ptr(), host_greedy_.values().size_bytes());
-    device_.copy_async(host_peaks_.values().data(), peaks_.data_ptr(), host_peaks_.values().size_bytes());
   }
 
-  void fetch(std::span<float> logits) {
-    const auto values = host_logits_->values();
-    device_.copy_async(values.data(), logits_.data_ptr(), values.size_bytes());
-    device_.synchronize();
-    std::ranges::copy(values, logits.begin());
-  }
-
-  // NaN and infinities come first among the peaks; sampling says what is wrong with their rows.
-  void check_peaks() {
-    const auto is_finite = [](float peak) { return std::isfinite(peak); };
-    if (std::ranges::all_of(host_peaks_.values(), is_finite)) return;
-    std::vector<float> logits(host_logits_->values().size());
-    fetch(logits);
-    const std::size_t width = logits.size() / host_ids_.values().size();
-    for (std::size_t at = 0; at < logits.size(); at += width) {
-      sample_checked(std::span(logits).subspan(at, width), MEGALODON_GREEDY, 0);
+  void start(std::span<const std::int64_t> token_ids, std::int64_t place) {
+    if (!token_ids.empty()) {
+      uploaded_.synchronize();  // the host's copy is not overwritten before it has been read
+      std::ranges::copy(token_ids, host_ids_.values().begin());
+      device_.copy_async(choice_.data_ptr(), host_ids_.values().data(), host_ids_.values().size_bytes());
+      uploaded_.record(device_.stream_);
     }
+    graph_.replay();
+    const auto choice = slot(place);
+    device_.copy_async(choice.data(), choice_.data_ptr(), choice.size_bytes());
+    arrived_[static_cast<std::size_t>(place)].record(device_.stream_);
+  }
+
+  void take(std::int64_t place, std::span<std::int64_t> greedy) {
+    arrived_[static_cast<std::size_t>(place)].synchronize();
+    const auto choice = slot(place);
+    for (const std::int64_t fault : choice.subspan(rows_)) check_fault(fault, logits_size_);
+    std::ranges::copy(choice.first(rows_), greedy.begin());
+  }
+
+  std::span<std::int64_t> slot(std::int64_t place) const {
+    return host_choices_.values().subspan(static_cast<std::size_t>(place) * 2 * rows_, 2 * rows_);
   }
 
   const Cuda& device_;
-  at::Tensor ids_, logits_, greedy_, peaks_;
-  Pinned<std::int64_t> host_ids_, host_greedy_;
-  Pinned<float> host_peaks_;
-  std::optional<Pinned<float>> host_logits_;
+  const std::size_t rows_;
+  at::Tensor choice_;  // (2, rows): what is fed next, and what was wrong with the logits
+  at::Tensor logits_;  // of the step that ran last
+  Pinned<std::int64_t> host_ids_, host_choices_;
+  Pinned<float> host_logits_;
+  const std::int64_t logits_size_;
+  std::array<at::cuda::CUDAEvent, kPlaces> arrived_;
+  at::cuda::CUDAEvent uploaded_;
+  std::vector<at::Tensor> live_;
+  std::array<std::vector<at::Tensor>, 2> kept_;
   at::cuda::CUDAGraph graph_{true};  // kept, so that its edges can be changed
 };
 
-std::unique_ptr<RecordedStep> Cuda::record(const Step& step, std::int64_t rows,
-                                           std::span<const std::span<std::byte>> states) const {
+std::unique_ptr<RecordedStep> Cuda::record(const Step& step, std::int64_t rows, StepMemory memory,
+                                           std::int64_t logits_size) const {
   try {
     return translated([&] {
       const Turn turn(*this);
-      return std::make_unique<Graph>(*this, step, rows, states);
+      return std::make_unique<Graph>(*this, step, rows, std::move(memory), logits_size);
     });
-  } catch (const std::bad_alloc&) {  // no room to keep the states aside: steps run one kernel after another
+  } catch (const std::bad_alloc&) {  // no room to keep the rings aside: steps run one kernel after another
     return nullptr;
   }
 }

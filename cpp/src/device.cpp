@@ -34,8 +34,7 @@ class Cpu final : public Device {
     return Tensor::over(data, shape, dtype, aoti_torch_device_type_cpu());
   }
   void run(const std::function<void(void*)>& call) const override { call(nullptr); }
-  std::unique_ptr<RecordedStep> record(const Step&, std::int64_t,
-                                       std::span<const std::span<std::byte>>) const override {
+  std::unique_ptr<RecordedStep> record(const Step&, std::int64_t, StepMemory, std::int64_t) const override {
     return nullptr;
   }
 };

@@ -17,12 +17,29 @@ class RecordedStep {
   // Feeds a token to each row; logits (rows x V, or empty), and the most probable token of each row (or empty).
   virtual void run(std::span<const std::int64_t> token_ids, std::span<float> logits,
                    std::span<std::int64_t> greedy) = 0;
+
+  // For those who run ahead of what they read. Starts a step that feeds the tokens, or, without any, those that the
+  // step before it chose. Its own are for `read` with the same place, until another step is given that place.
+  static constexpr std::int64_t kPlaces = 4;
+  virtual void issue(std::span<const std::int64_t> token_ids, std::int64_t place) = 0;
+  // The most probable token of each row; waits for the step.
+  virtual void read(std::int64_t place, std::span<std::int64_t> greedy) = 0;
+  // Keeps a copy of the states after all steps that were issued, but of what is in the rings, in one of two places.
+  virtual void keep(bool place) = 0;
+  // Puts it back.
+  virtual void put_back(bool place) = 0;
+};
+
+// The memory that a step updates: small states, and rings.
+struct StepMemory {
+  std::vector<std::span<std::byte>> states, rings;
 };
 
 class Device {
  public:
-  // What feeds tokens (rows) on a stream and returns logits (rows, V).
-  using Step = std::function<Tensor(const Tensor& token_ids, void* stream)>;
+  // What feeds tokens (rows) on a stream and returns logits (rows, V). Into `choice` (2, rows) it writes the most
+  // probable tokens, and what is wrong with the logits of their rows. `token_ids` may lie in `choice`.
+  using Step = std::function<Tensor(const Tensor& token_ids, const Tensor& choice, void* stream)>;
 
   virtual ~Device() = default;
   // As AOTInductor calls it.
@@ -39,9 +56,9 @@ class Device {
   virtual Tensor over(void* data, std::span<const std::int64_t> shape, const DType& dtype) const = 0;
   // Calls programs on the device's stream, which is null on a CPU, and waits until they are done.
   virtual void run(const std::function<void(void* stream)>& call) const = 0;
-  // Records a step over `rows` rows, without changing the `states` that it updates; null where that gains nothing.
-  virtual std::unique_ptr<RecordedStep> record(const Step& step, std::int64_t rows,
-                                               std::span<const std::span<std::byte>> states) const = 0;
+  // Records a step over `rows` rows, without changing the memory that it updates; null where that gains nothing.
+  virtual std::unique_ptr<RecordedStep> record(const Step& step, std::int64_t rows, StepMemory memory,
+                                               std::int64_t logits_size) const = 0;
 };
 
 // The device of this name, "cpu" or "cuda"; MEGALODON_UNAVAILABLE if this machine or this build has none. `target` is

@@ -40,6 +40,10 @@ Engine::Engine(const std::filesystem::path& folder, bool check_hashes, int concu
       for (const StageInput& input : stage->inputs) files.insert(input.file);
     }
   }
+  if (!device_->is_concurrent() && !decode_program(1).chooses()) {
+    throw unavailable("the bundle is from before this library: its programs for a GPU choose no tokens" +
+                      std::string(kExportAgain));
+  }
   files.erase("");
   for (const std::string& file : files) weight_bytes_ += manifest_.files.at(file);
 }
@@ -117,8 +121,9 @@ void Engine::prefill(std::span<const std::span<const std::int64_t>> token_ids, c
     const Uploaded ids(*device_, padded, std::array{rows, static_cast<std::int64_t>(length)});
     const Uploaded valid(*device_, lengths, std::array{rows});
     Tensor result;
-    device_->run(
-        [&](void* stream) { result = programs_.at("prefill").run(ids.tensor(), &valid.tensor(), cache, stream); });
+    device_->run([&](void* stream) {
+      result = programs_.at("prefill").run({&ids.tensor(), &valid.tensor()}, cache, stream);
+    });
     std::vector<std::int64_t> shape{rows, manifest_.logits_size};
     if (manifest_.all_logits) shape.insert(shape.begin() + 1, static_cast<std::int64_t>(length));
     const float* values = values_of(result, shape);
@@ -130,25 +135,39 @@ void Engine::prefill(std::span<const std::span<const std::int64_t>> token_ids, c
   }
 }
 
+const Program& Engine::decode_program(std::int64_t rows) const {
+  return programs_.at(rows == 1 && programs_.contains("decode_one") ? "decode_one" : "decode");
+}
+
+RecordedStep* Engine::recorded(const CacheView& cache) const {
+  const std::int64_t rows = cache.rows();
+  return cache.block()->step(cache.first(), rows, [&] {
+    const auto step = [&](const Tensor& ids, const Tensor& choice, void* stream) {
+      Tensor result = decode_program(rows).run({.token_ids = &ids, .choice = &choice}, cache, stream);
+      values_of(result, {rows, manifest_.logits_size});
+      return result;
+    };
+    StepMemory memory;
+    for (std::size_t i = 0; i < manifest_.cache.size(); ++i) {
+      (manifest_.cache[i].ring ? memory.rings : memory.states).push_back(cache.memory(i));
+    }
+    return device_->record(step, rows, std::move(memory), manifest_.logits_size);
+  });
+}
+
 void Engine::decode(std::span<const std::int64_t> token_ids, const CacheView& cache, std::span<float> logits,
                     std::span<std::int64_t> greedy) const {
   check_ids(token_ids);
+  if (RecordedStep* step = recorded(cache)) return step->run(token_ids, logits, greedy);
   const std::int64_t rows = cache.rows();
-  const Program& program = programs_.at(rows == 1 && programs_.contains("decode_one") ? "decode_one" : "decode");
-  const auto step = [&](const Tensor& ids, void* stream) {
-    Tensor result = program.run(ids, nullptr, cache, stream);
-    values_of(result, {rows, manifest_.logits_size});
-    return result;
-  };
-  RecordedStep* recorded = cache.block()->step(cache.first(), rows, [&] {
-    std::vector<std::span<std::byte>> states;
-    for (std::size_t i = 0; i < manifest_.cache.size(); ++i) states.push_back(cache.memory(i));
-    return device_->record(step, rows, states);
-  });
-  if (recorded != nullptr) return recorded->run(token_ids, logits, greedy);
+  const Program& program = decode_program(rows);
   const Uploaded ids(*device_, token_ids, std::array{rows});
+  std::optional<Uploaded> choice;  // not read: the choice is made again below, from the logits
+  if (program.chooses()) choice.emplace(*device_, std::vector<std::int64_t>(2 * token_ids.size()), std::array{2L, rows});
   Tensor result;
-  device_->run([&](void* stream) { result = step(ids.tensor(), stream); });
+  device_->run([&](void* stream) {
+    result = program.run({.token_ids = &ids.tensor(), .choice = choice ? &choice->tensor() : nullptr}, cache, stream);
+  });
   const float* values = values_of(result, {rows, manifest_.logits_size});
   const auto width = static_cast<std::size_t>(manifest_.logits_size);
   std::vector<float> copy(logits.empty() && !greedy.empty() ? token_ids.size() * width : 0);

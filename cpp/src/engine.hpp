@@ -35,6 +35,11 @@ class Engine {
   void decode(std::span<const std::int64_t> token_ids, const CacheView& cache, std::span<float> logits,
               std::span<std::int64_t> greedy = {}) const;
 
+  // The decode step over these rows as the device has recorded it; null where it records none.
+  RecordedStep* recorded(const CacheView& cache) const;
+  // The program that feeds one token to each of so many rows.
+  const Program& decode_program(std::int64_t rows) const;
+
   // Feeds one token to each row and samples the next; `indices` are the draws of the rows' samplers.
   void step(std::span<const std::int64_t> token_ids, const CacheView& cache,
             std::span<const megalodon_sampling> samplings, std::span<const std::uint64_t> indices,

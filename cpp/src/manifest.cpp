@@ -17,6 +17,7 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kLayerIndex = "{layer}";
+constexpr const char* kChunk = "C";  // the letter of a chunk's tokens, which are a ring's slots
 
 // Part of the manifest, with its place in it for messages.
 class Node {
@@ -153,7 +154,13 @@ std::vector<std::int64_t> read_row_shape(const Node& node, const Node& dimension
 
 CacheTensor read_cache_tensor(const Node& node, const Node& dimensions) {
   const Node fill = node["initial_value"];
-  CacheTensor tensor{node["name"].text(), read_row_shape(node, dimensions), node["dtype"].dtype(), fill.number(), 0};
+  const std::vector<std::string> dims = node["dims"].texts();
+  CacheTensor tensor{.name = node["name"].text(),
+                     .row_shape = read_row_shape(node, dimensions),
+                     .dtype = node["dtype"].dtype(),
+                     .fill = fill.number(),
+                     .ring = std::ranges::find(dims, kChunk) != dims.end(),
+                     .row_bytes = 0};
   if (tensor.fill != 0.0 && tensor.dtype->name != "float32" && tensor.dtype->name != "int64") {
     throw fill.flaw("0 expected for " + std::string(tensor.dtype->name));
   }
@@ -235,6 +242,7 @@ Manifest read_manifest(const std::filesystem::path& folder, const json& manifest
                   .max_length = limits["max_length"].whole(1, most),
                   .granule = limits["granule"].whole(1, most),
                   .layers = config["num_layers"].whole(1, most),
+                  .chunk = dimensions[kChunk].whole(1, most),
                   .bos = config["bos_token_id"].optional_whole(0, most),
                   .eos = config["eos_token_id"].optional_whole(0, most),
                   .layout_id = root["layout_id"].text(),

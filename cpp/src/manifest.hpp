@@ -24,6 +24,7 @@ struct CacheTensor {
   std::vector<std::int64_t> row_shape;
   const DType* dtype;
   double fill;
+  bool ring;  // of slots that tokens overwrite in turn; everything else is small
   std::size_t row_bytes;
 };
 
@@ -49,7 +50,7 @@ struct ProgramEntry {
 
 struct Manifest {
   std::string device, architecture;  // that the programs are for: cpu or cuda; x86_64, or sm_90 for a GPU
-  std::int64_t vocab_size, logits_size, max_batch, max_length, granule, layers;
+  std::int64_t vocab_size, logits_size, max_batch, max_length, granule, layers, chunk;
   std::optional<std::int64_t> bos, eos;
   std::string layout_id;
   bool all_logits;

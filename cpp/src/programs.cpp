@@ -9,6 +9,12 @@
 #include "text_format.hpp"
 
 namespace megalodon::impl {
+namespace {
+
+// The arguments of programs, as manifests name them.
+constexpr const char *kTokenIds = "token_ids", *kLengths = "lengths", *kChoice = "greedy";
+
+}  // namespace
 
 // ---- weights --------------------------------------------------------------------------------------------------------
 
@@ -129,12 +135,12 @@ Program::Program(const std::filesystem::path& folder, const ProgramEntry& entry,
                  WeightStore& weights, const Device& device, int concurrent)
     : layers_(manifest.layers) {
   // The arguments come first; what a stage gives is known to those after it.
-  place("token_ids");
-  place("lengths");
+  for (const char* argument : {kTokenIds, kLengths, kChoice}) place(argument);
   begin_ = load(folder, entry.begin, 1, manifest, weights, device, concurrent);
   layer_ = load(folder, entry.layer, layers_, manifest, weights, device, concurrent);
   end_ = load(folder, entry.end, 1, manifest, weights, device, concurrent);
   place("logits");
+  chooses_ = std::ranges::any_of(entry.end.inputs, [](const StageInput& input) { return input.name == kChoice; });
 }
 
 std::size_t Program::place(const std::string& name) { return places_.emplace(name, places_.size()).first->second; }
@@ -172,10 +178,14 @@ Program::StageRun Program::load(const std::filesystem::path& folder, const Stage
   return run;
 }
 
-Tensor Program::run(const Tensor& token_ids, const Tensor* lengths, const CacheView& cache, void* stream) const {
+Tensor Program::run(const Arguments& arguments, const CacheView& cache, void* stream) const {
   std::vector<Tensor> tensors(places_.size());
-  tensors[places_.at("token_ids")] = Tensor(token_ids.share());
-  if (lengths != nullptr) tensors[places_.at("lengths")] = Tensor(lengths->share());
+  const auto give = [&](const char* name, const Tensor* tensor) {
+    if (tensor != nullptr) tensors[places_.at(name)] = Tensor(tensor->share());
+  };
+  give(kTokenIds, arguments.token_ids);
+  give(kLengths, arguments.lengths);
+  give(kChoice, arguments.choice);
   run_stage(begin_, 0, tensors, cache, stream);
   for (std::size_t layer = 0; layer < static_cast<std::size_t>(layers_); ++layer) {
     run_stage(layer_, layer, tensors, cache, stream);

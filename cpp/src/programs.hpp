@@ -57,9 +57,16 @@ class Program {
   Program(const std::filesystem::path& folder, const ProgramEntry& entry, const Manifest& manifest,
           WeightStore& weights, const Device& device, int concurrent);
 
-  // Logits; the cache is updated in place. `lengths` is null for programs without that argument. Thread-safe for
-  // different rows of caches.
-  Tensor run(const Tensor& token_ids, const Tensor* lengths, const CacheView& cache, void* stream) const;
+  // A call's tensors beside the cache; null for those that the program does not take.
+  struct Arguments {
+    const Tensor* token_ids;
+    const Tensor* lengths = nullptr;
+    const Tensor* choice = nullptr;  // where it writes the most probable tokens, see Device::Step
+  };
+  // Logits; the cache is updated in place. Thread-safe for different rows of caches.
+  Tensor run(const Arguments& arguments, const CacheView& cache, void* stream) const;
+  // Whether it takes `choice`.
+  bool chooses() const { return chooses_; }
 
  private:
   // Where an input comes from: a weight of the layer, a tensor of the cache, or a tensor of the call.
@@ -83,6 +90,7 @@ class Program {
   std::map<std::string, std::size_t> places_;  // of the tensors of a call, by name
   StageRun begin_, layer_, end_;
   std::int64_t layers_;
+  bool chooses_ = false;
 };
 
 }  // namespace megalodon::impl

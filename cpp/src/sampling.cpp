@@ -32,20 +32,23 @@ constexpr auto kTaylor = [] {
   return coefficients;
 }();
 
-void check_logits(std::span<const float> logits, float peak) {
+// Of a row; a positive one is a number of NaNs. As model/kernels/__init__.py.
+constexpr std::int64_t kPositiveInfinity = -1, kNothingLeft = -2;
+
+std::int64_t fault_of(std::span<const float> logits, float peak) {
   const auto nans = std::ranges::count_if(logits, [](float logit) { return std::isnan(logit); });
   constexpr float infinity = std::numeric_limits<float>::infinity();
-  std::string found;
-  if (nans > 0) {
-    found = "NaN in " + std::to_string(nans) + " of " + std::to_string(logits.size()) + " logits";
-  } else if (peak == infinity) {
-    found = "+inf among the logits";
-  } else if (peak == -infinity) {
-    found = "-inf for every token";
-  }
-  require(found.empty(), "row 0 cannot be sampled: " + found +
-                             ", expected finite logits (or -inf for tokens that are ruled out); check the weights, the "
-                             "dtype and any logits mask");
+  return nans > 0 ? nans : peak == infinity ? kPositiveInfinity : peak == -infinity ? kNothingLeft : 0;
+}
+
+void require_no_fault(std::int64_t fault, std::size_t logits_size) {
+  const std::string found =
+      fault == kPositiveInfinity ? "+inf among the logits"
+      : fault == kNothingLeft    ? "-inf for every token"
+                                 : "NaN in " + std::to_string(fault) + " of " + std::to_string(logits_size) + " logits";
+  require(fault == 0, "row 0 cannot be sampled: " + found +
+                          ", expected finite logits (or -inf for tokens that are ruled out); check the weights, the "
+                          "dtype and any logits mask");
 }
 
 // Sets the weights of tokens that top-k and top-p drop to zero.
@@ -63,6 +66,16 @@ void keep_most_probable(std::vector<double>& weights, std::span<const float> log
     const double own = weight;
     if (!(before < params.top_p * total)) weight = 0.0;
     before += own;
+  }
+}
+
+// What is wrong with a program's logits is no fault of the caller's arguments.
+template <typename Call>
+auto as_failed(Call call) {
+  try {
+    return call();
+  } catch (const Error& error) {
+    throw Error(MEGALODON_FAILED, error.what());
   }
 }
 
@@ -97,7 +110,7 @@ double exp_reproducible(double x) {
 
 std::int64_t sample(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index) {
   const auto peak = std::ranges::max_element(logits);  // the first of equal ones
-  check_logits(logits, *peak);
+  require_no_fault(fault_of(logits, *peak), logits.size());
   if (params.temperature == 0.0) return peak - logits.begin();
   const double unit = std::ldexp(1.0, 53 - std::bit_width(logits.size()));
   std::vector<double> weights(logits.size());
@@ -121,11 +134,11 @@ std::int64_t sample(std::span<const float> logits, const megalodon_sampling& par
 }
 
 std::int64_t sample_checked(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index) {
-  try {
-    return sample(logits, params, index);
-  } catch (const Error& error) {
-    throw Error(MEGALODON_FAILED, error.what());
-  }
+  return as_failed([&] { return sample(logits, params, index); });
+}
+
+void check_fault(std::int64_t fault, std::int64_t logits_size) {
+  as_failed([&] { require_no_fault(fault, static_cast<std::size_t>(logits_size)); });
 }
 
 }  // namespace megalodon::impl

@@ -24,4 +24,7 @@ std::int64_t sample(std::span<const float> logits, const megalodon_sampling& par
 // MEGALODON_FAILED.
 std::int64_t sample_checked(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index);
 
+// The same for a row's fault, as a decode program for a GPU writes it beside the token that it chose; 0 is none.
+void check_fault(std::int64_t fault, std::int64_t logits_size);
+
 }  // namespace megalodon::impl

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "ahead.hpp"
 #include "error.hpp"
 #include "sampling.hpp"
 
@@ -257,6 +258,41 @@ GenerateResult Session::generate(std::span<const std::int64_t> prompt, const Gen
   return run(prompt, options, callback);
 }
 
+// The greedy steps of a call that run ahead, where the device records steps; at the end the stream is at the token that
+// was given out last.
+class Session::RunAhead {
+ public:
+  explicit RunAhead(Session& session) : session_(session) {}
+  RunAhead(const RunAhead&) = delete;
+  RunAhead& operator=(const RunAhead&) = delete;
+  ~RunAhead() {
+    if (!ahead_ || session_.broken_) return;
+    try {
+      ahead_->rewind();
+    } catch (...) {
+      session_.broken_ = true;
+    }
+  }
+
+  // Feeds the token that was given out last and returns the next, of at most `steps`; false where nothing runs ahead.
+  bool next(std::int64_t& token, std::int64_t steps) {
+    const Manifest& manifest = session_.engine_->manifest();
+    if (manifest.logits_size != manifest.vocab_size) return false;  // it may choose what must not be fed
+    if (!ahead_) {
+      RecordedStep* step = session_.engine_->recorded(session_.row_.view());
+      if (step == nullptr) return false;
+      session_.engine_->check_ids({&*session_.pending_, 1});
+      ahead_.emplace(*step, session_.tokens_seen(), manifest.chunk, *session_.pending_, steps);
+    }
+    token = ahead_->next();
+    return true;
+  }
+
+ private:
+  Session& session_;
+  std::optional<Ahead> ahead_;
+};
+
 GenerateResult Session::run(std::span<const std::int64_t> prompt, const GenerateOptions& options,
                             const TokenCallback& callback) {
   require_usable();
@@ -269,6 +305,7 @@ GenerateResult Session::run(std::span<const std::int64_t> prompt, const Generate
   std::vector<float> logits(static_cast<std::size_t>(engine_->manifest().logits_size));
   const std::vector<std::int64_t> first = opening(prompt);
   GenerateResult result{.prompt_tokens = static_cast<std::int64_t>(first.size())};
+  RunAhead ahead(*this);
   Clock clock;
   feed(first, logits);
   clock.lap(result.prefill_seconds);
@@ -278,10 +315,10 @@ GenerateResult Session::run(std::span<const std::int64_t> prompt, const Generate
       const std::int64_t fed = *pending_;
       clock.lap();
       poisoning([&] {
-        if (greedy) {
-          engine_->decode({&fed, 1}, row_.view(), {}, {&token, 1});
-        } else {
+        if (!greedy) {
           engine_->decode({&fed, 1}, row_.view(), logits);
+        } else if (!ahead.next(token, options.max_new_tokens - index)) {
+          engine_->decode({&fed, 1}, row_.view(), {}, {&token, 1});
         }
       });
       clock.lap(result.decode_seconds);

@@ -59,6 +59,7 @@ class Session {
  private:
   class Use;    // the one call that may use a session at a time
   class Group;  // sessions that step together
+  class RunAhead;
 
   template <typename Call>
   static void batch(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids, Call call);

@@ -58,8 +58,19 @@ class AotiRuntime(Runtime):
 
     def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """One call of the compiled decode, or of that for one stream."""
+        choice = torch.empty(2, cache.batch, dtype=torch.int64, device=self.device)
+        return self._decode(cache)(cache, {"token_ids": token_ids, "greedy": choice})
+
+    def run_greedy(self, token_ids: Tensor, cache: MegalodonCache, choice: Tensor) -> None:
+        """On a GPU the program chooses."""
+        program = self._decode(cache)
+        if not program.chooses:
+            return super().run_greedy(token_ids, cache, choice)
+        program(cache, {"token_ids": token_ids, "greedy": choice})
+
+    def _decode(self, cache: MegalodonCache) -> _Program:
         one = cache.batch == 1 and DECODE_ONE in self._programs
-        return self._programs[DECODE_ONE if one else DECODE](cache, {"token_ids": token_ids})
+        return self._programs[DECODE_ONE if one else DECODE]
 
 
 class _Stage:
@@ -76,6 +87,11 @@ class _Stage:
         self._of_layer = [(names.index(name), field) for name, field in of_layer.items()]
         others = [one["name"] for one in entry["inputs"] if one["kind"] != "weight" and one["name"] not in of_layer]
         self._others = [(names.index(name), name) for name in others]
+
+    @property
+    def arguments(self) -> set[str]:
+        """What it takes besides weights and a layer's cache."""
+        return {name for _, name in self._others}
 
     def __call__(self, tensors: dict[str, Tensor], layer: int = 0, cache: LayerCache | None = None) -> None:
         """Run on the named tensors, and on a layer's weights and cache; adds what comes out to the tensors."""
@@ -94,6 +110,11 @@ class _Program:
     begin: _Stage
     layer: _Stage
     end: _Stage
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it writes the most probable tokens into its argument `greedy`."""
+        return "greedy" in self.end.arguments
 
     def __call__(self, cache: MegalodonCache, tensors: dict[str, Tensor]) -> Tensor:
         """Logits; the cache is updated in place."""

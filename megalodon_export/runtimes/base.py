@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..exporters.programs import Limits, dtype_name
 from ..model import MegalodonCache, MegalodonConfig, cache_layout, dimension_sizes
+from ..sampling import Kind, choose
 
 
 class RuntimeUnavailable(Exception):
@@ -46,6 +47,13 @@ class Runtime(ABC):
     @abstractmethod
     def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """One call of the decode program."""
+
+    def run_greedy(self, token_ids: Tensor, cache: MegalodonCache, choice: Tensor) -> None:
+        """`run_decode`, and into choice (2, B) the most probable tokens and the rows' faults, as `sampling.choose` does.
+
+        `token_ids` may be a row of `choice`.
+        """
+        torch.stack(choose(self.run_decode(token_ids, cache), Kind.GREEDY), out=choice)
 
     def new_cache(self, batch: int = 1) -> MegalodonCache:
         """A fresh cache for `batch` streams; ValueError beyond what the programs take."""

@@ -63,9 +63,15 @@ def megalodon_rotate(
 
 @triton.jit
 def key_rows(u, offset, L, ring_ptr, new_ptr, ring_stride: tl.constexpr, new_stride: tl.constexpr):
-    """Pointers to the rows of keys (or values) number u, in the ring or among the new ones, and which exist."""
-    in_ring = u < offset
-    rows = tl.where(in_ring, ring_ptr + u * ring_stride, new_ptr + (u - offset) * new_stride)
+    """Pointers to the rows of keys (or values) number u, in the ring or among the new ones, and which exist.
+
+    A choice between pointers would hide from the compiler that rows are aligned, and it would load them number by
+    number. So both are offsets from the ring; tensors begin at multiples of 16 bytes.
+    """
+    size: tl.constexpr = ring_ptr.dtype.element_ty.primitive_bitwidth // 8
+    apart = tl.multiple_of((new_ptr.to(tl.int64) - ring_ptr.to(tl.int64)) // size, 16 // size)
+    new = (u >= offset).to(tl.int64)
+    rows = ring_ptr + (u.to(tl.int64) * ring_stride + new * (apart - offset * new_stride + u * (new_stride - ring_stride)))
     return rows, u - offset < L
 
 

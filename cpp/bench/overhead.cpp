@@ -1,0 +1,106 @@
+// What generation costs beside the program that it runs: seconds a token of both, in turn, as JSON.
+//
+//     megalodon-overhead BUNDLE [STEPS]
+//
+// "program": decode steps of one stream without a session, each fed what the one before it chose on a GPU, and one
+// token again and again on a CPU. "generate": greedy and sampled generation through the public interface.
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <megalodon.hpp>
+
+#include "engine.hpp"
+
+namespace {
+
+using megalodon::impl::RecordedStep;
+
+constexpr int kRounds = 9;
+
+double seconds_of(const std::function<void()>& call) {
+  const auto start = std::chrono::steady_clock::now();
+  call();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+double median(std::array<double, kRounds> values) {
+  std::ranges::nth_element(values, values.begin() + kRounds / 2);
+  return values[kRounds / 2];
+}
+
+// The decode program alone, over a stream of its own.
+class Bare {
+ public:
+  explicit Bare(const char* bundle) : engine_(bundle, true, 1), row_(engine_.new_cache()) {}
+
+  void run(std::int64_t steps) {
+    std::int64_t token = 1;
+    const auto& cache = row_.view();
+    if (RecordedStep* recorded = engine_.recorded(cache)) {
+      for (std::int64_t i = 0; i < steps; ++i) {
+        recorded->issue(i == 0 ? std::span<const std::int64_t>(&token, 1) : std::span<const std::int64_t>{}, 0);
+      }
+      return recorded->read(0, {&token, 1});
+    }
+    const std::array<std::int64_t, 1> one{1};
+    const auto ids = megalodon::impl::Tensor::over(&token, one, *megalodon::impl::dtype_by_name("int64"),
+                                                   aoti_torch_device_type_cpu());
+    for (std::int64_t i = 0; i < steps; ++i) engine_.decode_program(1).run({&ids}, cache, nullptr);
+  }
+
+ private:
+  megalodon::impl::Engine engine_;
+  megalodon::impl::CacheRow row_;
+};
+
+double generate(megalodon::Session& session, std::int64_t steps, double temperature) {
+  megalodon::GenerateOptions options;
+  options.max_new_tokens = steps + 1;
+  options.eos_token_id = MEGALODON_NO_EOS;
+  options.sampling.temperature = temperature;
+  options.sampling.top_k = temperature > 0.0 ? 50 : 0;
+  std::chrono::steady_clock::time_point first, last;
+  session.generate(std::vector<std::int64_t>{1}, options, [&](std::int64_t) {
+    last = std::chrono::steady_clock::now();
+    if (first == decltype(first){}) first = last;
+  });
+  return std::chrono::duration<double>(last - first).count();
+}
+
+int run(const char* bundle, std::int64_t steps) {
+  Bare bare(bundle);
+  const megalodon::Engine engine(bundle);
+  megalodon::Session greedy(engine), sampled(engine);
+  bare.run(steps);
+  generate(greedy, steps, 0.0);
+  generate(sampled, steps, 0.8);
+  std::array<double, kRounds> program{}, loop{}, chosen{};
+  for (std::size_t i = 0; i < kRounds; ++i) {
+    program[i] = seconds_of([&] { bare.run(steps); }) / static_cast<double>(steps);
+    loop[i] = generate(greedy, steps, 0.0) / static_cast<double>(steps);
+    chosen[i] = generate(sampled, steps, 0.8) / static_cast<double>(steps);
+  }
+  const double base = median(program);
+  std::printf("{\"steps\": %lld, \"rounds\": %d, \"program_seconds\": %.9f, \"generate_seconds\": %.9f, ",
+              static_cast<long long>(steps), kRounds, base, median(loop));
+  std::printf("\"overhead\": %.5f, \"sampled_seconds\": %.9f}\n", median(loop) / base - 1.0, median(chosen));
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) {
+    std::fprintf(stderr, "usage: %s BUNDLE [STEPS]\n", argv[0]);
+    return 2;
+  }
+  try {
+    return run(argv[1], argc > 2 ? std::max(1LL, std::atoll(argv[2])) : 200);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,66 @@
+"""The most probable token of every row, and whether its logits have one: a decode program's last kernel."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from . import NOTHING_LEFT, POSITIVE_INFINITY
+from .launch import kernel, power_of_2, programmatic, start, wait
+
+_BLOCK = 16384  # logits that a program reads at a time
+
+
+@triton_op("megalodon::choose_greedy", mutates_args={"choice"})
+def choose_greedy(logits: Tensor, choice: Tensor) -> None:
+    """Into choice (2, B) int64, from logits (B, V) float32: the first of the most probable tokens, and a fault.
+
+    A fault is 0, or how many logits are NaN, or POSITIVE_INFINITY or NOTHING_LEFT; the token beside it is 0.
+    """
+    batch, vocabulary = logits.shape
+    kernel(megalodon_greedy)[(batch,)](
+        *(logits, choice, batch),
+        V=vocabulary,
+        BLOCK=min(power_of_2(vocabulary), _BLOCK),
+        PLUS=POSITIVE_INFINITY,
+        NOTHING=NOTHING_LEFT,
+        PDL=programmatic(logits),
+        num_warps=16 if vocabulary >= 4096 else 4,
+    )
+
+
+@triton.jit
+def megalodon_greedy(
+    logits_ptr,
+    choice_ptr,
+    batch,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLUS: tl.constexpr,
+    NOTHING: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One row."""
+    start(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    token = tl.zeros((BLOCK,), tl.int32)
+    unknown = tl.zeros((BLOCK,), tl.int32)
+    wait(PDL)
+    for first in range(0, V, BLOCK):
+        index = first + offsets
+        x = tl.load(logits_ptr + row * V + index, mask=index < V, other=float("-inf"))
+        unknown += (x != x).to(tl.int32)
+        better = x > best  # the first of equal ones stays; NaN is never better
+        best = tl.where(better, x, best)
+        token = tl.where(better, index, token)
+    peak = tl.max(best, 0)
+    chosen = tl.min(tl.where(best == peak, token, V), 0)
+    fault = tl.where(peak == float("inf"), PLUS, tl.where(peak == float("-inf"), NOTHING, 0))
+    count = tl.sum(unknown, 0)
+    fault = tl.where(count > 0, count, fault)
+    tl.store(choice_ptr + row, tl.where(fault == 0, chosen, 0).to(tl.int64))
+    tl.store(choice_ptr + batch + row, fault.to(tl.int64))
