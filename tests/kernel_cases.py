@@ -22,6 +22,7 @@ from megalodon_export.model import (
     use_kernels,
 )
 from megalodon_export.model.quantized import empty_quantized, replace_linear_layers
+from megalodon_export.sampling import Kind, choose
 from megalodon_export.verify import visible
 
 # name -> variant, rows, lengths of prefill calls, decode steps. Five rows take the tiles, three take turns. A name that
@@ -52,7 +53,9 @@ def interpret() -> None:
 
 
 def run(name: str, device: str = "cpu") -> float:
-    """Largest difference of logits and visible cache between both forms."""
+    """Largest difference of logits and visible cache between both forms; of "greedy", the wrong choices."""
+    if name == "greedy":
+        return wrong_choices(device)
     variant, batch, calls, steps = CASES[name]
     weights = name.split()[0] if name.startswith("int") else "float"
     plain, fast = (make(weights, VARIANTS[variant]).to(device) for _ in range(2))
@@ -92,6 +95,28 @@ def make(weights: str, variant: dict[str, Any], dtype: torch.dtype = torch.float
     return model
 
 
+def wrong_choices(device: str = "cpu") -> int:
+    """Rows for which the kernel and `sampling.choose` differ, in the most probable token or in what is wrong."""
+    from megalodon_export.model.kernels.greedy import choose_greedy
+
+    wrong = 0
+    for vocabulary in (1, 5, 257, 20_000, 40_000):
+        logits = torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(vocabulary)).to(device)
+        logits[1] = 3.5  # the first of equal ones
+        logits[2, vocabulary // 2 :: 2] = 9.0
+        logits[3, -1] = 99.0
+        logits[4, ::3] = torch.nan
+        logits[5] = torch.nan
+        logits[6, vocabulary // 2] = torch.inf
+        logits[7] = -torch.inf
+        logits[8, vocabulary // 2 :] = -torch.inf
+        choice = torch.full((2, 9), 77, device=device)
+        choose_greedy(logits, choice)
+        expected = torch.stack(choose(logits, Kind.GREEDY))
+        wrong += int((choice != expected).any(dim=0).sum())
+    return wrong
+
+
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest |a - b|; infinite if there is no number."""
     largest = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
@@ -105,7 +130,7 @@ def cache_difference(a: MegalodonCache, b: MegalodonCache) -> float:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--cuda":
-        for case in sys.argv[2:] or CASES:
+        for case in sys.argv[2:] or [*CASES, "greedy"]:
             print(case, run(case, "cuda"), flush=True)
     else:
         interpret()

@@ -1,52 +1,76 @@
-"""Compiles kernels for sm_90, which takes no GPU, with a float64 eps; prints how many float64 instructions each has.
+"""Compiles kernels for sm_90, which takes no GPU, and prints for each a count of what its machine code should not have.
 
-Conversions to and from float64 do not count.
+python kernel_types.py float64    arithmetic in float64, where eps is one; conversions do not count
+python kernel_types.py narrow     loads of single numbers of 16 bits, from aligned tensors in bfloat16
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megalodon_export.model.kernels import decode, norms, ring
+from megalodon_export.model.kernels import chunks, decode, norms, ring
 
-KERNELS: list[tuple[Any, dict[str, Any]]] = [
-    (
-        decode.megalodon_feed_up,
-        {"F": 512, "D": 256, "WIDTH": 256, "BITS": 0, "GROUP": 0, "ROWS": 2, "AFFINE": True, "BIAS": True}
-        | {"SWIGLU": True, "PDL": True},
+ATTENTION = {"H": 1, "C": 64, "QUERIES": 64, "KEYS": 64, "TILES": 2, "IEEE": False, "PDL": True}
+# count -> its instructions in PTX, the dtypes of tensors and of eps, kernels with their constants
+COUNTS: dict[str, tuple[str, str, str, list[tuple[Any, dict[str, Any]]]]] = {
+    "float64": (
+        r"^\s+(?!cvt|ld|mov)\w[\w.]*\.f64",
+        "*fp32",
+        "fp64",
+        [
+            (
+                decode.megalodon_feed_up,
+                {"F": 512, "D": 256, "WIDTH": 256, "BITS": 0, "GROUP": 0, "ROWS": 2, "AFFINE": True, "BIAS": True}
+                | {"SWIGLU": True, "PDL": True},
+            ),
+            (
+                ring.megalodon_attend,
+                {"H": 1, "C": 64, "HALF": 32, "HALF_P": 32, "DV": 64, "DV_BLOCK": 64, "SLOTS": 16, "PDL": True},
+            ),
+            (norms.megalodon_rms, {"D": 256, "D_P": 256, "AFFINE": True, "PDL": True}),
+            (norms.megalodon_layer_norm, {"D": 256, "D_P": 256, "SUM": True, "AFFINE": True, "PDL": True}),
+        ],
     ),
-    (
-        ring.megalodon_attend,
-        {"H": 1, "C": 64, "HALF": 32, "HALF_P": 32, "DV": 64, "DV_BLOCK": 64, "SLOTS": 16, "PDL": True},
+    "narrow": (
+        r"ld\.global[\w.:]*\.b16",
+        "*bf16",
+        "fp32",
+        [
+            (chunks.megalodon_weigh, {**ATTENTION, "DV": 256, "DV_BLOCK": 128, "STAGES": 3}),
+            (chunks.megalodon_scores, {**ATTENTION, "DZ": 64, "DZ_P": 64}),
+        ],
     ),
-    (norms.megalodon_rms, {"D": 256, "D_P": 256, "AFFINE": True, "PDL": True}),
-    (norms.megalodon_layer_norm, {"D": 256, "D_P": 256, "SUM": True, "AFFINE": True, "PDL": True}),
-]
-INTEGERS = ("position_ptr", "lengths_ptr")
+}
+OTHERS = {"position_ptr": "*i64", "lengths_ptr": "*i64", "peaks_ptr": "*fp32", "totals_ptr": "*fp32"}
 
 
-def signature(function: Any, constants: dict[str, Any]) -> dict[str, str]:
-    """Types of a kernel's arguments."""
+def compiled(function: Any, constants: dict[str, Any], tensors: str, eps: str) -> str:
+    """A kernel's PTX."""
 
     def of(name: str) -> str:
         if name in constants:
             return "constexpr"
         if name.endswith("_ptr"):
-            return "*i64" if name in INTEGERS else "*fp32"
-        return "fp64" if name == "eps" else "i32"
+            return OTHERS.get(name, tensors)
+        return eps if name == "eps" else "i32"
 
-    return {name: of(name) for name in function.arg_names}
+    signature = {name: of(name) for name in function.arg_names}
+    place = {name: (function.arg_names.index(name),) for name in signature}
+    fixed = {place[name]: value for name, value in constants.items()}
+    aligned = {place[name]: [["tt.divisibility", 16]] for name, kind in signature.items() if kind.startswith("*")}
+    source = ASTSource(function, signature, fixed, aligned)
+    ptx: str = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    return ptx
 
 
 if __name__ == "__main__":
-    for function, constants in KERNELS:
-        fixed = {(function.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(function, signature(function, constants), fixed)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-        arithmetic = re.findall(r"^\s+(?!cvt|ld|mov)\w[\w.]*\.f64", compiled.asm["ptx"], re.MULTILINE)
-        print(function.__name__, len(arithmetic))
+    instructions, tensors, eps, kernels = COUNTS[sys.argv[1]]
+    for function, constants in kernels:
+        found = re.findall(instructions, compiled(function, constants, tensors, eps), re.MULTILINE)
+        print(function.__name__, len(found))

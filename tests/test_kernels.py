@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import CASES, make
+from kernel_cases import CASES, make, wrong_choices
 from small_models import VARIANTS, random_tokens
 
 from megalodon_export.model import MegalodonForCausalLM, freeze_constants, use_kernels
@@ -31,12 +31,12 @@ def interpreted() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {case: pool.submit(run, case) for case in CASES}
+        yield {case: pool.submit(run, case) for case in (*CASES, "greedy")}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "greedy"])
 def test_interpreted_kernels_equal_the_plain_form(
     interpreted: dict[str, Future[subprocess.CompletedProcess[str]]], case: str
 ) -> None:
@@ -48,11 +48,23 @@ def test_interpreted_kernels_equal_the_plain_form(
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
 def test_compiled_for_a_gpu_no_kernel_becomes_float64_by_its_eps() -> None:
     """Compiled programs pass numbers as float64, and a sum with one made feed_up take twice the time."""
-    done = subprocess.run([sys.executable, str(HERE / "kernel_types.py")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = dict(line.split() for line in done.stdout.splitlines())
+    found = compiled("float64")
     assert set(found) == {"megalodon_feed_up", "megalodon_attend", "megalodon_rms", "megalodon_layer_norm"}
     assert set(found.values()) == {"0"}
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
+def test_compiled_for_a_gpu_attention_loads_whole_vectors() -> None:
+    """A choice between two pointers, to the ring and to what is new, once made it load values number by number."""
+    assert compiled("narrow") == {"megalodon_weigh": "0", "megalodon_scores": "0"}
+
+
+def compiled(count: str) -> dict[str, str]:
+    """What `kernel_types.py` counts, by kernel."""
+    command = [sys.executable, str(HERE / "kernel_types.py"), count]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(line.split() for line in done.stdout.splitlines())
 
 
 def pair(
@@ -88,6 +100,11 @@ def test_compiled_kernels_equal_the_plain_form(name: str, batch: int) -> None:
         assert (a - b).abs().max() < 1e-4
     for x, y in zip(*(visible(c) for c in caches), strict=True):
         assert (x - y).abs().max() <= 1e-4 * max(1.0, float(x.abs().max()))
+
+
+@pytest.mark.cuda
+def test_compiled_choices_are_those_of_the_sampler() -> None:
+    assert wrong_choices("cuda") == 0
 
 
 @pytest.mark.cuda

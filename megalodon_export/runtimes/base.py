@@ -49,7 +49,7 @@ class Runtime(ABC):
         """One call of the decode program."""
 
     def run_greedy(self, token_ids: Tensor, cache: MegalodonCache, choice: Tensor) -> None:
-        """`run_decode`, and into choice (2, B) the most probable tokens and the rows' faults, as `sampling.choose` does.
+        """`run_decode`, and into choice (2, B) the most probable tokens and the rows' faults, as `sampling.choose`.
 
         `token_ids` may be a row of `choice`.
         """

@@ -71,7 +71,9 @@ def key_rows(u, offset, L, ring_ptr, new_ptr, ring_stride: tl.constexpr, new_str
     size: tl.constexpr = ring_ptr.dtype.element_ty.primitive_bitwidth // 8
     apart = tl.multiple_of((new_ptr.to(tl.int64) - ring_ptr.to(tl.int64)) // size, 16 // size)
     new = (u >= offset).to(tl.int64)
-    rows = ring_ptr + (u.to(tl.int64) * ring_stride + new * (apart - offset * new_stride + u * (new_stride - ring_stride)))
+    rows = ring_ptr + (
+        u.to(tl.int64) * ring_stride + new * (apart - offset * new_stride + u * (new_stride - ring_stride))
+    )
     return rows, u - offset < L
 
 
