@@ -12,7 +12,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, items: Tensor | int | None = 
     """Cross entropy in nats of logits (B, L, V) and targets (B, L): the mean over those that count, or the sum / items.
 
     `items` is how many count in all, where these are a part: of an accumulated batch, or of a sequence over processes.
+    Targets may be on another device than the end of a model that is spread over several.
     """
     reduction = "mean" if items is None else "sum"
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+    targets = targets.flatten().to(logits.device)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction=reduction)
     return loss if items is None else loss / items

@@ -69,7 +69,7 @@ class Rows:
         """Of x (B, L, ...) with its padding on the right, each row's last `count` tokens; 0 where it has fewer."""
         if self.lengths is None:
             return x[:, max(x.shape[1] - count, 0) :]
-        index = self.lengths[:, None] + torch.arange(-min(count, x.shape[1]), 0, device=x.device)
+        index = self.lengths.to(x.device)[:, None] + torch.arange(-min(count, x.shape[1]), 0, device=x.device)
         rows = torch.arange(x.shape[0], device=x.device)[:, None]
         return torch.where((index >= 0)[:, :, None], x[rows, index.clamp(min=0)], 0.0)
 
@@ -78,14 +78,17 @@ class Rows:
         targets = labels[:, 1:]
         if self.lengths is None:
             return targets
-        valid = self.valid(labels.shape[1])
+        valid = self.valid(labels.shape[1]).to(labels.device)
         return torch.where(valid[:, :-1] & valid[:, 1:], targets, IGNORED)
 
 
 def _rolled(x: Tensor, shift: Tensor) -> Tensor:
-    """x (B, L, ...) with column j of each row from j + shift, |shift| < L, round the end."""
+    """x (B, L, ...) with column j of each row from j + shift, |shift| < L, round the end.
+
+    A model spread over devices gives x on the last of them, and shift on the first.
+    """
     length = x.shape[1]
-    index = torch.arange(length, device=x.device) + shift[:, None]
+    index = torch.arange(length, device=x.device) + shift.to(x.device)[:, None]
     index = torch.where(index < 0, index + length, index)  # not %, which ONNX exports cannot take with a symbolic size
     index = torch.where(index >= length, index - length, index)
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]

@@ -21,20 +21,23 @@ endif()
 
 find_path(LibTorch_INCLUDE_DIR torch/csrc/inductor/aoti_torch/c/shim.h HINTS ${_hints} PATH_SUFFIXES include)
 find_library(LibTorch_CPU_LIBRARY torch_cpu HINTS ${_hints} PATH_SUFFIXES lib)
+find_library(LibTorch_TORCH_LIBRARY torch HINTS ${_hints} PATH_SUFFIXES lib)
 find_library(LibTorch_C10_LIBRARY c10 HINTS ${_hints} PATH_SUFFIXES lib)
 find_library(LibTorch_TORCH_CUDA_LIBRARY torch_cuda HINTS ${_hints} PATH_SUFFIXES lib)
 find_library(LibTorch_C10_CUDA_LIBRARY c10_cuda HINTS ${_hints} PATH_SUFFIXES lib)
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(LibTorch
-  REQUIRED_VARS LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_INCLUDE_DIR
+  REQUIRED_VARS LibTorch_CPU_LIBRARY LibTorch_TORCH_LIBRARY LibTorch_C10_LIBRARY LibTorch_INCLUDE_DIR
   REASON_FAILURE_MESSAGE "Install torch for the Python in PATH, or set LibTorch_ROOT to a libtorch.")
-mark_as_advanced(LibTorch_INCLUDE_DIR LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_PYTHON
+mark_as_advanced(LibTorch_INCLUDE_DIR LibTorch_TORCH_LIBRARY LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_PYTHON
   LibTorch_TORCH_CUDA_LIBRARY LibTorch_C10_CUDA_LIBRARY)
 
 if(LibTorch_FOUND AND NOT TARGET LibTorch::LibTorch)
   add_library(LibTorch::LibTorch INTERFACE IMPORTED)
   target_include_directories(LibTorch::LibTorch SYSTEM INTERFACE ${LibTorch_INCLUDE_DIR})
-  target_link_libraries(LibTorch::LibTorch INTERFACE ${LibTorch_CPU_LIBRARY} ${LibTorch_C10_LIBRARY})
+  # Nothing here uses libtorch.so, but compiled programs may ask for it, without saying where it is: it must be loaded.
+  target_link_libraries(LibTorch::LibTorch INTERFACE ${LibTorch_CPU_LIBRARY} ${LibTorch_C10_LIBRARY}
+    "-Wl,--push-state,--no-as-needed,${LibTorch_TORCH_LIBRARY},--pop-state")
 endif()
 if(LibTorch_TORCH_CUDA_LIBRARY AND LibTorch_C10_CUDA_LIBRARY AND NOT TARGET LibTorch::CUDA)
   add_library(LibTorch::CUDA INTERFACE IMPORTED)

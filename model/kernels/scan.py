@@ -192,6 +192,13 @@ def input_weights(planes_ptr, channel, ok, D: tl.constexpr, N: tl.constexpr, N_P
 
 
 @triton.jit
+def advance_two(x0, x1, re, im, q_re, q_im, q2_re, q2_im):
+    """Two steps of each channel at once, six operations a mode: h <- q^2 h + q x0 + x1."""
+    x0, x1 = x0.to(tl.float32)[None, :], x1.to(tl.float32)[None, :]
+    return q2_re * re + (q_re * x0 + (x1 - q2_im * im)), q2_re * im + (q2_im * re + q_im * x0)
+
+
+@triton.jit
 def emit(x, re, im, q_re, q_im, g_re, g_im, omega, y, ok):
     """One step of each channel, h <- q h + x, and y = Re(sum_n gamma_n h_n) + omega x."""
     x = x.to(tl.float32)
@@ -231,14 +238,12 @@ def megalodon_local(
     im = tl.zeros((N_P, CHANNELS), tl.float32)
     if (segment + 1) * S <= length:
         rows = x_ptr + (b * L + segment * S) * D + channel
+        a0, a1, a2, a3 = four_tokens(rows, ok, 0, S, D)
         for step in range(0, S, 4):
-            for i in tl.static_range(0, 4, 2):  # two steps at once, six operations: h <- q^2 h + q x0 + x1
-                x0 = tl.load(rows + (step + i) * D, mask=ok, other=0.0).to(tl.float32)[None, :]
-                x1 = tl.load(rows + (step + i + 1) * D, mask=ok, other=0.0).to(tl.float32)[None, :]
-                re, im = (
-                    q2_re * re + (q_re * x0 + (x1 - q2_im * im)),
-                    q2_re * im + (q2_im * re + q_im * x0),
-                )
+            b0, b1, b2, b3 = four_tokens(rows, ok, step + 4, S, D)  # on their way while these are added
+            re, im = advance_two(a0, a1, re, im, q_re, q_im, q2_re, q2_im)
+            re, im = advance_two(a2, a3, re, im, q_re, q_im, q2_re, q2_im)
+            a0, a1, a2, a3 = b0, b1, b2, b3
         states = states_ptr + (b * tl.num_programs(1) + segment) * (2 * PLANE)
         mode = tl.arange(0, N_P)
         at = mode[:, None] * D + channel[None, :]
