@@ -17,7 +17,7 @@ _CALLS = 5
 # Parts of kernels' names -> what they are for; the first that fits.
 GROUPS = {
     "EMA and norms": ("moments", "megalodon_norm", "local", "carry", "scan", "rms", "layer_norm", "ema_step"),
-    "attention": ("rotate", "scores", "weigh", "store", "attend", "combine"),
+    "attention": ("rotate", "scores", "softmax", "weigh", "store", "attend", "combine"),
     "matrix products": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "project", "linear", "feed_up"),
 }
 OTHERS = "element by element, copies"

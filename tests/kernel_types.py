@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from megalodon_export.model.kernels import chunks, decode, norms, ring
 
-ATTENTION = {"H": 1, "C": 64, "QUERIES": 64, "KEYS": 64, "TILES": 2, "IEEE": False, "PDL": True}
+ATTENTION = {"H": 1, "C": 64, "QUERIES": 64, "KEYS": 64, "TILES": 2, "PDL": True}
 # count -> its instructions in PTX, the dtypes of tensors and of eps, kernels with their constants
 COUNTS: dict[str, tuple[str, str, str, list[tuple[Any, dict[str, Any]]]]] = {
     "float64": (
@@ -42,8 +42,9 @@ COUNTS: dict[str, tuple[str, str, str, list[tuple[Any, dict[str, Any]]]]] = {
         "*bf16",
         "fp32",
         [
-            (chunks.megalodon_weigh, {**ATTENTION, "DV": 256, "DV_BLOCK": 128, "STAGES": 3}),
-            (chunks.megalodon_scores, {**ATTENTION, "DZ": 64, "DZ_P": 64}),
+            (chunks.megalodon_weigh, {**ATTENTION, "DV": 256, "DV_BLOCK": 128, "STAGES": 3, "IEEE": False}),
+            (chunks.megalodon_scores, {**ATTENTION, "DZ": 64, "DZ_P": 64, "GROUP": 2, "IEEE": False}),
+            (chunks.megalodon_softmax, {**ATTENTION, "ROWS": 16}),
         ],
     ),
 }

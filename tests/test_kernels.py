@@ -56,7 +56,7 @@ def test_compiled_for_a_gpu_no_kernel_becomes_float64_by_its_eps() -> None:
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
 def test_compiled_for_a_gpu_attention_loads_whole_vectors() -> None:
     """A choice between two pointers, to the ring and to what is new, once made it load values number by number."""
-    assert compiled("narrow") == {"megalodon_weigh": "0", "megalodon_scores": "0"}
+    assert compiled("narrow") == {"megalodon_weigh": "0", "megalodon_scores": "0", "megalodon_softmax": "0"}
 
 
 def compiled(count: str) -> dict[str, str]:

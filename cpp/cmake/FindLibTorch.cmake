@@ -21,10 +21,11 @@ endif()
 
 find_path(LibTorch_INCLUDE_DIR torch/csrc/inductor/aoti_torch/c/shim.h HINTS ${_hints} PATH_SUFFIXES include)
 find_library(LibTorch_CPU_LIBRARY torch_cpu HINTS ${_hints} PATH_SUFFIXES lib)
-find_library(LibTorch_TORCH_LIBRARY torch HINTS ${_hints} PATH_SUFFIXES lib)
-find_library(LibTorch_C10_LIBRARY c10 HINTS ${_hints} PATH_SUFFIXES lib)
-find_library(LibTorch_TORCH_CUDA_LIBRARY torch_cuda HINTS ${_hints} PATH_SUFFIXES lib)
-find_library(LibTorch_C10_CUDA_LIBRARY c10_cuda HINTS ${_hints} PATH_SUFFIXES lib)
+get_filename_component(_beside "${LibTorch_CPU_LIBRARY}" DIRECTORY)
+find_library(LibTorch_TORCH_LIBRARY torch HINTS ${_beside})
+find_library(LibTorch_C10_LIBRARY c10 HINTS ${_beside})
+find_library(LibTorch_TORCH_CUDA_LIBRARY torch_cuda HINTS ${_beside})
+find_library(LibTorch_C10_CUDA_LIBRARY c10_cuda HINTS ${_beside})
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(LibTorch
   REQUIRED_VARS LibTorch_CPU_LIBRARY LibTorch_TORCH_LIBRARY LibTorch_C10_LIBRARY LibTorch_INCLUDE_DIR

@@ -5,6 +5,8 @@
 namespace megalodon::impl {
 namespace {
 
+constexpr std::size_t kAlignment = 512;  // of tensors in one piece of memory, as those of their own have it on a GPU
+
 template <typename T>
 void fill(std::span<std::byte> bytes, T value) {
   for (std::size_t at = 0; at < bytes.size(); at += sizeof value) std::memcpy(bytes.data() + at, &value, sizeof value);
@@ -14,13 +16,28 @@ void fill(std::span<std::byte> bytes, T value) {
 
 CacheBlock::CacheBlock(const std::vector<CacheTensor>& layout, const Device& device, std::int64_t rows)
     : layout_(layout), device_(device), rows_(rows), taken_(static_cast<std::size_t>(rows)) {
+  std::vector<std::size_t> offsets;  // in the first piece
+  std::size_t size = 0;
   for (const CacheTensor& tensor : layout) {
-    memory_.emplace_back(device, tensor.row_bytes * static_cast<std::size_t>(rows));
+    offsets.push_back(size);
+    if (!tensor.ring) size += (bytes_of(tensor) + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  memory_.emplace_back(device, size);
+  states_ = size;
+  for (std::size_t i = 0; i < layout.size(); ++i) {
+    if (layout[i].ring) memory_.emplace_back(device, bytes_of(layout[i]));
+    starts_.push_back(layout[i].ring ? memory_.back().data() : memory_.front().data() + offsets[i]);
   }
 }
 
+std::size_t CacheBlock::bytes_of(const CacheTensor& tensor) const {
+  return tensor.row_bytes * static_cast<std::size_t>(rows_);
+}
+
+std::span<std::byte> CacheBlock::states() const { return {memory_.front().data(), states_}; }
+
 std::byte* CacheBlock::row(std::size_t tensor, std::int64_t row) const {
-  return memory_[tensor].data() + layout_[tensor].row_bytes * static_cast<std::size_t>(row);
+  return starts_[tensor] + layout_[tensor].row_bytes * static_cast<std::size_t>(row);
 }
 
 bool CacheBlock::take(std::int64_t row) {
@@ -59,6 +76,20 @@ const Tensor& CacheView::tensor(std::size_t index) const {
 
 std::span<std::byte> CacheView::memory(std::size_t index) const {
   return {block_->row(index, first_), block_->layout()[index].row_bytes * static_cast<std::size_t>(rows_)};
+}
+
+StepMemory CacheView::memory() const {
+  const bool whole = rows_ == block_->rows();
+  StepMemory all;
+  if (whole) all.states.push_back(block_->states());
+  for (std::size_t i = 0; i < block_->layout().size(); ++i) {
+    if (block_->layout()[i].ring) {
+      all.rings.push_back(memory(i));
+    } else if (!whole) {
+      all.states.push_back(memory(i));
+    }
+  }
+  return all;
 }
 
 std::vector<std::byte> CacheView::read(std::size_t index) const {

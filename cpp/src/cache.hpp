@@ -12,7 +12,8 @@
 
 namespace megalodon::impl {
 
-// Memory for the states of `rows` streams. The rows of a tensor follow each other, so a range of rows is a batch.
+// Memory for the states of `rows` streams. The rows of a tensor follow each other, so a range of rows is a batch; all
+// tensors but the rings lie in one piece, so that keeping them is one copy.
 class CacheBlock {
  public:
   CacheBlock(const std::vector<CacheTensor>& layout, const Device& device, std::int64_t rows);
@@ -21,6 +22,8 @@ class CacheBlock {
   const std::vector<CacheTensor>& layout() const { return layout_; }
   const Device& device() const { return device_; }
   std::int64_t rows() const { return rows_; }
+  // All tensors but the rings, of all rows.
+  std::span<std::byte> states() const;
 
   // Each row belongs to one stream at a time; whether it was free.
   bool take(std::int64_t row);
@@ -30,10 +33,14 @@ class CacheBlock {
   RecordedStep* step(std::int64_t first, std::int64_t rows, const std::function<std::unique_ptr<RecordedStep>()>& make);
 
  private:
+  std::size_t bytes_of(const CacheTensor& tensor) const;
+
   const std::vector<CacheTensor>& layout_;  // the engine's, which outlives its sessions
   const Device& device_;                    // likewise
   std::int64_t rows_;
   std::vector<DeviceMemory> memory_;
+  std::vector<std::byte*> starts_;  // of the tensors
+  std::size_t states_ = 0;          // bytes of all but the rings
   std::mutex mutex_;
   std::vector<bool> taken_;
   std::map<std::pair<std::int64_t, std::int64_t>, std::unique_ptr<RecordedStep>> steps_;
@@ -48,6 +55,8 @@ class CacheView {
   const Tensor& tensor(std::size_t index) const;
   // Where a tensor's rows are, in the device's memory.
   std::span<std::byte> memory(std::size_t index) const;
+  // All of it: small states, in one piece if the rows are all of the block's, and rings.
+  StepMemory memory() const;
   std::vector<std::byte> read(std::size_t index) const;
   void write(std::size_t index, std::span<const std::byte> bytes) const;
   const std::shared_ptr<CacheBlock>& block() const { return block_; }

@@ -139,7 +139,12 @@ class Pinned {
 
 class Cuda final : public Device {
  public:
-  explicit Cuda(c10::DeviceIndex index) : stream_(c10::cuda::getStreamFromPool(false, index)) {}
+  explicit Cuda(c10::DeviceIndex index) : stream_(c10::cuda::getStreamFromPool(false, index)) {
+    const c10::cuda::CUDAStreamGuard guard(stream_);
+    anchor_.capture_begin(pool_, cudaStreamCaptureModeThreadLocal);
+    anchored_ = at::zeros({1}, at::TensorOptions(at::kFloat).device(stream_.device()));
+    anchor_.capture_end();
+  }
 
   const char* type() const override { return "cuda"; }
   bool is_concurrent() const override { return false; }
@@ -209,6 +214,9 @@ class Cuda final : public Device {
   const c10::cuda::CUDAStream stream_;
   // Temporaries of all graphs: one runs at a time, and nothing of it is read after the next has begun.
   const at::cuda::MempoolId_t pool_ = at::cuda::graph_pool_handle();
+  // Of the pool, and never replayed: torch does not take a pool again once its last graph is gone.
+  at::cuda::CUDAGraph anchor_;
+  at::Tensor anchored_;
 };
 
 // A step captured once and replayed for every token. What it chose stays on the device, where the next one finds it, and
@@ -268,12 +276,12 @@ class Cuda::Graph final : public RecordedStep {
       if (kept.empty()) {
         for (const at::Tensor& live : live_) kept.push_back(at::empty_like(live));
       }
-      at::_foreach_copy_(kept, live_);
+      copy_all(kept, live_);
     });
   }
 
   void put_back(bool place) override {
-    device_.queue([&] { at::_foreach_copy_(live_, kept_[place]); });
+    device_.queue([&] { copy_all(live_, kept_[place]); });
   }
 
  private:
@@ -281,6 +289,15 @@ class Cuda::Graph final : public RecordedStep {
   at::Tensor words(void* data, std::size_t size) const {
     return at::from_blob(data, {static_cast<std::int64_t>(size / sizeof(std::int32_t))},
                          choice_.options().dtype(at::kInt));
+  }
+
+  // A few large copies, or many small ones in one kernel.
+  void copy_all(std::vector<at::Tensor>& to, const std::vector<at::Tensor>& from) const {
+    constexpr std::size_t few = 4;
+    if (to.size() > few) return at::_foreach_copy_(to, from);
+    for (std::size_t i = 0; i < to.size(); ++i) {
+      device_.copy_async(to[i].data_ptr(), from[i].data_ptr(), from[i].nbytes());
+    }
   }
 
   // Libraries load their kernels and allocate their workspaces outside the capture. Leaves the memory as it was.

@@ -147,11 +147,7 @@ RecordedStep* Engine::recorded(const CacheView& cache) const {
       values_of(result, {rows, manifest_.logits_size});
       return result;
     };
-    StepMemory memory;
-    for (std::size_t i = 0; i < manifest_.cache.size(); ++i) {
-      (manifest_.cache[i].ring ? memory.rings : memory.states).push_back(cache.memory(i));
-    }
-    return device_->record(step, rows, std::move(memory), manifest_.logits_size);
+    return device_->record(step, rows, cache.memory(), manifest_.logits_size);
   });
 }
 

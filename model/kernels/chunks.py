@@ -2,12 +2,14 @@
 
     rotate   q and k of every new token from z
     scores   tiles of exp(q k - the tile's largest score of each query), with that maximum and their sum
-    weigh    the tiles, brought to one maximum and normalised, times v and r
+    softmax  the tiles brought to one maximum and normalised, in place
+    weigh    their product with v, times silu(r)
     store    the last tokens' keys and values into the ring
 
 The keys of a row are numbered by u: 0 .. offset - 1 are the ring's valid slots, offset + i is new token i. A query at u
 attends from the start of its chunk, u // C * C, to u. Head sizes of keys and values differ (dz, dv), and dv may be too
-large for one program, so scores are computed once and read by every part of dv.
+large for one program, so scores are computed once and read by every part of dv. Those take them straight from shared
+memory to the tensor cores: normalised by each of them, in registers, they took twice the time.
 """
 
 from __future__ import annotations
@@ -78,6 +80,15 @@ def key_rows(u, offset, L, ring_ptr, new_ptr, ring_stride: tl.constexpr, new_str
 
 
 @triton.jit
+def reach(offset, row_tile, L, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """For a tile of queries: the number of its first key, and of tiles of keys from there on."""
+    first = offset + row_tile * QUERIES
+    chunk = first // C * C
+    tiles = (first + QUERIES - 1 - chunk) // KEYS + 1
+    return chunk, tl.minimum(tiles, tl.cdiv(offset + L - chunk, KEYS))
+
+
+@triton.jit
 def megalodon_scores(
     q_ptr,
     k_ptr,
@@ -94,44 +105,83 @@ def megalodon_scores(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     TILES: tl.constexpr,
+    GROUP: tl.constexpr,
     IEEE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile of queries and keys -> weights (B, H, L, TILES KEYS); peaks and totals (B, H, TILES, L) float32."""
+    """GROUP tiles of keys for a tile of queries -> weights (B, H, L, TILES KEYS); peaks, totals (B, H, TILES, L)."""
     start(PDL)
-    tile = tl.program_id(0)
+    row_tile = tl.program_id(1)
     stream = tl.program_id(2).to(tl.int64)
     wait(PDL)
     offset = (tl.load(position_ptr + stream // H) % C).to(tl.int32)
-    first = offset + tl.program_id(1) * QUERIES
-    query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    query = row_tile * QUERIES + tl.arange(0, QUERIES)
     u = offset + query
-    chunk = first // C * C  # of the tile's first query: keys are counted from there
-    if chunk + tile * KEYS <= first + QUERIES - 1:
-        key = chunk + tile * KEYS + tl.arange(0, KEYS)
+    chunk, tiles = reach(offset, row_tile, L, C, QUERIES, KEYS)
+    before = tl.program_id(0) * GROUP
+    if before < tiles:
         d = tl.arange(0, DZ_P)
-        q_ok = (query < L)[:, None] & (d < DZ)[None, :]
-        q = tl.load(q_ptr + (stream * L + query[:, None]) * DZ + d[None, :], mask=q_ok, other=0.0)
-        rows, exists = key_rows(key, offset, L, ring_ptr + stream * (C * DZ), k_ptr + stream * L * DZ, DZ, DZ)
-        k = tl.load(rows[None, :] + d[:, None], mask=exists[None, :] & (d < DZ)[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee" if IEEE else "tf32")
-        allowed = (key[None, :] <= u[:, None]) & (key[None, :] >= (u // C * C)[:, None])
-        scores = tl.where(allowed, scores, float("-inf"))
-        peak = tl.max(scores, 1)
-        weights = tl.exp(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
         row_ok = query < L
-        entry = (stream * TILES + tile) * L + query
-        tl.store(peaks_ptr + entry, peak, mask=row_ok)
-        tl.store(totals_ptr + entry, tl.sum(weights, 1), mask=row_ok)
-        at = (stream * L + query[:, None]) * (TILES * KEYS) + tile * KEYS + tl.arange(0, KEYS)[None, :]
-        tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=row_ok[:, None])
+        q_ok = row_ok[:, None] & (d < DZ)[None, :]
+        q = tl.load(q_ptr + (stream * L + query[:, None]) * DZ + d[None, :], mask=q_ok, other=0.0)
+        for tile in tl.range(before, tl.minimum(before + GROUP, tiles), num_stages=min(GROUP, 2)):
+            key = chunk + tile * KEYS + tl.arange(0, KEYS)
+            rows, exists = key_rows(key, offset, L, ring_ptr + stream * (C * DZ), k_ptr + stream * L * DZ, DZ, DZ)
+            k = tl.load(rows[None, :] + d[:, None], mask=exists[None, :] & (d < DZ)[:, None], other=0.0)
+            scores = tl.dot(q, k, input_precision="ieee" if IEEE else "tf32")
+            allowed = (key[None, :] <= u[:, None]) & (key[None, :] >= (u // C * C)[:, None])
+            scores = tl.where(allowed, scores, float("-inf"))
+            peak = tl.max(scores, 1)
+            weights = tl.exp(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+            entry = (stream * TILES + tile) * L + query
+            tl.store(peaks_ptr + entry, peak, mask=row_ok)
+            tl.store(totals_ptr + entry, tl.sum(weights, 1), mask=row_ok)
+            at = (stream * L + query[:, None]) * (TILES * KEYS) + tile * KEYS + tl.arange(0, KEYS)[None, :]
+            tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=row_ok[:, None])
+
+
+@triton.jit
+def megalodon_softmax(
+    weights_ptr,
+    peaks_ptr,
+    totals_ptr,
+    position_ptr,
+    L,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    TILES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """weights of `scores`, a few queries a program, times exp(the tile's peak - the query's) / the query's total."""
+    start(PDL)
+    stream = tl.program_id(1).to(tl.int64)
+    query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_ok = query < L
+    wait(PDL)
+    offset = (tl.load(position_ptr + stream // H) % C).to(tl.int32)
+    _, tiles = reach(offset, tl.program_id(0) * ROWS // QUERIES, L, C, QUERIES, KEYS)
+    entry = stream * TILES * L + query
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    for tile in range(tiles):
+        peak = tl.maximum(peak, tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0))
+    total = tl.zeros((ROWS,), tl.float32)
+    for tile in range(tiles):
+        shrink = tl.exp(tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0) - peak)
+        total += shrink * tl.load(totals_ptr + entry + tile * L, mask=row_ok, other=0.0)
+    total = tl.where(row_ok, total, 1.0)
+    rows = weights_ptr + (stream * L + query[:, None]) * (TILES * KEYS) + tl.arange(0, KEYS)[None, :]
+    for tile in range(tiles):
+        shrink = tl.exp(tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0) - peak) / total
+        weights = tl.load(rows + tile * KEYS, mask=row_ok[:, None], other=0.0).to(tl.float32) * shrink[:, None]
+        tl.store(rows + tile * KEYS, weights.to(weights_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
 @triton.jit
 def megalodon_weigh(
     weights_ptr,
-    peaks_ptr,
-    totals_ptr,
     v_ptr,
     ring_ptr,
     position_ptr,
@@ -150,7 +200,7 @@ def megalodon_weigh(
     IEEE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """softmax(scores) v times silu(r): a tile of queries of a head, DV_BLOCK features; v, r, gated (B, L, H dv)."""
+    """weights v times silu(r): a tile of queries of a head, DV_BLOCK features; v, r, gated (B, L, H dv)."""
     start(PDL)
     row_tile = query_tiles - 1 - tl.program_id(1)  # the longest first
     stream = tl.program_id(2).to(tl.int64)
@@ -161,15 +211,7 @@ def megalodon_weigh(
     row_ok = query < L
     wait(PDL)
     offset = (tl.load(position_ptr + b) % C).to(tl.int32)
-    first = offset + row_tile * QUERIES
-    chunk = first // C * C
-    tiles = (first + QUERIES - 1 - chunk) // KEYS + 1
-    tiles = tl.minimum(tiles, tl.cdiv(offset + L - chunk, KEYS))
-    entry = stream * TILES * L + query
-    peak = tl.full((QUERIES,), float("-inf"), tl.float32)
-    for tile in range(tiles):
-        peak = tl.maximum(peak, tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0))
-    total = tl.zeros((QUERIES,), tl.float32)
+    chunk, tiles = reach(offset, row_tile, L, C, QUERIES, KEYS)
     sums = tl.zeros((QUERIES, DV_BLOCK), tl.float32)
     ring = ring_ptr + stream * (C * DV)
     new = v_ptr + (b * L * H + head) * DV
@@ -179,16 +221,12 @@ def megalodon_weigh(
         rows, exists = key_rows(key, offset, L, ring, new, DV, H * DV)
         v = tl.load(rows[:, None] + feature[None, :], mask=exists[:, None] & feature_ok, other=0.0)
         weights = tl.load(weight_rows + tile * KEYS, mask=row_ok[:, None], other=0.0)
-        shrink = tl.exp(tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0) - peak)
-        total += shrink * tl.load(totals_ptr + entry + tile * L, mask=row_ok, other=0.0)
-        weights = (weights.to(tl.float32) * shrink[:, None]).to(v.dtype)
         sums = tl.dot(weights, v, sums, input_precision="ieee" if IEEE else "tf32")
     at = (b * L + query[:, None]) * (H * DV) + head * DV + feature[None, :]
     ok = row_ok[:, None] & feature_ok
     dtype = gated_ptr.dtype.element_ty
-    o = (sums / tl.where(row_ok, total, 1.0)[:, None]).to(dtype).to(tl.float32)
     r = silu(tl.load(r_ptr + at, mask=ok, other=0.0).to(tl.float32))
-    tl.store(gated_ptr + at, (o * r).to(dtype), mask=ok)
+    tl.store(gated_ptr + at, (sums.to(dtype).to(tl.float32) * r).to(dtype), mask=ok)
 
 
 @triton.jit

@@ -10,7 +10,8 @@ from torch.library import triton_op
 from . import NOTHING_LEFT, POSITIVE_INFINITY
 from .launch import kernel, power_of_2, programmatic, start, wait
 
-_BLOCK = 16384  # logits that a program reads at a time
+_BLOCK = 8192  # logits that a program compares at a time
+_UNROLLED = 8  # blocks of which all are on their way at once
 
 
 @triton_op("megalodon::choose_greedy", mutates_args={"choice"})
@@ -20,15 +21,25 @@ def choose_greedy(logits: Tensor, choice: Tensor) -> None:
     A fault is 0, or how many logits are NaN, or POSITIVE_INFINITY or NOTHING_LEFT; the token beside it is 0.
     """
     batch, vocabulary = logits.shape
+    block = min(power_of_2(vocabulary), _BLOCK)
     kernel(megalodon_greedy)[(batch,)](
         *(logits, choice, batch),
         V=vocabulary,
-        BLOCK=min(power_of_2(vocabulary), _BLOCK),
+        BLOCK=block,
+        UNROLLED=vocabulary <= _UNROLLED * block,
         PLUS=POSITIVE_INFINITY,
         NOTHING=NOTHING_LEFT,
         PDL=programmatic(logits),
-        num_warps=16 if vocabulary >= 4096 else 4,
+        num_warps=max(block // 256, 1),
     )
+
+
+@triton.jit
+def compared(row_ptr, index, V: tl.constexpr, best, token, unknown):
+    """The best so far at each place of a block, its tokens, and how many were NaN there, with one more block."""
+    x = tl.load(row_ptr + index, mask=index < V, other=float("-inf"))
+    better = x > best  # the first of equal ones stays; NaN is never better
+    return tl.where(better, x, best), tl.where(better, index, token), unknown + (x != x).to(tl.int32)
 
 
 @triton.jit
@@ -38,6 +49,7 @@ def megalodon_greedy(
     batch,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNROLLED: tl.constexpr,
     PLUS: tl.constexpr,
     NOTHING: tl.constexpr,
     PDL: tl.constexpr,
@@ -50,13 +62,13 @@ def megalodon_greedy(
     token = tl.zeros((BLOCK,), tl.int32)
     unknown = tl.zeros((BLOCK,), tl.int32)
     wait(PDL)
-    for first in range(0, V, BLOCK):
-        index = first + offsets
-        x = tl.load(logits_ptr + row * V + index, mask=index < V, other=float("-inf"))
-        unknown += (x != x).to(tl.int32)
-        better = x > best  # the first of equal ones stays; NaN is never better
-        best = tl.where(better, x, best)
-        token = tl.where(better, index, token)
+    row_ptr = logits_ptr + row * V
+    if UNROLLED:
+        for first in tl.static_range(0, V, BLOCK):
+            best, token, unknown = compared(row_ptr, first + offsets, V, best, token, unknown)
+    else:
+        for first in range(0, V, BLOCK):
+            best, token, unknown = compared(row_ptr, first + offsets, V, best, token, unknown)
     peak = tl.max(best, 0)
     chosen = tl.min(tl.where(best == peak, token, V), 0)
     fault = tl.where(peak == float("inf"), PLUS, tl.where(peak == float("-inf"), NOTHING, 0))

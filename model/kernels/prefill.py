@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..norm import TimestepNorm
     from ..rotary import Rotary
 
+_ROWS = 16  # of the weights that a program normalises; a part of every tile of queries
 _CHANNELS = 32  # of the scan in one program: one warp, a thread a channel
 
 
@@ -120,8 +121,7 @@ def attend_chunks(
     q = z.new_empty(batch, heads, length, dz)
     k = torch.empty_like(q)
     single = z.dtype == torch.float32
-    # Large tiles read v less often, small ones leave nobody idle where there is one head of one row.
-    pdl, queries, keys = programmatic(z), 64 if single or heads < 4 else 128, 64
+    pdl, queries, keys = programmatic(z), 64 if single else 128, 64
     tiles = -(-chunk // keys) + queries // keys  # a tile of queries may reach into the next chunk
     per_head = {"H": heads, "PDL": pdl}
     kernel(chunks.megalodon_rotate)[length, heads, batch](
@@ -135,22 +135,30 @@ def attend_chunks(
     peaks = z.new_empty(batch, heads, tiles, length, dtype=torch.float32)
     totals = torch.empty_like(peaks)
     query_tiles = (length + queries - 1) // queries
-    shape = {**per_head, "C": chunk, "QUERIES": queries, "KEYS": keys, "TILES": tiles, "IEEE": single}
-    kernel(chunks.megalodon_scores)[tiles, query_tiles, batch * heads](
+    group = min(heads, 4)  # tiles of keys to one load of q; where there is one head of one row, nobody is left idle
+    shape = {**per_head, "C": chunk, "QUERIES": queries, "KEYS": keys, "TILES": tiles}
+    kernel(chunks.megalodon_scores)[-(-tiles // group), query_tiles, batch * heads](
         *(q, k, key, position, weights, peaks, totals, length),
         DZ=dz,
         DZ_P=max(power_of_2(dz), 16),
+        GROUP=group,
+        IEEE=single,
         num_warps=4,
         **shape,
     )
+    kernel(chunks.megalodon_softmax)[(length + _ROWS - 1) // _ROWS, batch * heads](
+        *(weights, peaks, totals, position, length), ROWS=_ROWS, num_warps=4, **shape
+    )
     gated = torch.empty_like(r)
-    dv_block = max(16, min(power_of_2(dv), 2 * queries))
+    # Large parts read the weights less often, small ones leave nobody idle.
+    dv_block = max(16, min(power_of_2(dv), 128 if single or heads < 4 else 256))
     kernel(chunks.megalodon_weigh)[-(-dv // dv_block), query_tiles, batch * heads](
-        *(weights, peaks, totals, v, value, position, r, gated, length, query_tiles),
+        *(weights, v, value, position, r, gated, length, query_tiles),
         DV=dv,
         DV_BLOCK=dv_block,
-        STAGES=3,
-        num_warps=8 if single or queries == 128 else 4,
+        STAGES=3 if single else 4,
+        IEEE=single,
+        num_warps=8,
         **shape,
     )
     kernel(chunks.megalodon_store)[length, heads, batch](

@@ -230,7 +230,6 @@ def megalodon_local(
     channel = channels_of(tl.program_id(0), length, CHANNELS)
     ok = channel < D
     PLANE: tl.constexpr = N * D
-    p = input_weights(planes_ptr, channel, ok, D, N, N_P)
     q_re = modes(planes_ptr + PLANE, channel, ok, D, N, N_P)
     q_im = modes(planes_ptr + 2 * PLANE, channel, ok, D, N, N_P)
     q2_re, q2_im = q_re * q_re - q_im * q_im, 2.0 * q_re * q_im
@@ -248,6 +247,7 @@ def megalodon_local(
         mode = tl.arange(0, N_P)
         at = mode[:, None] * D + channel[None, :]
         at_ok = (mode < N)[:, None] & ok[None, :]
+        p = input_weights(planes_ptr, channel, ok, D, N, N_P)
         tl.store(states + at, p * re, mask=at_ok)
         tl.store(states + PLANE + at, p * im, mask=at_ok)
 
