@@ -187,7 +187,8 @@ class Cuda final : public Device {
  private:
   class Graph;
 
-  // The one call at a time that may use the stream, with the stream current.
+  // The one call at a time that may use the stream, with the stream current. Products of float32 are of float32,
+  // whatever the process has told torch.
   class Turn {
    public:
     explicit Turn(const Cuda& device) : lock_(device.mutex_), guard_(device.stream_) {}
@@ -195,6 +196,7 @@ class Cuda final : public Device {
    private:
     std::lock_guard<std::mutex> lock_;
     c10::cuda::CUDAStreamGuard guard_;
+    at::NoTF32Guard no_tf32_;
   };
 
   // Makes calls that the stream takes up in its order, without waiting for it.

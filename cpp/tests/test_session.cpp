@@ -75,6 +75,7 @@ TEST(Session, AnySplitGivesTheSameLogits) {
       const Ids part(ids.begin() + static_cast<std::ptrdiff_t>(at), ids.begin() + static_cast<std::ptrdiff_t>(end));
       logits = part.size() == 1 ? session.decode(part[0]) : session.prefill(part);
     }
+    SCOPED_TRACE(size);
     expect_close(logits, expected);
     EXPECT_EQ(session.position(), 300);
   }
