@@ -5,6 +5,7 @@
 namespace megalodon::impl {
 namespace {
 
+constexpr std::uintptr_t kAligned = 16;  // what programs want of a tensor
 constexpr std::size_t kAlignment = 512;  // of tensors in one piece of memory, as those of their own have it on a GPU
 
 template <typename T>
@@ -61,15 +62,44 @@ RecordedStep* CacheBlock::step(std::int64_t first, std::int64_t rows,
   return found != steps_.end() ? found->second.get() : steps_.emplace(key, make()).first->second.get();
 }
 
+std::byte* CacheBlock::aligned(std::size_t tensor, std::int64_t first, std::int64_t rows) {
+  const std::lock_guard lock(mutex_);
+  const std::tuple key(tensor, first, rows);
+  auto found = aligned_.find(key);
+  if (found == aligned_.end()) {
+    found = aligned_.emplace(key, DeviceMemory(device_, layout_[tensor].row_bytes * static_cast<std::size_t>(rows))).first;
+  }
+  return found->second.data();
+}
+
 CacheView::CacheView(std::shared_ptr<CacheBlock> block, std::int64_t first, std::int64_t rows)
-    : block_(std::move(block)), first_(first), rows_(rows) {}
+    : block_(std::move(block)), first_(first), rows_(rows) {
+  for (std::size_t i = 0; i < block_->layout().size(); ++i) {
+    if (reinterpret_cast<std::uintptr_t>(block_->row(i, first_)) % kAligned == 0) continue;
+    beside_[i] = block_->aligned(i, first_, rows_);
+  }
+}
+
+void CacheView::enter(void* stream) const {
+  for (const auto& [index, place] : beside_) {
+    block_->device().copy_on(stream, place, memory(index).data(), memory(index).size());
+  }
+}
+
+void CacheView::leave(void* stream) const {
+  for (const auto& [index, place] : beside_) {
+    block_->device().copy_on(stream, memory(index).data(), place, memory(index).size());
+  }
+}
 
 const Tensor& CacheView::tensor(std::size_t index) const {
   for (std::size_t i = tensors_.size(); i < block_->layout().size(); ++i) {
     const CacheTensor& tensor = block_->layout()[i];
     std::vector<std::int64_t> shape{rows_};
     shape.insert(shape.end(), tensor.row_shape.begin(), tensor.row_shape.end());
-    tensors_.push_back(block_->device().over(block_->row(i, first_), shape, *tensor.dtype));
+    const auto beside = beside_.find(i);
+    std::byte* place = beside == beside_.end() ? block_->row(i, first_) : beside->second;
+    tensors_.push_back(block_->device().over(place, shape, *tensor.dtype));
   }
   return tensors_[index];
 }

@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "device.hpp"
@@ -29,6 +30,9 @@ class CacheBlock {
   bool take(std::int64_t row);
   void give_back(std::int64_t row);
 
+  // Memory for a tensor's rows that begin where programs refuse to work: see CacheView.
+  std::byte* aligned(std::size_t tensor, std::int64_t first, std::int64_t rows);
+
   // The step recorded over some rows; `make` records it the first time. It may be null.
   RecordedStep* step(std::int64_t first, std::int64_t rows, const std::function<std::unique_ptr<RecordedStep>()>& make);
 
@@ -43,16 +47,22 @@ class CacheBlock {
   std::size_t states_ = 0;          // bytes of all but the rings
   std::mutex mutex_;
   std::vector<bool> taken_;
+  std::map<std::tuple<std::size_t, std::int64_t, std::int64_t>, DeviceMemory> aligned_;
   std::map<std::pair<std::int64_t, std::int64_t>, std::unique_ptr<RecordedStep>> steps_;
 };
 
-// Some rows of a block, as the tensors of a batch.
+// Some rows of a block, as the tensors of a batch. Programs want tensors that begin at multiples of 16 bytes; others they
+// copy, and what they change in a copy is lost. The rows of a small tensor may begin anywhere, so programs work on
+// memory beside them then, between `enter` and `leave`.
 class CacheView {
  public:
   CacheView(std::shared_ptr<CacheBlock> block, std::int64_t first, std::int64_t rows);
 
   // For programs; by one thread at a time.
   const Tensor& tensor(std::size_t index) const;
+  // Before and after a program runs on the tensors.
+  void enter(void* stream) const;
+  void leave(void* stream) const;
   // Where a tensor's rows are, in the device's memory.
   std::span<std::byte> memory(std::size_t index) const;
   // All of it: small states, in one piece if the rows are all of the block's, and rings.
@@ -69,6 +79,7 @@ class CacheView {
  private:
   std::shared_ptr<CacheBlock> block_;
   std::int64_t first_, rows_;
+  std::map<std::size_t, std::byte*> beside_;  // by tensor, where its rows begin elsewhere
   mutable std::vector<Tensor> tensors_;  // made when they are asked for, which replaying a step does not
 };
 

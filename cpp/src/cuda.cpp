@@ -170,6 +170,10 @@ class Cuda final : public Device {
     run([&](void*) { copy_async(to, from, size); });
   }
 
+  void copy_on(void* stream, void* to, const void* from, std::size_t size) const override {
+    C10_CUDA_CHECK(cudaMemcpyAsync(to, from, size, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)));
+  }
+
   Tensor over(void* data, std::span<const std::int64_t> shape, const DType& dtype) const override {
     return Tensor::over(data, shape, dtype, aoti_torch_device_type_cuda(), stream_.device_index());
   }

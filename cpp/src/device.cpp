@@ -30,6 +30,7 @@ class Cpu final : public Device {
   void copy(void* to, const void* from, std::size_t size) const override {
     if (size > 0) std::memcpy(to, from, size);
   }
+  void copy_on(void*, void* to, const void* from, std::size_t size) const override { copy(to, from, size); }
   Tensor over(void* data, std::span<const std::int64_t> shape, const DType& dtype) const override {
     return Tensor::over(data, shape, dtype, aoti_torch_device_type_cpu());
   }

@@ -52,6 +52,8 @@ class Device {
   virtual void zero(std::byte* memory, std::size_t size) const = 0;
   // Between this device's memory and the host's, or within either; done when it returns.
   virtual void copy(void* to, const void* from, std::size_t size) const = 0;
+  // The same within this device's memory, on the stream that a program runs on, in its order.
+  virtual void copy_on(void* stream, void* to, const void* from, std::size_t size) const = 0;
   // A tensor over contiguous memory of this device that somebody else keeps alive.
   virtual Tensor over(void* data, std::span<const std::int64_t> shape, const DType& dtype) const = 0;
   // Calls programs on the device's stream, which is null on a CPU, and waits until they are done.

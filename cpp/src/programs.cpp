@@ -186,11 +186,13 @@ Tensor Program::run(const Arguments& arguments, const CacheView& cache, void* st
   give(kTokenIds, arguments.token_ids);
   give(kLengths, arguments.lengths);
   give(kChoice, arguments.choice);
+  cache.enter(stream);
   run_stage(begin_, 0, tensors, cache, stream);
   for (std::size_t layer = 0; layer < static_cast<std::size_t>(layers_); ++layer) {
     run_stage(layer_, layer, tensors, cache, stream);
   }
   run_stage(end_, 0, tensors, cache, stream);
+  cache.leave(stream);
   return std::move(tensors[places_.at("logits")]);
 }
 
