@@ -67,7 +67,8 @@ std::byte* CacheBlock::aligned(std::size_t tensor, std::int64_t first, std::int6
   const std::tuple key(tensor, first, rows);
   auto found = aligned_.find(key);
   if (found == aligned_.end()) {
-    found = aligned_.emplace(key, DeviceMemory(device_, layout_[tensor].row_bytes * static_cast<std::size_t>(rows))).first;
+    found =
+        aligned_.emplace(key, DeviceMemory(device_, layout_[tensor].row_bytes * static_cast<std::size_t>(rows))).first;
   }
   return found->second.data();
 }

@@ -51,8 +51,8 @@ class CacheBlock {
   std::map<std::pair<std::int64_t, std::int64_t>, std::unique_ptr<RecordedStep>> steps_;
 };
 
-// Some rows of a block, as the tensors of a batch. Programs want tensors that begin at multiples of 16 bytes; others they
-// copy, and what they change in a copy is lost. The rows of a small tensor may begin anywhere, so programs work on
+// Some rows of a block, as the tensors of a batch. Programs want tensors that begin at multiples of 16 bytes; others
+// they copy, and what they change in a copy is lost. The rows of a small tensor may begin anywhere, so programs work on
 // memory beside them then, between `enter` and `leave`.
 class CacheView {
  public:
@@ -80,7 +80,7 @@ class CacheView {
   std::shared_ptr<CacheBlock> block_;
   std::int64_t first_, rows_;
   std::map<std::size_t, std::byte*> beside_;  // by tensor, where its rows begin elsewhere
-  mutable std::vector<Tensor> tensors_;  // made when they are asked for, which replaying a step does not
+  mutable std::vector<Tensor> tensors_;       // made when they are asked for, which replaying a step does not
 };
 
 // The row of one stream, which no other takes while this lives.

@@ -225,8 +225,8 @@ class Cuda final : public Device {
   at::Tensor anchored_;
 };
 
-// A step captured once and replayed for every token. What it chose stays on the device, where the next one finds it, and
-// travels to the host behind it. Logits are fetched when they are asked for.
+// A step captured once and replayed for every token. What it chose stays on the device, where the next one finds it,
+// and travels to the host behind it. Logits are fetched when they are asked for.
 class Cuda::Graph final : public RecordedStep {
  public:
   Graph(const Cuda& device, const Step& step, std::int64_t rows, StepMemory memory, std::int64_t logits_size)

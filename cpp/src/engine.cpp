@@ -121,9 +121,8 @@ void Engine::prefill(std::span<const std::span<const std::int64_t>> token_ids, c
     const Uploaded ids(*device_, padded, std::array{rows, static_cast<std::int64_t>(length)});
     const Uploaded valid(*device_, lengths, std::array{rows});
     Tensor result;
-    device_->run([&](void* stream) {
-      result = programs_.at("prefill").run({&ids.tensor(), &valid.tensor()}, cache, stream);
-    });
+    device_->run(
+        [&](void* stream) { result = programs_.at("prefill").run({&ids.tensor(), &valid.tensor()}, cache, stream); });
     std::vector<std::int64_t> shape{rows, manifest_.logits_size};
     if (manifest_.all_logits) shape.insert(shape.begin() + 1, static_cast<std::int64_t>(length));
     const float* values = values_of(result, shape);
@@ -159,7 +158,8 @@ void Engine::decode(std::span<const std::int64_t> token_ids, const CacheView& ca
   const Program& program = decode_program(rows);
   const Uploaded ids(*device_, token_ids, std::array{rows});
   std::optional<Uploaded> choice;  // not read: the choice is made again below, from the logits
-  if (program.chooses()) choice.emplace(*device_, std::vector<std::int64_t>(2 * token_ids.size()), std::array{2L, rows});
+  if (program.chooses())
+    choice.emplace(*device_, std::vector<std::int64_t>(2 * token_ids.size()), std::array{2L, rows});
   Tensor result;
   device_->run([&](void* stream) {
     result = program.run({.token_ids = &ids.tensor(), .choice = choice ? &choice->tensor() : nullptr}, cache, stream);

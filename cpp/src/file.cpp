@@ -110,7 +110,7 @@ void write_file(const std::filesystem::path& path, std::span<const std::byte> da
 
 MappedFile::MappedFile(const std::filesystem::path& path) {
   const Descriptor file(path, O_RDONLY | O_CLOEXEC);
-  struct stat status {};
+  struct stat status{};
   if (fstat(file.value, &status) != 0 || !S_ISREG(status.st_mode)) {
     throw io_error(path.string() + " cannot be mapped: a regular file expected");
   }

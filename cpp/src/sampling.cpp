@@ -42,10 +42,10 @@ std::int64_t fault_of(std::span<const float> logits, float peak) {
 }
 
 void require_no_fault(std::int64_t fault, std::size_t logits_size) {
-  const std::string found =
-      fault == kPositiveInfinity ? "+inf among the logits"
-      : fault == kNothingLeft    ? "-inf for every token"
-                                 : "NaN in " + std::to_string(fault) + " of " + std::to_string(logits_size) + " logits";
+  const std::string found = fault == kPositiveInfinity ? "+inf among the logits"
+                            : fault == kNothingLeft
+                                ? "-inf for every token"
+                                : "NaN in " + std::to_string(fault) + " of " + std::to_string(logits_size) + " logits";
   require(fault == 0, "row 0 cannot be sampled: " + found +
                           ", expected finite logits (or -inf for tokens that are ruled out); check the weights, the "
                           "dtype and any logits mask");

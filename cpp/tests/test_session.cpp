@@ -168,19 +168,13 @@ TEST(Session, InvalidArgumentsLeaveTheStreamAsItIs) {
   Session session(engine());
   session.prefill(tokens(5));
   const std::vector<std::function<void()>> calls{[&] { session.prefill({}); },
-                                                 [&] {
-                                                   session.prefill({1, -1});
-                                                 },
-                                                 [&] {
-                                                   session.prefill({1, 100'000});
-                                                 },
+                                                 [&] { session.prefill({1, -1}); },
+                                                 [&] { session.prefill({1, 100'000}); },
                                                  [&] { session.decode(-1); },
                                                  [&] { generate(session, {}, options(0)); },
                                                  [&] { generate(session, {}, options(5, -1.0)); },
                                                  [&] { generate(session, {1'000'000}, options(5)); },
-                                                 [&] {
-                                                   megalodon::decode_batch({&session, &session}, {1});
-                                                 },
+                                                 [&] { megalodon::decode_batch({&session, &session}, {1}); },
                                                  [&] { megalodon::decode_batch({}, {}); }};
   for (const auto& call : calls) EXPECT_EQ(status_of(call), MEGALODON_INVALID_ARGUMENT);
   EXPECT_EQ(status_of([&] { megalodon::decode_batch({&session, &session}, {1, 1}); }), MEGALODON_BUSY);
@@ -292,9 +286,7 @@ TEST(Batch, PromptsOfAnyLengthsAreFedSideBySide) {
     std::ranges::reverse(prompts);
   }
   for (std::size_t i = 0; i < alone.size(); ++i) EXPECT_EQ(sessions[i].position(), alone[i].position());
-  EXPECT_EQ(status_of([&] {
-              megalodon::prefill_batch({&sessions[0], &sessions[1]}, {{1}, {}});
-            }),
+  EXPECT_EQ(status_of([&] { megalodon::prefill_batch({&sessions[0], &sessions[1]}, {{1}, {}}); }),
             MEGALODON_INVALID_ARGUMENT);
   EXPECT_EQ(sessions[0].position(), alone[0].position());
 }
