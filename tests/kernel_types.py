@@ -43,8 +43,8 @@ COUNTS: dict[str, tuple[str, str, str, list[tuple[Any, dict[str, Any]]]]] = {
         "fp32",
         [
             (chunks.megalodon_weigh, {**ATTENTION, "DV": 256, "DV_BLOCK": 128, "STAGES": 3, "IEEE": False}),
-            (chunks.megalodon_scores, {**ATTENTION, "DZ": 64, "DZ_P": 64, "GROUP": 2, "IEEE": False}),
-            (chunks.megalodon_softmax, {**ATTENTION, "ROWS": 16}),
+            (chunks.megalodon_scores, {**ATTENTION, "DZ": 64, "DZ_P": 64, "IEEE": False}),
+            (chunks.megalodon_softmax, {**ATTENTION, "ROWS": 16, "GROUP": 2, "TILES_P": 2}),
         ],
     ),
 }

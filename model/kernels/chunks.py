@@ -105,12 +105,12 @@ def megalodon_scores(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     TILES: tl.constexpr,
-    GROUP: tl.constexpr,
     IEEE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """GROUP tiles of keys for a tile of queries -> weights (B, H, L, TILES KEYS); peaks, totals (B, H, TILES, L)."""
+    """A tile of queries and keys -> weights (B, H, L, TILES KEYS); peaks and totals (B, H, TILES, L) float32."""
     start(PDL)
+    tile = tl.program_id(0)
     row_tile = tl.program_id(1)
     stream = tl.program_id(2).to(tl.int64)
     wait(PDL)
@@ -118,26 +118,24 @@ def megalodon_scores(
     query = row_tile * QUERIES + tl.arange(0, QUERIES)
     u = offset + query
     chunk, tiles = reach(offset, row_tile, L, C, QUERIES, KEYS)
-    before = tl.program_id(0) * GROUP
-    if before < tiles:
+    if tile < tiles:
+        key = chunk + tile * KEYS + tl.arange(0, KEYS)
         d = tl.arange(0, DZ_P)
         row_ok = query < L
         q_ok = row_ok[:, None] & (d < DZ)[None, :]
         q = tl.load(q_ptr + (stream * L + query[:, None]) * DZ + d[None, :], mask=q_ok, other=0.0)
-        for tile in tl.range(before, tl.minimum(before + GROUP, tiles), num_stages=min(GROUP, 2)):
-            key = chunk + tile * KEYS + tl.arange(0, KEYS)
-            rows, exists = key_rows(key, offset, L, ring_ptr + stream * (C * DZ), k_ptr + stream * L * DZ, DZ, DZ)
-            k = tl.load(rows[None, :] + d[:, None], mask=exists[None, :] & (d < DZ)[:, None], other=0.0)
-            scores = tl.dot(q, k, input_precision="ieee" if IEEE else "tf32")
-            allowed = (key[None, :] <= u[:, None]) & (key[None, :] >= (u // C * C)[:, None])
-            scores = tl.where(allowed, scores, float("-inf"))
-            peak = tl.max(scores, 1)
-            weights = tl.exp(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
-            entry = (stream * TILES + tile) * L + query
-            tl.store(peaks_ptr + entry, peak, mask=row_ok)
-            tl.store(totals_ptr + entry, tl.sum(weights, 1), mask=row_ok)
-            at = (stream * L + query[:, None]) * (TILES * KEYS) + tile * KEYS + tl.arange(0, KEYS)[None, :]
-            tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=row_ok[:, None])
+        rows, exists = key_rows(key, offset, L, ring_ptr + stream * (C * DZ), k_ptr + stream * L * DZ, DZ, DZ)
+        k = tl.load(rows[None, :] + d[:, None], mask=exists[None, :] & (d < DZ)[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee" if IEEE else "tf32")
+        allowed = (key[None, :] <= u[:, None]) & (key[None, :] >= (u // C * C)[:, None])
+        scores = tl.where(allowed, scores, float("-inf"))
+        peak = tl.max(scores, 1)
+        weights = tl.exp(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+        entry = (stream * TILES + tile) * L + query
+        tl.store(peaks_ptr + entry, peak, mask=row_ok)
+        tl.store(totals_ptr + entry, tl.sum(weights, 1), mask=row_ok)
+        at = (stream * L + query[:, None]) * (TILES * KEYS) + tile * KEYS + tl.arange(0, KEYS)[None, :]
+        tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
 @triton.jit
@@ -150,33 +148,42 @@ def megalodon_softmax(
     H: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     TILES: tl.constexpr,
+    TILES_P: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """weights of `scores`, a few queries a program, times exp(the tile's peak - the query's) / the query's total."""
+    """weights of `scores` times exp(the tile's peak - the query's) / the query's total: ROWS queries, GROUP tiles.
+
+    Everything that a program reads is on its way at once.
+    """
     start(PDL)
-    stream = tl.program_id(1).to(tl.int64)
-    query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    stream = tl.program_id(2).to(tl.int64)
+    query = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_ok = query < L
+    mine = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     wait(PDL)
     offset = (tl.load(position_ptr + stream // H) % C).to(tl.int32)
-    _, tiles = reach(offset, tl.program_id(0) * ROWS // QUERIES, L, C, QUERIES, KEYS)
-    entry = stream * TILES * L + query
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    for tile in range(tiles):
-        peak = tl.maximum(peak, tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0))
-    total = tl.zeros((ROWS,), tl.float32)
-    for tile in range(tiles):
-        shrink = tl.exp(tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0) - peak)
-        total += shrink * tl.load(totals_ptr + entry + tile * L, mask=row_ok, other=0.0)
-    total = tl.where(row_ok, total, 1.0)
-    rows = weights_ptr + (stream * L + query[:, None]) * (TILES * KEYS) + tl.arange(0, KEYS)[None, :]
-    for tile in range(tiles):
-        shrink = tl.exp(tl.load(peaks_ptr + entry + tile * L, mask=row_ok, other=0.0) - peak) / total
-        weights = tl.load(rows + tile * KEYS, mask=row_ok[:, None], other=0.0).to(tl.float32) * shrink[:, None]
-        tl.store(rows + tile * KEYS, weights.to(weights_ptr.dtype.element_ty), mask=row_ok[:, None])
+    _, tiles = reach(offset, tl.program_id(1) * ROWS // QUERIES, L, C, QUERIES, KEYS)
+    if tl.program_id(0) * GROUP < tiles:
+        key = tl.arange(0, KEYS)
+        at = (stream * L + query[:, None, None]) * (TILES * KEYS) + mine[None, :, None] * KEYS + key[None, None, :]
+        ok = row_ok[:, None] & (mine < tiles)[None, :]
+        weights = tl.load(weights_ptr + at, mask=ok[:, :, None], other=0.0)
+        entry = stream * TILES * L + query
+        peaks = tl.load(peaks_ptr + entry[:, None] + mine[None, :] * L, mask=ok, other=float("-inf"))
+        tile = tl.arange(0, TILES_P)
+        all_entries = entry[:, None] + tile[None, :] * L
+        all_ok = row_ok[:, None] & (tile < tiles)[None, :]
+        all_peaks = tl.load(peaks_ptr + all_entries, mask=all_ok, other=float("-inf"))
+        totals = tl.load(totals_ptr + all_entries, mask=all_ok, other=0.0)
+        peak = tl.where(row_ok, tl.max(all_peaks, 1), 0.0)
+        total = tl.where(row_ok, tl.sum(tl.exp(all_peaks - peak[:, None]) * totals, 1), 1.0)
+        factor = tl.exp(peaks - peak[:, None]) / total[:, None]
+        weights = weights.to(tl.float32) * factor[:, :, None]
+        tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=ok[:, :, None])
 
 
 @triton.jit

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..norm import TimestepNorm
     from ..rotary import Rotary
 
-_ROWS = 16  # of the weights that a program normalises; a part of every tile of queries
+_ROWS, _TILES = 16, 8  # of queries, a part of a tile, and of tiles of keys: the weights that a program normalises
 _CHANNELS = 32  # of the scan in one program: one warp, a thread a channel
 
 
@@ -135,19 +135,22 @@ def attend_chunks(
     peaks = z.new_empty(batch, heads, tiles, length, dtype=torch.float32)
     totals = torch.empty_like(peaks)
     query_tiles = (length + queries - 1) // queries
-    group = min(heads, 4)  # tiles of keys to one load of q; where there is one head of one row, nobody is left idle
     shape = {**per_head, "C": chunk, "QUERIES": queries, "KEYS": keys, "TILES": tiles}
-    kernel(chunks.megalodon_scores)[-(-tiles // group), query_tiles, batch * heads](
+    kernel(chunks.megalodon_scores)[tiles, query_tiles, batch * heads](
         *(q, k, key, position, weights, peaks, totals, length),
         DZ=dz,
         DZ_P=max(power_of_2(dz), 16),
-        GROUP=group,
         IEEE=single,
         num_warps=4,
         **shape,
     )
-    kernel(chunks.megalodon_softmax)[(length + _ROWS - 1) // _ROWS, batch * heads](
-        *(weights, peaks, totals, position, length), ROWS=_ROWS, num_warps=4, **shape
+    kernel(chunks.megalodon_softmax)[-(-tiles // _TILES), (length + _ROWS - 1) // _ROWS, batch * heads](
+        *(weights, peaks, totals, position, length),
+        ROWS=_ROWS,
+        GROUP=_TILES,
+        TILES_P=power_of_2(tiles),
+        num_warps=4,
+        **shape,
     )
     gated = torch.empty_like(r)
     # Large parts read the weights less often, small ones leave nobody idle.
