@@ -9,9 +9,12 @@ Each case is a variant of the small model and a batch; rows are ragged, calls cr
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
+from golden_data import convert, load, write_checkpoint
 from small_models import VARIANTS, make_model, random_tokens
 
 from megalodon_export.model import (
@@ -42,6 +45,9 @@ CASES = {
     "int4 tiles": ("megalodon-hf", 5, (), 2),
 }
 
+GOLDEN = ("model_small_swiglu",)  # of the golden files; the interpreter takes its time
+OTHERS = (*GOLDEN, "greedy")  # not the plain form, but the original's logits, and the sampler's choice
+
 
 def interpret() -> None:
     """Make Triton's interpreter ready, before the kernels are imported."""
@@ -53,9 +59,11 @@ def interpret() -> None:
 
 
 def run(name: str, device: str = "cpu") -> float:
-    """Largest difference of logits and visible cache between both forms; of "greedy", the wrong choices."""
+    """Largest difference of logits and visible cache between both forms; see GOLDEN and "greedy"."""
     if name == "greedy":
         return wrong_choices(device)
+    if name in GOLDEN:
+        return golden_difference(name, device)
     variant, batch, calls, steps = CASES[name]
     weights = name.split()[0] if name.startswith("int") else "float"
     plain, fast = (make(weights, VARIANTS[variant]).to(device) for _ in range(2))
@@ -95,6 +103,25 @@ def make(weights: str, variant: dict[str, Any], dtype: torch.dtype = torch.float
     return model
 
 
+def golden_difference(name: str, device: str = "cpu") -> float:
+    """Largest difference of the kernels' logits from the original's, over a golden file's stream of calls and steps."""
+    info, tensors = load(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        convert(name)(write_checkpoint(name, Path(scratch, "source")), Path(scratch, "model"))
+        model = MegalodonForCausalLM.from_pretrained(Path(scratch, "model")).eval().to(device)
+    freeze_constants(model)
+    use_kernels(model)
+    token_ids, expected = (tensors[key].to(device) for key in ("tokens", "stream.logits"))
+    segments = next(case["segments"] for case in info["cases"] if case["name"] == "stream")
+    cache, logits = model.new_cache(token_ids.shape[0]), []
+    with torch.no_grad():
+        for piece in token_ids[:, : sum(segments)].split(segments, dim=1):
+            step = piece.shape[1] == 1
+            found = model.decode(piece[:, 0], cache)[:, None] if step else model(piece, past_key_values=cache).logits
+            logits.append(found)
+    return difference(torch.cat(logits, dim=1), expected)
+
+
 def wrong_choices(device: str = "cpu") -> int:
     """Rows for which the kernel and `sampling.choose` differ, in the most probable token or in what is wrong."""
     from megalodon_export.model.kernels.greedy import choose_greedy
@@ -130,7 +157,7 @@ def cache_difference(a: MegalodonCache, b: MegalodonCache) -> float:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--cuda":
-        for case in sys.argv[2:] or [*CASES, "greedy"]:
+        for case in sys.argv[2:] or [*CASES, *OTHERS]:
             print(case, run(case, "cuda"), flush=True)
     else:
         interpret()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import CASES, make, wrong_choices
+from golden_data import names
+from kernel_cases import CASES, OTHERS, golden_difference, make, wrong_choices
 from small_models import VARIANTS, random_tokens
 
 from megalodon_export.model import MegalodonForCausalLM, freeze_constants, use_kernels
@@ -31,13 +32,13 @@ def interpreted() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {case: pool.submit(run, case) for case in (*CASES, "greedy")}
+        yield {case: pool.submit(run, case) for case in (*CASES, *OTHERS)}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
-@pytest.mark.parametrize("case", [*CASES, "greedy"])
-def test_interpreted_kernels_equal_the_plain_form(
+@pytest.mark.parametrize("case", [*CASES, *OTHERS])
+def test_interpreted_kernels_compute_what_they_should(
     interpreted: dict[str, Future[subprocess.CompletedProcess[str]]], case: str
 ) -> None:
     done = interpreted[case].result()
@@ -100,6 +101,12 @@ def test_compiled_kernels_equal_the_plain_form(name: str, batch: int) -> None:
         assert (a - b).abs().max() < 1e-4
     for x, y in zip(*(visible(c) for c in caches), strict=True):
         assert (x - y).abs().max() <= 1e-4 * max(1.0, float(x.abs().max()))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", [*(n for n in names("model_") if n != "model_inference_longdoc"), *names("hf_")])
+def test_compiled_kernels_compute_what_the_original_does(name: str) -> None:
+    assert golden_difference(name, "cuda") < (1e-3 if name.startswith("hf_") else 2e-4)
 
 
 @pytest.mark.cuda
