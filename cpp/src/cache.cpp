@@ -5,8 +5,9 @@
 namespace megalodon::impl {
 namespace {
 
-constexpr std::uintptr_t kAligned = 16;  // what programs want of a tensor
-constexpr std::size_t kAlignment = 512;  // of tensors in one piece of memory, as those of their own have it on a GPU
+constexpr std::uintptr_t kProgramAlignment = 16;  // what programs want of a tensor
+constexpr std::size_t kPieceAlignment =
+    512;  // of tensors in one piece of memory, as those of their own have it on a GPU
 
 template <typename T>
 void fill(std::span<std::byte> bytes, T value) {
@@ -21,7 +22,7 @@ CacheBlock::CacheBlock(const std::vector<CacheTensor>& layout, const Device& dev
   std::size_t size = 0;
   for (const CacheTensor& tensor : layout) {
     offsets.push_back(size);
-    if (!tensor.ring) size += (bytes_of(tensor) + kAlignment - 1) / kAlignment * kAlignment;
+    if (!tensor.ring) size += (bytes_of(tensor) + kPieceAlignment - 1) / kPieceAlignment * kPieceAlignment;
   }
   memory_.emplace_back(device, size);
   states_ = size;
@@ -76,7 +77,7 @@ std::byte* CacheBlock::aligned(std::size_t tensor, std::int64_t first, std::int6
 CacheView::CacheView(std::shared_ptr<CacheBlock> block, std::int64_t first, std::int64_t rows)
     : block_(std::move(block)), first_(first), rows_(rows) {
   for (std::size_t i = 0; i < block_->layout().size(); ++i) {
-    if (reinterpret_cast<std::uintptr_t>(block_->row(i, first_)) % kAligned == 0) continue;
+    if (reinterpret_cast<std::uintptr_t>(block_->row(i, first_)) % kProgramAlignment == 0) continue;
     beside_[i] = block_->aligned(i, first_, rows_);
   }
 }
