@@ -58,7 +58,8 @@ class GatedAttention(nn.Module):
         y, ema = self.cema(x_norm, plan, ema)
         if relay is not None:
             y = relay.send(self, y, (*norm, ema))
-        m, q, k, v = self._project(x_norm, y, rotary)
+        # The EMA leaves time last. Three products follow, and each would make a copy of its own of such a view.
+        m, q, k, v = self._project(x_norm, compact(y), rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, d)
         dropout = self.attention_dropout if self.training else 0.0
         if cache is not None and self.horizon is not None:
