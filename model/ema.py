@@ -160,11 +160,15 @@ def scan_blocks(c: dict[str, Tensor], x: Tensor, plan: PrefillPlan, state: Tenso
     to_state = (powers[:, :BLOCK].flip(1) * c["p"][:, None, :, None]).flatten(2)
     added = torch.bmm(blocks, to_state).unflatten(-1, (ndim, 2))
     # State at the start of every block: prefix sums of what blocks add, decayed by q^T a block, by doubling.
+    # Real and imaginary parts apart: of pairs, a compiler for CPUs makes no vectors.
     carried = torch.cat([state.transpose(0, 1)[:, :, None], added.unflatten(1, (batch, count))[:, :, :-1]], dim=2)
+    re, im = carried.unbind(-1)
     for i, shift in enumerate(carry_shifts(plan.max_length)):
-        earlier = first(F.pad(carried, (0, 0, 0, 0, shift, 0)), 2, count)
-        carried = carried + complex_mul(earlier, decays[:, None, None, i])
-    return Scan(powers, padded, blocks, to_state, carried)
+        earlier_re, earlier_im = (first(F.pad(part, (0, 0, shift, 0)), 2, count) for part in (re, im))
+        decay_re, decay_im = decays[:, None, None, i].unbind(-1)
+        re = re + (earlier_re * decay_re - earlier_im * decay_im)
+        im = im + (earlier_re * decay_im + earlier_im * decay_re)
+    return Scan(powers, padded, blocks, to_state, torch.stack([re, im], dim=-1))
 
 
 def block_powers(c: dict[str, Tensor], length: int, device: torch.device) -> Tensor:
