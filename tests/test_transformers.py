@@ -168,6 +168,17 @@ def test_onnx_exporter(exporters: Any) -> None:
     assert_runs_as_eager(model, exported, random_tokens(2, 12, seed=1), 9)
 
 
+def test_onnx_exporter_takes_any_batch_and_length(exporters: Any) -> None:
+    model = make_model(torch.float32, num_layers=1, chunk_size=64)
+    model.config.use_cache = False
+    with dynamo.patch(fake_tensor_cache_enabled=False):
+        config = exporters.OnnxConfig(dynamic=True)
+        exported = exporters.OnnxExporter().export(model, {"input_ids": random_tokens(2, 40)}, config)
+    for batch, length in ((3, 50), (1, 33), (1, 7)):
+        token_ids = random_tokens(batch, length)
+        assert torch.allclose(exported(input_ids=token_ids).logits, model(token_ids).logits, atol=1e-5)
+
+
 LOAD = """
 import sys, torch
 import megalodon_export.exporters.transformers_backend
