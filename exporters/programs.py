@@ -20,6 +20,10 @@ from ..model.ema import BLOCK
 PREFILL, DECODE = "prefill", "decode"
 DECODE_ONE = "decode_one"  # decode once more, for a batch of 1 alone: on a CPU in a form of its own
 
+GREEDY = (
+    "greedy"  # what decode takes besides, on a GPU: (2, B) int64, where it writes the tokens it finds most probable
+)
+
 
 @dataclass(frozen=True)
 class Limits:

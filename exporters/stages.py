@@ -27,7 +27,7 @@ from ..model import MegalodonForCausalLM
 from ..model.cache import FinalCache, LayerCache
 from ..model.modeling import last_valid
 from ..model.plan import BLOCK
-from .programs import DECODE_ONE, PREFILL, Limits, dtype_name, symbolic_sizes
+from .programs import DECODE_ONE, GREEDY, PREFILL, Limits, dtype_name, symbolic_sizes
 from .structures import dimension, flatten_all, rebuild, root_of, unbacked
 
 BEGIN, LAYER, END = STAGES = ("begin", "layer", "end")
@@ -141,12 +141,12 @@ def _examples(
     values = {
         "token_ids": torch.randint(vocabulary, shape, device=device),
         "lengths": torch.full((batch_size,), example - 1, device=device),
-        "greedy": torch.zeros(2, batch_size, dtype=torch.int64, device=device),
+        GREEDY: torch.zeros(2, batch_size, dtype=torch.int64, device=device),
         "layers": cache.layers,
         "final": cache.final,
     }
     dims: dict[str, dict[int, Any]] = {name: {0: batch} for name in flatten_all(values)}
-    dims["greedy"] = {1: batch}
+    dims[GREEDY] = {1: batch}
     if name == PREFILL and blocks > 1:
         dims["token_ids"][1] = limits.granule * Dim("blocks", min=1, max=max(blocks, 3))
     return values, dims

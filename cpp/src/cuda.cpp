@@ -1,5 +1,5 @@
 // The CUDA device: memory from torch's caching allocator, one stream, decode steps recorded as CUDA graphs.
-// The one file that uses libtorch's C++ interface; the others use its C interface.
+// The one file, with overlap.cpp, that uses libtorch's C++ interface; the others use its C interface.
 #include "cuda.hpp"
 
 #include <ATen/Context.h>
@@ -13,9 +13,7 @@
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <cuda.h>
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 
 #include <algorithm>
@@ -26,6 +24,7 @@
 
 #include "error.hpp"
 #include "manifest.hpp"
+#include "overlap.hpp"
 #include "sampling.hpp"
 
 namespace megalodon::impl {
@@ -33,9 +32,7 @@ namespace {
 
 namespace allocator = c10::cuda::CUDACachingAllocator;
 
-// As in model/kernels: kernels of this name wait for the one before them themselves, up to so many rows.
-constexpr std::string_view kWaits = "megalodon_";
-constexpr std::int64_t kFewRows = 4;
+constexpr std::int64_t kFewRows = 4;  // as in model/kernels: up to so many, kernels of a step overlap
 
 // libtorch's exceptions as the library's.
 template <typename Call>
@@ -48,73 +45,6 @@ auto translated(Call call) {
     throw Error(MEGALODON_FAILED, error.what_without_backtrace());
   }
 }
-
-// ---- programmatic dependent launch ----------------------------------------------------------------------------------
-
-// Lets a kernel begin while the one before it still runs, as megalodon_export/runtimes/programmatic.py does and says
-// why.
-class Overlap {
- public:
-  explicit Overlap(CUgraph graph) : graph_(graph) {}
-
-  // Changes the edges into kernels that wait, in a graph that is not instantiated yet; leaves it as it is where the
-  // driver or the GPU has no such edges.
-  void apply() {
-    cudaDeviceProp properties{};
-    C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, c10::cuda::current_device()));
-    if (properties.major < 9 || library_ == nullptr || edges_ == nullptr) return;
-    std::size_t count = 0;
-    check(edges_(graph_, nullptr, nullptr, nullptr, &count));
-    std::vector<CUgraphNode> from(count), to(count);
-    std::vector<CUgraphEdgeData> data(count);
-    check(edges_(graph_, from.data(), to.data(), data.data(), &count));
-    CUgraphEdgeData programmatic{};
-    programmatic.from_port = 1;  // when every block of the first kernel has asked for its dependents, or has ended
-    programmatic.type = CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC;
-    for (std::size_t i = 0; i < count; ++i) {
-      const bool plain = data[i].type == 0 && data[i].from_port == 0;
-      if (!plain || name(from[i]).empty() || !name(to[i]).starts_with(kWaits)) continue;
-      check(remove_(graph_, &from[i], &to[i], &data[i], 1));
-      check(add_(graph_, &from[i], &to[i], &programmatic, 1));
-    }
-  }
-
- private:
-  using Edges = CUresult (*)(CUgraph, CUgraphNode*, CUgraphNode*, CUgraphEdgeData*, std::size_t*);
-  using Change = CUresult (*)(CUgraph, const CUgraphNode*, const CUgraphNode*, const CUgraphEdgeData*, std::size_t);
-  template <typename Function>
-  Function find(const char* name) const {
-    return library_ == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(library_, name));
-  }
-
-  // The name of a node's kernel; empty for a node of another type.
-  std::string_view name(CUgraphNode node) const {
-    CUgraphNodeType type{};
-    check(type_(node, &type));
-    if (type != CU_GRAPH_NODE_TYPE_KERNEL) return "";
-    CUDA_KERNEL_NODE_PARAMS_v2 params{};
-    const char* text = nullptr;
-    check(params_(node, &params));
-    check(params.func != nullptr ? function_name_(&text, params.func) : kernel_name_(&text, params.kern));
-    return text == nullptr ? "" : text;
-  }
-
-  static void check(CUresult status) {
-    if (status != CUDA_SUCCESS) {
-      throw Error(MEGALODON_FAILED, "the CUDA driver refused to change a captured graph: error " +
-                                        std::to_string(static_cast<int>(status)));
-    }
-  }
-
-  CUgraph graph_;
-  void* library_ = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);  // loaded by now; torch does not link it either
-  Edges edges_ = find<Edges>("cuGraphGetEdges_v2");
-  Change remove_ = find<Change>("cuGraphRemoveDependencies_v2"), add_ = find<Change>("cuGraphAddDependencies_v2");
-  decltype(&cuGraphNodeGetType) type_ = find<decltype(type_)>("cuGraphNodeGetType");
-  decltype(&cuGraphKernelNodeGetParams) params_ = find<decltype(params_)>("cuGraphKernelNodeGetParams_v2");
-  decltype(&cuFuncGetName) function_name_ = find<decltype(function_name_)>("cuFuncGetName");
-  decltype(&cuKernelGetName) kernel_name_ = find<decltype(kernel_name_)>("cuKernelGetName");
-};
 
 // ---- the device -----------------------------------------------------------------------------------------------------
 
@@ -249,7 +179,7 @@ class Cuda::Graph final : public RecordedStep {
       throw;
     }
     graph_.capture_end();
-    if (rows <= kFewRows) Overlap(graph_.raw_cuda_graph()).apply();
+    if (rows <= kFewRows) overlap_kernels(graph_.raw_cuda_graph());
     graph_.instantiate();
     for (const auto& state : memory.states) live_.push_back(words(state.data(), state.size()));
     live_.push_back(words(choice_.data_ptr(), choice_.nbytes()));
