@@ -51,22 +51,90 @@ void require_no_fault(std::int64_t fault, std::size_t logits_size) {
                           "dtype and any logits mask");
 }
 
-// Sets the weights of tokens that top-k and top-p drop to zero.
-void keep_most_probable(std::vector<double>& weights, std::span<const float> logits, const megalodon_sampling& params) {
-  std::vector<std::size_t> order(logits.size());
-  std::iota(order.begin(), order.end(), std::size_t{0});
-  std::ranges::stable_sort(order, std::greater{}, [&](std::size_t id) { return logits[id]; });
-  const std::size_t kept =
-      params.top_k > 0 ? std::min<std::size_t>(static_cast<std::size_t>(params.top_k), order.size()) : order.size();
-  for (std::size_t rank = kept; rank < order.size(); ++rank) weights[order[rank]] = 0.0;
-  const double total = std::accumulate(weights.begin(), weights.end(), 0.0);  // integers below 2**53: exact
-  double before = 0.0;
-  for (std::size_t rank = 0; rank < kept; ++rank) {
-    double& weight = weights[order[rank]];
-    const double own = weight;
-    if (!(before < params.top_p * total)) weight = 0.0;
-    before += own;
+// What is added and taken away to round to the nearest integer, ties to even: |x| < 2**51 by the first, 0 <= x <= 2**52
+// by the second. What the compiler makes of std::nearbyint is a call, unless it knows of SSE4.1.
+constexpr double kRounder = 0x1.8p52, kRounderOfWeights = 0x1p52;
+
+// The most probable tokens by rank: at least `count` of them, or all. A block's largest logit is a logit, so no more
+// than count logits exceed the largest but count of them, and what is below that one need not be sorted.
+std::vector<std::uint32_t> most_probable(std::span<const float> logits, std::size_t count) {
+  constexpr std::size_t kBlock = 32;
+  float least = -std::numeric_limits<float>::infinity();
+  const std::size_t blocks = logits.size() / kBlock;
+  if (count <= blocks) {
+    std::vector<float> peaks(blocks, least);
+    for (std::size_t i = 0; i < blocks; ++i) {
+      for (std::size_t j = 0; j < kBlock; ++j) peaks[i] = std::max(peaks[i], logits[i * kBlock + j]);
+    }
+    const auto last = peaks.begin() + static_cast<std::ptrdiff_t>(count) - 1;
+    std::ranges::nth_element(peaks, last, std::greater{});
+    least = *last;
   }
+  std::vector<std::uint32_t> ids;
+  for (std::uint32_t id = 0; id < logits.size(); ++id) {
+    if (logits[id] >= least) ids.push_back(id);
+  }
+  std::ranges::stable_sort(ids, std::greater{}, [&](std::uint32_t id) { return logits[id]; });
+  return ids;
+}
+
+// Sums of weights are of integers below 2**53: exact, in any order.
+double sum(std::span<const double> weights) { return std::accumulate(weights.begin(), weights.end(), 0.0); }
+
+// What a token's logit, seen from the peak, weighs beside the peak's `unit`.
+double weight_of(float logit, float peak, double temperature, double unit) {
+  const double below = static_cast<double>(logit) - static_cast<double>(peak);
+  const double weight = exp_reproducible(std::max(below / temperature, kLowestExponent)) * unit;
+  return (weight + kRounderOfWeights) - kRounderOfWeights;
+}
+
+// How many tokens are left by top-p, of some with these weights, by rank: one stays while less than `wanted` is before
+// it.
+std::size_t nucleus(std::span<const double> weights, double wanted) {
+  double before = 0.0;
+  std::size_t size = 0;
+  while (size < weights.size() && before < wanted) before += weights[size++];
+  return size;
+}
+
+// Sets the weights of tokens that top-p drops to zero.
+void keep_nucleus(std::vector<double>& weights, std::span<const float> logits, double top_p) {
+  const double wanted = top_p * sum(weights);
+  std::vector<std::uint32_t> ids;
+  std::vector<double> ranked;
+  std::size_t size = 0;
+  for (std::size_t count = 64; size == ids.size() && size < logits.size(); count *= 8) {
+    ids = most_probable(logits, count);
+    ranked.clear();
+    for (const std::uint32_t id : ids) ranked.push_back(weights[id]);
+    size = nucleus(ranked, wanted);
+  }
+  std::ranges::fill(weights, 0.0);
+  for (std::size_t rank = 0; rank < size; ++rank) weights[ids[rank]] = ranked[rank];
+}
+
+void drop_below(std::vector<double>& weights, double least) {
+  for (double& weight : weights) weight = weight >= least ? weight : 0.0;
+}
+
+// The first token at which the sum of weights exceeds its share of all of them: by blocks, each of four sums that do
+// not wait for one another.
+std::size_t pick(std::span<const double> weights, double share) {
+  constexpr std::size_t kBlock = 256;
+  std::vector<double> sums((weights.size() + kBlock - 1) / kBlock);
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    const auto block = weights.subspan(i * kBlock, std::min(kBlock, weights.size() - i * kBlock));
+    std::array<double, 4> parts{};
+    for (std::size_t j = 0; j < block.size(); ++j) parts[j % 4] += block[j];
+    sums[i] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  }
+  const double target = share * sum(sums);
+  double cumulative = 0.0;
+  std::size_t block = 0;
+  while (cumulative + sums[block] <= target) cumulative += sums[block++];
+  std::size_t id = block * kBlock;
+  while ((cumulative += weights[id]) <= target) ++id;
+  return id;
 }
 
 // What is wrong with a program's logits is no fault of the caller's arguments.
@@ -101,11 +169,13 @@ double uniform(std::uint64_t seed, std::uint64_t index) {
 }
 
 double exp_reproducible(double x) {
-  const double n = std::nearbyint(x * kLog2E);  // ties to even
+  // n = nearest integer to x log2(e); it stands in the last bits of its sum with kRounder, more than an exponent has.
+  const double shifted = x * kLog2E + kRounder;
+  const double n = shifted - kRounder;
   const double r = (x - n * kLn2High) - n * kLn2Low;
   double result = kTaylor.back();
   for (std::size_t k = kTaylor.size() - 1; k-- > 0;) result = result * r + kTaylor[k];
-  return result * std::bit_cast<double>(static_cast<std::uint64_t>(static_cast<std::int64_t>(n) + 1023) << 52);
+  return result * std::bit_cast<double>((std::bit_cast<std::uint64_t>(shifted) + 1023) << 52);
 }
 
 std::int64_t sample(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index) {
@@ -113,24 +183,30 @@ std::int64_t sample(std::span<const float> logits, const megalodon_sampling& par
   require_no_fault(fault_of(logits, *peak), logits.size());
   if (params.temperature == 0.0) return peak - logits.begin();
   const double unit = std::ldexp(1.0, 53 - std::bit_width(logits.size()));
-  std::vector<double> weights(logits.size());
-  for (std::size_t id = 0; id < logits.size(); ++id) {
-    const double below = static_cast<double>(logits[id]) - static_cast<double>(*peak);
-    weights[id] = std::nearbyint(exp_reproducible(std::max(below / params.temperature, kLowestExponent)) * unit);
+  const auto weight = [peak = *peak, temperature = params.temperature, unit](float logit) {
+    return weight_of(logit, peak, temperature, unit);
+  };
+  const double share = uniform(params.seed, index), least = params.min_p * unit;
+  std::vector<double> weights;
+  if (params.top_k > 0 && static_cast<std::size_t>(params.top_k) < logits.size()) {
+    auto ids = most_probable(logits, static_cast<std::size_t>(params.top_k));
+    ids.resize(static_cast<std::size_t>(params.top_k));
+    const auto weigh = [&] {
+      weights.clear();
+      for (const std::uint32_t id : ids) weights.push_back(weight(logits[id]));
+    };
+    weigh();
+    ids.resize(nucleus(weights, params.top_p * sum(weights)));
+    std::ranges::sort(ids);
+    weigh();
+    drop_below(weights, least);
+    return ids[pick(weights, share)];
   }
-  if (params.top_k > 0 || params.top_p < 1.0) keep_most_probable(weights, logits, params);
-  for (double& weight : weights) {
-    if (!(weight >= params.min_p * unit)) weight = 0.0;
-  }
-  const double target = uniform(params.seed, index) * std::accumulate(weights.begin(), weights.end(), 0.0);
-  double cumulative = 0.0;
-  std::int64_t token = 0;
-  for (const double weight : weights) {
-    cumulative += weight;
-    if (cumulative > target) break;
-    ++token;
-  }
-  return token;
+  weights.resize(logits.size());
+  for (std::size_t id = 0; id < logits.size(); ++id) weights[id] = weight(logits[id]);
+  if (params.top_p < 1.0) keep_nucleus(weights, logits, params.top_p);
+  drop_below(weights, least);
+  return static_cast<std::int64_t>(pick(weights, share));
 }
 
 std::int64_t sample_checked(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index) {

@@ -1,8 +1,14 @@
 // The sampler against slow arithmetic of its own; that it equals Python's is tested from Python.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
+#include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <numeric>
+#include <random>
 #include <set>
 #include <vector>
 
@@ -62,6 +68,61 @@ TEST(Sampling, FiltersKeepWhatTheySay) {
   EXPECT_EQ(reached(logits, {1.0, 0, 1.0, 0.3, 0}), (Ids{1, 2, 3}));
   EXPECT_EQ(reached(logits, {1.0, 0, 1.0, 1.0, 0}), (Ids{1, 2}));
   EXPECT_EQ(reached(logits, {0.0, 0, 1.0, 0.0, 0}), (Ids{1}));
+}
+
+// Steps 2 to 8 of megalodon_export/sampling.py, as they are written there: the whole vocabulary sorted, sums in order.
+std::int64_t sample_slowly(const std::vector<float>& logits, const megalodon_sampling& params, std::uint64_t index) {
+  const double peak = *std::ranges::max_element(logits);
+  const double unit = std::ldexp(1.0, 53 - std::bit_width(logits.size()));
+  std::vector<double> weights;
+  for (const double logit : logits) {
+    weights.push_back(std::nearbyint(exp_reproducible(std::max((logit - peak) / params.temperature, -64.0)) * unit));
+  }
+  std::vector<std::size_t> order(logits.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::ranges::stable_sort(order, std::greater{}, [&](std::size_t id) { return logits[id]; });
+  if (params.top_k > 0) {
+    for (auto rank = static_cast<std::size_t>(params.top_k); rank < order.size(); ++rank) weights[order[rank]] = 0.0;
+  }
+  const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+  double before = 0.0;
+  for (const std::size_t id : order) {
+    const double own = weights[id];
+    if (!(before < params.top_p * total)) weights[id] = 0.0;
+    before += own;
+  }
+  for (double& weight : weights) {
+    if (!(weight >= params.min_p * unit)) weight = 0.0;
+  }
+  const double target = uniform(params.seed, index) * std::accumulate(weights.begin(), weights.end(), 0.0);
+  double cumulative = 0.0;
+  std::int64_t id = 0;
+  while ((cumulative += weights[static_cast<std::size_t>(id)]) <= target) ++id;
+  return id;
+}
+
+TEST(Sampling, NoShortcutChangesAToken) {
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal(0.0F, 3.0F);
+  const auto any = [&](auto... values) {
+    const std::array choices{values...};
+    return choices[random() % choices.size()];
+  };
+  for (int round = 0; round < 3'000; ++round) {
+    std::vector<float> logits(any(1U, 2U, 3U, 63U, 64U, 65U, 257U, 1'000U, 5'000U));
+    const float step = any(0.0F, 0.25F, 1.0F);  // what is rounded to steps has many equal logits
+    for (float& logit : logits) {
+      logit = normal(random);
+      if (step > 0.0F) logit = std::nearbyint(logit / step) * step;
+    }
+    if (logits.size() > 2 && round % 3 == 0) logits[random() % logits.size()] = -std::numeric_limits<float>::infinity();
+    const megalodon_sampling params{any(0.1, 0.8, 1.0, 3.0), any(0, 0, 1, 5, 50, 64, 100'000),
+                                    any(1.0, 1.0, 0.999, 0.9, 0.5, 1e-9), any(0.0, 0.0, 0.01, 1.0), random()};
+    const std::uint64_t index = random();
+    ASSERT_EQ(sample(logits, params, index), sample_slowly(logits, params, index))
+        << logits.size() << " logits, temperature " << params.temperature << ", top_k " << params.top_k << ", top_p "
+        << params.top_p << ", min_p " << params.min_p;
+  }
 }
 
 TEST(Sampling, WhatIsNoDistributionIsRefused) {
