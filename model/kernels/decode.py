@@ -5,6 +5,7 @@
     (ring.py)  attention over the ring, times r                      -> gated
     linear     h = h1 + wh2 gated + x; later x + alpha fc2 hidden; the head
     feed_up    LayerNorm and fc1 (fc3), silu                         -> hidden
+    (ends.py)  before the first layer, and behind the last one
 
 RMSNorm's factor is one number a row: `project` multiplies its products by it, so no kernel waits for the sum of squares
 alone. What a program reads after its wait it asks for before its first sum: a sum over several warps is a barrier that
