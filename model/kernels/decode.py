@@ -87,7 +87,7 @@ def megalodon_ema_step(
 
     wait(PDL)
     normed, _ = timestep_norm(
-        *(x_ptr, position_ptr, mean_ptr, var_ptr, b, group, channel, ok, weight, bias, eps), G, GROUP, HF
+        x_ptr, position_ptr, mean_ptr, var_ptr, b, group, channel, ok, weight, bias, eps, G, GROUP, HF
     )
     x_norm = tl.reshape(normed, (CHANNELS,)).to(x_norm_ptr.dtype.element_ty)
     tl.store(x_norm_ptr + b * D + flat, x_norm, mask=flat_ok)

@@ -140,7 +140,7 @@ def megalodon_end(
     bias = tl.load(bias_ptr + channel, mask=ok, other=0.0).to(tl.float32)
     wait(PDL)
     y, position = timestep_norm(
-        *(x_ptr, position_ptr, mean_ptr, var_ptr, b, group, channel, ok, weight, bias, eps), G, GROUP, HF
+        x_ptr, position_ptr, mean_ptr, var_ptr, b, group, channel, ok, weight, bias, eps, G, GROUP, HF
     )
     tl.store(y_ptr + b * (G * GROUP) + channel, y.to(y_ptr.dtype.element_ty), mask=ok)
     tl.store(position_ptr + b, position + 1)
