@@ -198,10 +198,22 @@ class MegalodonModel(MegalodonPreTrainedModel):
     def begin_decode(self, token_ids: Tensor, position: Tensor) -> tuple[Tensor, Rotary]:
         """As `begin_prefill`, for one token of each row: x (B, D)."""
         check_dtype(self.dtype_of_weights, self.supported_dtypes)
+        if self.kernels and not self.training:
+            from .kernels.ends import begin
+
+            angles = self.rotary.constants()
+            tables = self.embed.weight, angles["cos"], angles["sin"]
+            x, cos, sin = begin(token_ids, position, *tables, self._embedding_scale)
+            return x, Rotary(cos, sin)
         return self._embed(token_ids), self.rotary(position)
 
     def end_decode(self, x: Tensor, cache: FinalCache) -> Tensor:
         """As `end_prefill`, for one token of each row: x (B, D) -> hidden states (B, D)."""
+        if self.kernels and not self.training:
+            from .kernels.ends import end
+
+            norm, states = self.norm, (cache.position, cache.norm_mean, cache.norm_var)
+            return end(x, *states, norm.weight, norm.bias, norm.eps, norm.statistics == "megalodon-hf")
         x, state = self.norm.step(x, cache.position, NormState(cache.norm_mean, cache.norm_var))
         state.store(cache)
         cache.position.add_(1)
@@ -250,10 +262,14 @@ class MegalodonModel(MegalodonPreTrainedModel):
             cache.count_padding(token_ids.shape[1], before)
         return hidden
 
+    @property
+    def _embedding_scale(self) -> float:
+        return math.sqrt(self.config.model_dim) if self.config.scale_emb else 1.0
+
     def _embed(self, token_ids: Tensor) -> Tensor:
         x = self.embed(token_ids)
         if self.config.scale_emb:
-            x = x * math.sqrt(self.config.model_dim)
+            x = x * self._embedding_scale
         return F.dropout(x, self.config.dropout) if self.training else x
 
 

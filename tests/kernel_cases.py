@@ -8,6 +8,7 @@ Each case is a variant of the small model and a batch; rows are ragged, calls cr
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from golden_data import convert, load, write_checkpoint
 from small_models import VARIANTS, make_model, random_tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_export.model import (
     MegalodonCache,
@@ -46,7 +48,8 @@ CASES = {
 }
 
 GOLDEN = ("model_small_swiglu",)  # of the golden files; the interpreter takes its time
-OTHERS = (*GOLDEN, "greedy")  # not the plain form, but the original's logits, and the sampler's choice
+# Not the plain form of layers, but the original's logits, the sampler's choice, and what is around a step's layers.
+OTHERS = (*GOLDEN, "greedy", "ends")
 
 
 def interpret() -> None:
@@ -59,9 +62,11 @@ def interpret() -> None:
 
 
 def run(name: str, device: str = "cpu") -> float:
-    """Largest difference of logits and visible cache between both forms; see GOLDEN and "greedy"."""
+    """Largest difference of logits and visible cache between both forms; see OTHERS."""
     if name == "greedy":
         return wrong_choices(device)
+    if name == "ends":
+        return wrong_ends(device)
     if name in GOLDEN:
         return golden_difference(name, device)
     variant, batch, calls, steps = CASES[name]
@@ -141,6 +146,56 @@ def wrong_choices(device: str = "cpu") -> int:
         choose_greedy(logits, choice)
         expected = torch.stack(choose(logits, Kind.GREEDY))
         wrong += int((choice != expected).any(dim=0).sum())
+    return wrong
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def wrong_ends(device: str = "cpu") -> int:
+    """How many numbers around a decode step's layers are not the plain form's, over dtypes and variants.
+
+    Also counted: ends that take more than one operator, and unknown tokens that give numbers.
+    """
+    wrong = 0
+    variants = [{**VARIANTS["all flags"], "model_dim": 18}, VARIANTS["megalodon-hf"], VARIANTS["one head"]]
+    for dtype, variant in itertools.product((torch.float32, torch.float16, torch.bfloat16), variants):
+        plain, fast = (make_model(dtype, **variant).to(device).model for _ in range(2))
+        for model in (plain, fast):
+            model.supported_dtypes = (dtype,)
+            freeze_constants(model)
+        fast.kernels = True
+        ours, theirs = (model.new_cache(3).final for model in (fast, plain))
+        for final in (ours, theirs):
+            final.position += torch.tensor([0, 4, 70], device=device)
+        for index in range(4):
+            ids = random_tokens(3, 2, seed=index).to(device)[:, 0]  # not contiguous
+            with torch.no_grad():
+                x, rotary = plain.begin_decode(ids, theirs.position)
+                y = plain.end_decode(x, theirs)
+                with Operators() as operators:
+                    found_x, found_rotary = fast.begin_decode(ids, ours.position)
+                    found_y = fast.end_decode(x, ours)
+            wrong += operators.names != ["megalodon.begin.default", "megalodon.end.default"]
+            near = [(found_y, y), (ours.norm_mean, theirs.norm_mean), (ours.norm_var, theirs.norm_var)]
+            same = [*zip(found_rotary, rotary, strict=True), (ours.position, theirs.position)]
+            # Triton's interpreter rounds to bfloat16 by cutting off.
+            (near if (device, dtype) == ("cpu", torch.bfloat16) else same).append((found_x, x))
+            wrong += sum(int((a != b).sum()) + (a.dtype != b.dtype) for a, b in same)
+            off = [(a - b).abs() > (2 * torch.finfo(dtype).eps + 1e-5) * b.abs().clamp(min=1) for a, b in near]
+            wrong += sum(int(those.sum()) for those in off)
+        with torch.no_grad():
+            x, _ = fast.begin_decode(torch.tensor([-1, fast.config.vocab_size, 0], device=device), ours.position)
+        wrong += int((x.isnan() != torch.tensor([[True], [True], [False]], device=device)).sum())
     return wrong
 
 

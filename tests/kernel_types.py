@@ -1,6 +1,6 @@
 """Compiles kernels for sm_90, which takes no GPU, and prints for each a count of what its machine code should not have.
 
-python kernel_types.py float64    arithmetic in float64, where eps is one; conversions do not count
+python kernel_types.py float64    arithmetic in float64, where eps or scale is one; conversions do not count
 python kernel_types.py narrow     loads of single numbers of 16 bits, from aligned tensors in bfloat16
 """
 
@@ -14,10 +14,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megalodon_export.model.kernels import chunks, decode, norms, ring
+from megalodon_export.model.kernels import chunks, decode, ends, norms, ring
 
 ATTENTION = {"H": 1, "C": 64, "QUERIES": 64, "KEYS": 64, "TILES": 2, "PDL": True}
-# count -> its instructions in PTX, the dtypes of tensors and of eps, kernels with their constants
+# count -> its instructions in PTX, the dtypes of tensors and of eps and scale, kernels with their constants
 COUNTS: dict[str, tuple[str, str, str, list[tuple[Any, dict[str, Any]]]]] = {
     "float64": (
         r"^\s+(?!cvt|ld|mov)\w[\w.]*\.f64",
@@ -35,6 +35,14 @@ COUNTS: dict[str, tuple[str, str, str, list[tuple[Any, dict[str, Any]]]]] = {
             ),
             (norms.megalodon_rms, {"D": 256, "D_P": 256, "AFFINE": True, "PDL": True}),
             (norms.megalodon_layer_norm, {"D": 256, "D_P": 256, "SUM": True, "AFFINE": True, "PDL": True}),
+            (
+                ends.megalodon_begin,
+                {"V": 512, "D": 256, "D_P": 256, "C": 64, "HALF": 32, "HALF_P": 32, "PDL": True},
+            ),
+            (
+                ends.megalodon_end,
+                {"G": 8, "G_P": 8, "GROUP": 32, "GROUP_P": 32, "HF": True, "PDL": True},
+            ),
         ],
     ),
     "narrow": (
@@ -45,10 +53,15 @@ COUNTS: dict[str, tuple[str, str, str, list[tuple[Any, dict[str, Any]]]]] = {
             (chunks.megalodon_weigh, {**ATTENTION, "DV": 256, "DV_BLOCK": 128, "STAGES": 3, "IEEE": False}),
             (chunks.megalodon_scores, {**ATTENTION, "DZ": 64, "DZ_P": 64, "IEEE": False}),
             (chunks.megalodon_softmax, {**ATTENTION, "ROWS": 16, "GROUP": 2, "TILES_P": 2}),
+            (
+                chunks.megalodon_store,
+                {"H": 1, "C": 64, "DZ": 256, "DZ_P": 256, "DV": 2048, "BLOCK": 2048, "PDL": True},
+            ),
         ],
     ),
 }
-OTHERS = {"position_ptr": "*i64", "lengths_ptr": "*i64", "peaks_ptr": "*fp32", "totals_ptr": "*fp32"}
+OTHERS = dict.fromkeys(("token_ptr", "position_ptr", "lengths_ptr"), "*i64")
+OTHERS |= dict.fromkeys(("peaks_ptr", "totals_ptr"), "*fp32")
 
 
 def compiled(function: Any, constants: dict[str, Any], tensors: str, eps: str) -> str:
@@ -59,7 +72,7 @@ def compiled(function: Any, constants: dict[str, Any], tensors: str, eps: str) -
             return "constexpr"
         if name.endswith("_ptr"):
             return OTHERS.get(name, tensors)
-        return eps if name == "eps" else "i32"
+        return eps if name in ("eps", "scale") else "i32"
 
     signature = {name: of(name) for name in function.arg_names}
     place = {name: (function.arg_names.index(name),) for name in signature}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_data import names
-from kernel_cases import CASES, OTHERS, golden_difference, make, wrong_choices
+from kernel_cases import CASES, OTHERS, golden_difference, make, wrong_choices, wrong_ends
 from small_models import VARIANTS, random_tokens
 
 from megalodon_export.model import MegalodonForCausalLM, freeze_constants, use_kernels
@@ -50,14 +50,15 @@ def test_interpreted_kernels_compute_what_they_should(
 def test_compiled_for_a_gpu_no_kernel_becomes_float64_by_its_eps() -> None:
     """Compiled programs pass numbers as float64, and a sum with one made feed_up take twice the time."""
     found = compiled("float64")
-    assert set(found) == {"megalodon_feed_up", "megalodon_attend", "megalodon_rms", "megalodon_layer_norm"}
-    assert set(found.values()) == {"0"}
+    names = {"feed_up", "attend", "rms", "layer_norm", "begin", "end"}
+    assert found == {f"megalodon_{name}": "0" for name in names}
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
 def test_compiled_for_a_gpu_attention_loads_whole_vectors() -> None:
     """A choice between two pointers, to the ring and to what is new, once made it load values number by number."""
-    assert compiled("narrow") == {"megalodon_weigh": "0", "megalodon_scores": "0", "megalodon_softmax": "0"}
+    names = {"weigh", "scores", "softmax", "store"}
+    assert compiled("narrow") == {f"megalodon_{name}": "0" for name in names}
 
 
 def compiled(count: str) -> dict[str, str]:
@@ -112,6 +113,11 @@ def test_compiled_kernels_compute_what_the_original_does(name: str) -> None:
 @pytest.mark.cuda
 def test_compiled_choices_are_those_of_the_sampler() -> None:
     assert wrong_choices("cuda") == 0
+
+
+@pytest.mark.cuda
+def test_compiled_ends_of_a_step_equal_the_plain_form() -> None:
+    assert wrong_ends("cuda") == 0
 
 
 @pytest.mark.cuda

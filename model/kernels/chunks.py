@@ -248,6 +248,7 @@ def megalodon_store(
     H: tl.constexpr,
     C: tl.constexpr,
     DZ: tl.constexpr,
+    DZ_P: tl.constexpr,
     DV: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -259,14 +260,13 @@ def megalodon_store(
     b = tl.program_id(2).to(tl.int64)
     wait(PDL)
     length = tl.load(lengths_ptr + b)
+    position = tl.load(position_ptr + b)
     if (token < length) & (token >= length - C):
-        slot = (tl.load(position_ptr + b) + token) % C
-        ring = (b * H + head) * C + slot
-        for first in range(0, DZ, BLOCK):
-            d = first + tl.arange(0, BLOCK)
-            k = tl.load(k_ptr + ((b * H + head) * L + token) * DZ + d, mask=d < DZ, other=0.0)
-            tl.store(key_ptr + ring * DZ + d, k, mask=d < DZ)
-        for first in range(0, DV, BLOCK):
-            d = first + tl.arange(0, BLOCK)
-            v = tl.load(v_ptr + ((b * L + token) * H + head) * DV + d, mask=d < DV, other=0.0)
-            tl.store(value_ptr + ring * DV + d, v, mask=d < DV)
+        ring = (b * H + head) * C + (position + token) % C
+        d = tl.arange(0, DZ_P)
+        k = tl.load(k_ptr + ((b * H + head) * L + token) * DZ + d, mask=d < DZ, other=0.0)
+        for first in tl.static_range(0, DV, BLOCK):
+            e = first + tl.arange(0, BLOCK)
+            v = tl.load(v_ptr + ((b * L + token) * H + head) * DV + e, mask=e < DV, other=0.0)
+            tl.store(value_ptr + ring * DV + e, v, mask=e < DV)
+        tl.store(key_ptr + ring * DZ + d, k, mask=d < DZ)

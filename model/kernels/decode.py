@@ -5,6 +5,7 @@
     (ring.py)  attention over the ring, times r                      -> gated
     linear     h = h1 + wh2 gated + x; later x + alpha fc2 hidden; the head
     feed_up    LayerNorm and fc1 (fc3), silu                         -> hidden
+    (ends.py)  before the first layer, and behind the last one
 
 RMSNorm's factor is one number a row: `project` multiplies its products by it, so no kernel waits for the sum of squares
 alone. What a program reads after its wait it asks for before its first sum: a sum over several warps is a barrier that
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .launch import inverse_root, silu, start, wait
-from .norms import layer_norm, scale_and_shift
+from .norms import layer_norm, scale_and_shift, timestep_norm
 from .weights import bias_rows, products, row_products, weight_rows
 
 
@@ -58,8 +59,7 @@ def megalodon_ema_step(
     b = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     inside = tl.arange(0, GROUP_P)
-    group_ok = group < G
-    ok = group_ok[:, None] & (inside < GROUP)[None, :]
+    ok = (group < G)[:, None] & (inside < GROUP)[None, :]
     channel = group[:, None] * GROUP + inside[None, :]
     flat = tl.reshape(channel, (CHANNELS,))
     flat_ok = tl.reshape(ok, (CHANNELS,))
@@ -86,24 +86,9 @@ def megalodon_ema_step(
         scale += tl.load(scale_ptr + flat, mask=flat_ok, other=0.0).to(tl.float32)
 
     wait(PDL)
-    x = tl.load(x_ptr + b * D + channel, mask=ok, other=0.0).to(tl.float32)
-    mean_in = tl.load(mean_ptr + b * G + group, mask=group_ok, other=0.0)
-    var_in = tl.load(var_ptr + b * G + group, mask=group_ok, other=1.0)
-    count = tl.load(position_ptr + b).to(tl.float32)
-    tl.debug_barrier()  # where threads hold copies of a state, none may write it before all have read it
-    mu = tl.sum(x, 1) / GROUP
-    within = tl.where(ok, x - mu[:, None], 0.0)
-    share = 1.0 / (count + 1.0)
-    delta = mu - mean_in
-    mean = mean_in + delta * share
-    between = delta * delta * count * share
-    if HF:
-        variance = tl.maximum((tl.maximum(count, 1.0) * var_in + between) * share, 1e-6)
-    else:
-        variance = (count * var_in + tl.sum(within * within, 1) / GROUP + between) * share
-    tl.store(mean_ptr + b * G + group, mean, mask=group_ok)
-    tl.store(var_ptr + b * G + group, variance, mask=group_ok)
-    normed = (x - mean[:, None]) * inverse_root(variance, eps)[:, None] * weight + bias
+    normed, _ = timestep_norm(
+        x_ptr, position_ptr, mean_ptr, var_ptr, b, group, channel, ok, weight, bias, eps, G, GROUP, HF
+    )
     x_norm = tl.reshape(normed, (CHANNELS,)).to(x_norm_ptr.dtype.element_ty)
     tl.store(x_norm_ptr + b * D + flat, x_norm, mask=flat_ok)
 

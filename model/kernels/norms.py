@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm of whole rows, one row a program."""
+"""RMSNorm and LayerNorm of whole rows, one row a program, and TimestepNorm of one token."""
 
 from __future__ import annotations
 
@@ -6,6 +6,51 @@ import triton
 import triton.language as tl
 
 from .launch import inverse_root, start, wait
+
+
+@triton.jit
+def timestep_norm(
+    x_ptr,
+    position_ptr,
+    mean_ptr,
+    var_ptr,
+    b,
+    group,
+    channel,
+    ok,
+    weight,
+    bias,
+    eps,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    HF: tl.constexpr,
+):
+    """TimestepNorm of some groups of row b of x (B, D): y (groups, channels) float32, and the row's position.
+
+    `channel`, whether it is one (`ok`), `weight` (with its 1) and `bias` are (groups, channels), too. The statistics of
+    the groups change in place, after every thread has read what this reads.
+    """
+    D: tl.constexpr = G * GROUP
+    group_ok = group < G
+    x = tl.load(x_ptr + b * D + channel, mask=ok, other=0.0).to(tl.float32)
+    mean_in = tl.load(mean_ptr + b * G + group, mask=group_ok, other=0.0)
+    var_in = tl.load(var_ptr + b * G + group, mask=group_ok, other=1.0)
+    position = tl.load(position_ptr + b)
+    count = position.to(tl.float32)
+    tl.debug_barrier()  # where threads hold copies of a state, none may write it before all have read it
+    mu = tl.sum(x, 1) / GROUP
+    within = tl.where(ok, x - mu[:, None], 0.0)
+    share = 1.0 / (count + 1.0)
+    delta = mu - mean_in
+    mean = mean_in + delta * share
+    between = delta * delta * count * share
+    if HF:
+        variance = tl.maximum((tl.maximum(count, 1.0) * var_in + between) * share, 1e-6)
+    else:
+        variance = (count * var_in + tl.sum(within * within, 1) / GROUP + between) * share
+    tl.store(mean_ptr + b * G + group, mean, mask=group_ok)
+    tl.store(var_ptr + b * G + group, variance, mask=group_ok)
+    return (x - mean[:, None]) * inverse_root(variance, eps)[:, None] * weight + bias, position
 
 
 @triton.jit

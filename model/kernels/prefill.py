@@ -164,8 +164,10 @@ def attend_chunks(
         num_warps=8,
         **shape,
     )
+    block = min(power_of_2(dv), 2048)
+    rows = {"DZ": dz, "DZ_P": power_of_2(dz), "DV": dv, "BLOCK": block, "num_warps": max(block // 512, 1)}
     kernel(chunks.megalodon_store)[length, heads, batch](
-        *(k, v, key, value, lengths, position, length), C=chunk, DZ=dz, DV=dv, BLOCK=256, num_warps=1, **per_head
+        *(k, v, key, value, lengths, position, length), C=chunk, **rows, **per_head
     )
     return gated
 
