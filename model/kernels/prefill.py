@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _ROWS, _TILES = 16, 8  # of queries, a part of a tile, and of tiles of keys: the weights that a program normalises
 _CHANNELS = 32  # of the scan in one program: one warp, a thread a channel
+_WIDE = 2048  # channels from which on longer segments, and more groups in a program, still fill a GPU
 
 
 @triton_op("megalodon::timestep_norm", mutates_args={})
@@ -42,7 +43,7 @@ def timestep_norm(
     """TimestepNorm of x (B, L, D) from statistics (B, G): x_norm, zeros where not valid, and the new statistics."""
     batch, length, dim = x.shape
     groups = mean.shape[1]
-    group = group_sizes(dim, groups)
+    group = group_sizes(dim, groups, 64 if dim < _WIDE else 128)
     segments = (length + SEGMENT - 1) // SEGMENT
     mu = x.new_empty(batch, length, groups, dtype=torch.float32)
     within = torch.empty_like(mu)
@@ -69,21 +70,25 @@ def ema_scan(
 ) -> Tensor:
     """Complex EMA of x (B, L, D), whose state (B, D, N, 2) moves on in place, then RMSNorm: m (B, L, D).
 
-    `planes` (7, N, D) are p, q, gamma and q to the power SEGMENT (see `ComplexEMA`). Zeros where not valid.
+    `planes` (7, N, D) are p, q, gamma and q to the power SEGMENT (see `ComplexEMA`). Zeros where not valid. A scan of
+    segments twice as long takes half of the memory for states, and half of the time to carry them on.
     """
     batch, length, dim = x.shape
     ndim = planes.shape[1]
-    segments = (length + SEGMENT - 1) // SEGMENT
+    doublings = 0 if dim < _WIDE else 1
+    segment = SEGMENT << doublings
+    segments = (length + segment - 1) // segment
     states = x.new_empty(batch, segments, 2, ndim, dim, dtype=torch.float32)
     y = x.new_empty(batch, length, dim, dtype=torch.float32)
     m = torch.empty_like(x)
     pdl = programmatic(x)
     grid = (-(-dim // _CHANNELS), segments, batch)
     sizes: dict[str, Any] = {"D": dim, "N": ndim, "N_P": power_of_2(ndim), "CHANNELS": _CHANNELS}
-    sizes |= {"S": SEGMENT, "PDL": pdl, "num_warps": 1}
+    sizes |= {"S": segment, "PDL": pdl, "num_warps": 1}
     kernel(scan.megalodon_local)[grid](x, lengths, planes, states, length, **sizes)
     kernel(scan.megalodon_carry)[-(-dim * ndim // 128), batch](
-        *(states, state, lengths, planes, segments), D=dim, N=ndim, BLOCK=128, S=SEGMENT, PDL=pdl, num_warps=4
+        *(states, state, lengths, planes, segments),
+        **{"D": dim, "N": ndim, "BLOCK": 128, "S": segment, "DOUBLINGS": doublings, "PDL": pdl, "num_warps": 4},
     )
     kernel(scan.megalodon_scan)[grid](x, lengths, planes, omega, states, y, state, length, **sizes)
     kernel(norms.megalodon_rms)[length, batch](

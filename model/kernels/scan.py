@@ -7,8 +7,8 @@
     scan      y from there, and the state after a row's last token
 
 The recurrence runs in time, a thread a channel, with p taken out of it: h / p <- q h / p + x. That is 7 instructions a
-mode and token with y, and 3 without, two tokens at a time; no powers of q but q^2, and q^S, which comes from magnitude
-and phase. Steps at or beyond a row's length change nothing and give zeros.
+mode and token with y, and 3 without, two tokens at a time; no powers of q but q^2, and q^S, which comes from a power
+that magnitude and phase gave. Steps at or beyond a row's length change nothing and give zeros.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def megalodon_local(
     S: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """states (B, segments, 2, N, D): the state after a segment of x (B, L, D) that began with none; full ones only."""
+    """states (B, segments, 2, N, D): the state after a segment of x (B, L, D) from nothing; not a row's last one."""
     start(PDL)
     segment = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -235,7 +235,7 @@ def megalodon_local(
     q2_re, q2_im = q_re * q_re - q_im * q_im, 2.0 * q_re * q_im
     re = tl.zeros((N_P, CHANNELS), tl.float32)
     im = tl.zeros((N_P, CHANNELS), tl.float32)
-    if (segment + 1) * S <= length:
+    if (segment + 1) * S < length:
         rows = x_ptr + (b * L + segment * S) * D + channel
         a0, a1, a2, a3 = four_tokens(rows, ok, 0, S, D)
         for step in range(0, S, 4):
@@ -254,7 +254,7 @@ def megalodon_local(
 
 @triton.jit
 def addition(entry, segment, full, ok, PLANE: tl.constexpr):
-    """What a segment adds to the state; nothing if it is not a full one."""
+    """What a segment adds to the state; nothing if no other follows it."""
     place = entry + tl.cast(segment, tl.int64) * (2 * PLANE)
     ok = ok & (segment < full)
     return tl.load(place, mask=ok, other=0.0), tl.load(place + PLANE, mask=ok, other=0.0)
@@ -280,9 +280,10 @@ def megalodon_carry(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     S: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """In place: what each full segment adds (B, segments, 2, N, D) -> the state at the start of each, by q^S."""
+    """In place: what each segment adds (B, segments, 2, N, D) -> the state at the start of each, by q^S."""
     start(PDL)
     PLANE: tl.constexpr = N * D
     b = tl.program_id(1).to(tl.int64)
@@ -290,8 +291,10 @@ def megalodon_carry(
     ok = at < PLANE
     leap_re = tl.load(planes_ptr + 5 * PLANE + at, mask=ok, other=0.0)
     leap_im = tl.load(planes_ptr + 6 * PLANE + at, mask=ok, other=0.0)
+    for _ in tl.static_range(DOUBLINGS):
+        leap_re, leap_im = leap_re * leap_re - leap_im * leap_im, 2.0 * leap_re * leap_im
     wait(PDL)
-    full = tl.load(lengths_ptr + b) // S
+    full = (tl.maximum(tl.load(lengths_ptr + b), 1) - 1) // S  # segments that another one follows
     pair = incoming_ptr + b * (2 * PLANE) + (at % D * N + at // D) * 2
     re = tl.load(pair, mask=ok, other=0.0)
     im = tl.load(pair + 1, mask=ok, other=0.0)
