@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _FEATURE_BYTES = 2048  # of a slot's value that a program of attention takes: 16 a thread, for all slots
 _SLOTS = 16  # of a ring that a program of attention reads at a time
 _MAX_SPLITS = 128  # of the ring's slots among programs
+_FEW_ROWS = 2048  # of a weight: fewer do not make enough tiles
 _PROGRAMS = 264  # of attention: two for each multiprocessor of a large GPU
 
 
@@ -33,10 +34,18 @@ def in_turn(columns: int) -> dict[str, int]:
 def in_tiles(rows: int, x: Tensor, bits: int) -> dict[str, Any]:
     """Tiles of `tiles.py` for a weight with so many rows: enough of them to fill a GPU, small enough for its memory."""
     single = x.dtype == torch.float32
-    shape = {"BATCH": 32 if single else 64, "ROWS": 16 if rows < 2048 else 32, "COLUMNS": 64 if single else 128}
+    shape = {"BATCH": 32 if single else 64, "ROWS": 16 if rows < _FEW_ROWS else 32, "COLUMNS": 64 if single else 128}
     if bits == 4:  # two halves of x, and scales for every byte
         shape |= {"COLUMNS": 64, "STAGES": 3}
     return {"STAGES": 4, **shape, "IEEE": single, "num_warps": 4}
+
+
+def in_parts(rows: int, x: Tensor, bits: int) -> dict[str, Any]:
+    """Tiles of `megalodon_linear_tiles`, whose warps share the columns of a weight of few rows."""
+    shape = in_tiles(rows, x, bits)
+    if rows >= _FEW_ROWS or bits == 4:
+        return {**shape, "PARTS": 1}
+    return {**shape, "BATCH": 16, "ROWS": 16, "COLUMNS": 32 if x.dtype == torch.float32 else 64, "PARTS": 4}
 
 
 def few(batch: int) -> tuple[int, int]:
@@ -207,7 +216,7 @@ def linear(
     rest = stored(columns, sizes) - head
     tail = {"HEAD": head, "TAIL_P": power_of_2(rest) if rest else 0}
     kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](*tensors, **sizes, **tail, **shape)
-    shape = in_tiles(rows, x, sizes["BITS"])
+    shape = in_parts(rows, x, sizes["BITS"])
     kernel(tiles.megalodon_linear_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](*tensors, **sizes, **shape)
     return y
 

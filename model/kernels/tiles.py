@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .launch import inverse_root, silu, start, wait
-from .weights import bias_rows, tile_products
+from .weights import bias_rows, split_products, tile_products
 
 
 @triton.jit
@@ -123,6 +123,7 @@ def megalodon_linear_tiles(
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     IEEE: tl.constexpr,
     PDL: tl.constexpr,
@@ -133,9 +134,14 @@ def megalodon_linear_tiles(
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     ok = (b < B)[:, None] & (row < ROWS_OF)[None, :]
     wait(PDL)
-    y = tile_products(
-        x_ptr, weight_ptr, scale_ptr, b, row, B, ROWS_OF, K, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE
-    )
+    if PARTS > 1:
+        y = split_products(
+            x_ptr, weight_ptr, scale_ptr, b, row, B, ROWS_OF, K, BITS, BATCH, ROWS, COLUMNS, PARTS, STAGES, IEEE
+        )
+    else:
+        y = tile_products(
+            x_ptr, weight_ptr, scale_ptr, b, row, B, ROWS_OF, K, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE
+        )
     if BIAS:
         y += bias_rows(bias_ptr, row, ROWS_OF)[None, :]
     if ALPHA:

@@ -145,3 +145,46 @@ def tile_products(
     if BITS == 8:
         sums *= tl.load(scale_ptr + row, mask=row < ROWS_OF, other=0.0)[None, :]
     return sums
+
+
+@triton.jit
+def split_products(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    b,
+    row,
+    B,
+    ROWS_OF: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    IEEE: tl.constexpr,
+):
+    """As `tile_products` (no int4) by PARTS warps that have a part of K each.
+
+    For weights of few rows: their tiles are few, and one that goes through all of K takes as long as its steps.
+    """
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    PART: tl.constexpr = (K + PARTS * COLUMNS - 1) // (PARTS * COLUMNS) * COLUMNS
+    first = tl.arange(0, PARTS) * PART
+    sums = tl.zeros((PARTS, BATCH, ROWS), tl.float32)
+    for k0 in tl.range(0, PART, COLUMNS, num_stages=STAGES):
+        k = first[:, None] + k0 + tl.arange(0, COLUMNS)[None, :]
+        x_ok = (b < B)[None, :, None]
+        weight_ok = (row < ROWS_OF)[None, None, :]
+        if PART * PARTS != K:
+            x_ok = x_ok & (k < K)[:, None, :]
+            weight_ok = weight_ok & (k < K)[:, :, None]
+        x = tl.load(x_ptr + (b * K)[None, :, None] + k[:, None, :], mask=x_ok, other=0.0)
+        at = row.to(tl.int64)[None, None, :] * K + k[:, :, None]
+        weight = tl.load(weight_ptr + at, mask=weight_ok, other=0)
+        sums = tl.dot(x, weight.to(x.dtype), sums, input_precision=precision)
+    y = tl.sum(sums, 0)
+    if BITS == 8:
+        y *= tl.load(scale_ptr + row, mask=row < ROWS_OF, other=0.0)[None, :]
+    return y
