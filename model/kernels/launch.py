@@ -71,8 +71,8 @@ def power_of_2(n: int) -> int:
     return triton.next_power_of_2(n)
 
 
-def group_sizes(dim: int, groups: int, channels: int = 64) -> dict[str, int]:
-    """Sizes of a kernel that takes whole groups of a TimestepNorm, some 64 channels in a program."""
+def group_sizes(dim: int, groups: int, channels: int) -> dict[str, int]:
+    """Sizes of a kernel that takes whole groups of a TimestepNorm, some `channels` in a program."""
     group = dim // groups
     padded = power_of_2(group)
     per_program = min(max(channels // padded, 1), power_of_2(groups))

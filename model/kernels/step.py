@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 _FEATURE_BYTES = 2048  # of a slot's value that a program of attention takes: 16 a thread, for all slots
 _SLOTS = 16  # of a ring that a program of attention reads at a time
 _MAX_SPLITS = 128  # of the ring's slots among programs
+_FEW_COLUMNS = 2560  # of a weight, up to which two or four warps hold its rows
 _FEW_ROWS = 2048  # of a weight: fewer do not make enough tiles
 _PROGRAMS = 264  # of attention: two for each multiprocessor of a large GPU
 
 
-def in_turn(columns: int) -> dict[str, int]:
-    """Rows of a weight in one program and its warps, so that a thread holds some 32 to 128 of its numbers."""
-    if columns <= 2560:
-        return {"ROWS": 2, "num_warps": 2}
+def in_turn(columns: int, rows: int, warps: int) -> dict[str, int]:
+    """Rows of a weight in one program, and its warps: the given ones if its columns are few.
+
+    A thread holds some 64 of a weight's numbers. More rows spare work that every program repeats, and the LayerNorm of
+    `feed_up` is much of it; fewer leave more programs to share the bytes.
+    """
+    if columns <= _FEW_COLUMNS:
+        return {"ROWS": rows, "num_warps": warps}
     return {"ROWS": 4 if columns <= 4096 else 2, "num_warps": 8}
 
 
@@ -77,7 +82,7 @@ def ema_step(
     """
     batch, dim = x.shape
     groups, ndim = norm_mean.shape[1], p.shape[1]
-    group = group_sizes(dim, groups)
+    group = group_sizes(dim, groups, 32)
     parts = -(-groups // group["GROUPS"])
     x_norm, scaled = torch.empty_like(x), torch.empty_like(x)
     squares = x.new_empty(batch, parts, dtype=torch.float32)
@@ -90,7 +95,7 @@ def ema_step(
         HF=hf_statistics,
         AFFINE=scale is not None,
         PDL=programmatic(x),
-        num_warps=4 if group["GROUPS"] * group["GROUP_P"] * power_of_2(ndim) >= 512 else 1,
+        num_warps=4 if group["GROUPS"] * group["GROUP_P"] * power_of_2(ndim) > 512 else 1,  # one needs no barriers
     )
     return x_norm, scaled, squares
 
@@ -128,7 +133,7 @@ def project(
     sizes = {"D": dim, "Z": z_dim, "E": value_dim, "H": heads, "C": chunk, "PARTS": squares.shape[1]}
     sizes |= {"PARTS_P": power_of_2(squares.shape[1]), "PDL": programmatic(x_norm), **format_of(wz, sz, dim)}
     rows = (value_dim, value_dim, dim, z_dim)
-    shape = in_turn(dim)
+    shape = in_turn(dim, 4, 2)
     programs = sum(_tiles(n, shape) for n in rows)
     kernel(decode.megalodon_project)[(programs * turn,)](
         *tensors, **sizes, WIDTH=power_of_2(stored(dim, sizes)), **shape
@@ -211,7 +216,7 @@ def linear(
     given = {"BIAS": bias, "ALPHA": alpha, "FIRST": first, "SECOND": second}
     sizes = {"ROWS_OF": rows, "K": columns, **{name: t is not None for name, t in given.items()}}
     sizes |= {"PDL": programmatic(x), **format_of(weight, scale, columns)}
-    shape = in_turn(columns)
+    shape = in_turn(columns, 4, 4)
     head = 1 << (stored(columns, sizes).bit_length() - 1)
     rest = stored(columns, sizes) - head
     tail = {"HEAD": head, "TAIL_P": power_of_2(rest) if rest else 0}
@@ -248,7 +253,7 @@ def feed_up(
     kernel(norms.megalodon_layer_norm)[(batch * apart,)](
         *(h, h, h, *norm, normed, eps), D=dim, D_P=power_of_2(dim), AFFINE=affine, SUM=False, PDL=pdl, num_warps=4
     )
-    shape = in_turn(dim)
+    shape = in_turn(dim, 8 if dim <= 1024 else 4, 4)
     kernel(decode.megalodon_feed_up)[(_tiles(rows, shape) * turn,)](
         *(normed if up["BITS"] == 4 else h, *norm, *weights, hidden, batch, eps),
         **up,
