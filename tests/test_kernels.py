@@ -14,6 +14,7 @@ import pytest
 import torch
 from golden_data import names
 from kernel_cases import CASES, OTHERS, golden_difference, make, wrong_choices, wrong_ends
+from kernel_samples import DTYPES, EXTREMES, excess
 from small_models import VARIANTS, random_tokens
 
 from megalodon_export.model import MegalodonForCausalLM, freeze_constants, use_kernels
@@ -22,28 +23,62 @@ from megalodon_export.verify import BOUNDS, visible
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """The cases, each in a process with one thread, as many at a time as there are processors."""
+Runs = Future[subprocess.CompletedProcess[str]]
+
+
+def interpret(pool: ThreadPoolExecutor, *command: str) -> Runs:
+    """A script of this folder under Triton's interpreter, in a process of its own with one thread."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    script, *arguments = command
+    whole = [sys.executable, str(HERE / script), *arguments]
+    return pool.submit(subprocess.run, whole, env=environment, capture_output=True, text=True, check=False)
 
-    def run(case: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(HERE / "kernel_cases.py"), case]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """As many processes at a time as there are processors."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {case: pool.submit(run, case) for case in (*CASES, *OTHERS)}
+        yield pool
         pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def interpreted(pool: ThreadPoolExecutor) -> dict[str, Runs]:
+    """The cases, all under way."""
+    return {case: interpret(pool, "kernel_cases.py", case) for case in (*CASES, *OTHERS)}
+
+
+@pytest.fixture(scope="module")
+def interpreted_samples(pool: ThreadPoolExecutor) -> dict[str, list[Runs]]:
+    """One sample of every extreme for each dtype, all under way."""
+    seeds = [str(seed) for seed in range(len(EXTREMES))]
+    return {d: [interpret(pool, "kernel_samples.py", d, *seeds[half::2]) for half in (0, 1)] for d in DTYPES}
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
 @pytest.mark.parametrize("case", [*CASES, *OTHERS])
-def test_interpreted_kernels_compute_what_they_should(
-    interpreted: dict[str, Future[subprocess.CompletedProcess[str]]], case: str
-) -> None:
+def test_interpreted_kernels_compute_what_they_should(interpreted: dict[str, Runs], case: str) -> None:
     done = interpreted[case].result()
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout.split()[-1]) < BOUNDS["float32"]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_interpreted_kernels_are_right_on_random_and_extreme_samples(
+    interpreted_samples: dict[str, list[Runs]], dtype: str
+) -> None:
+    for sample in interpreted_samples[dtype]:
+        done = sample.result()
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert max(float(line.split()[-1]) for line in done.stdout.splitlines()) <= 1, done.stdout
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(60))
+def test_compiled_kernels_are_right_on_random_and_extreme_samples(seed: int, dtype: str) -> None:
+    assert excess(seed, DTYPES[dtype], "cuda") <= 1
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")

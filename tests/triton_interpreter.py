@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
 _original = interpreter._patch_lang_tensor
 _splat = interpreter.InterpreterBuilder.create_splat
+_dot = interpreter.InterpreterBuilder.create_dot
 
 
 def _patched(tensor: Any, scope: Any) -> None:
@@ -23,5 +26,17 @@ def _create_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
     return block
 
 
+def _create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+    """As Triton's, which multiplies the bits of bfloat16 as if they were integers."""
+    a, b = (_float32(t) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+    return _dot(self, a, b, *others)
+
+
+def _float32(t: Any) -> Any:
+    bits = t.data.view(np.uint16).astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
 interpreter._patch_lang_tensor = _patched
+interpreter.InterpreterBuilder.create_dot = _create_dot
 interpreter.InterpreterBuilder.create_splat = _create_splat
