@@ -69,6 +69,13 @@ def test_googletest(cpp_build: Path, tiny_bundle: Path) -> None:
     assert "SKIPPED" not in printed
 
 
+@pytest.mark.parametrize("target", ["manifest", "request", "safetensors", "snapshot"])
+def test_what_fuzzing_has_kept(cpp_build: Path, target: str) -> None:
+    corpus = CPP / "fuzz" / "corpus" / target
+    printed = sh(cpp_build / "tests" / f"replay_{target}", corpus)
+    assert printed.split()[0] == str(len(list(corpus.iterdir())))
+
+
 def test_only_the_interface_is_exported(cpp_build: Path) -> None:
     header = (CPP / "include" / "megalodon.h").read_text()
     declared = set(re.findall(r"^MEGALODON_API [^;]*?\b(megalodon_\w+)\(", header, re.MULTILINE))

@@ -15,9 +15,9 @@ Manifest small_model() {
   const DType* float32 = dtype_by_name("float32");
   Manifest manifest{};
   manifest.layout_id = "0123456789abcdef";
-  manifest.cache = {{"layers.0.key", {1, 2, 2}, dtype_by_name("bfloat16"), 0.0, 8},
-                    {"layers.0.norm_var", {2}, float32, 1.0, 8},
-                    {kPosition, {}, dtype_by_name("int64"), 0.0, 8}};
+  manifest.cache = {{"layers.0.key", {1, 2, 2}, dtype_by_name("bfloat16"), 0.0, true, 8},
+                    {"layers.0.norm_var", {2}, float32, 1.0, false, 8},
+                    {kPosition, {}, dtype_by_name("int64"), 0.0, false, 8}};
   return manifest;
 }
 
