@@ -97,7 +97,7 @@ def test_texts_are_those_of_python(
 
 
 def test_a_stream_is_the_answer_in_pieces(service: Service) -> None:
-    fields = {"prompt": "And the king", "max_tokens": 50, "seed": 5, "model": "mine"}
+    fields = {"prompt": "And the king", "max_tokens": 200, "seed": 5, "model": "mine", "ignore_eos": True}
     whole = service.complete(**fields)
     with service.stream(**fields) as stream:
         *pieces, end = list(stream)
