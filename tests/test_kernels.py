@@ -21,8 +21,9 @@ from megalodon_export.model import MegalodonForCausalLM, freeze_constants, use_k
 from megalodon_export.verify import BOUNDS, visible
 
 HERE = Path(__file__).parent
-
-
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)"
+)
 Runs = Future[subprocess.CompletedProcess[str]]
 
 
@@ -55,7 +56,7 @@ def interpreted_samples(pool: ThreadPoolExecutor) -> dict[str, list[Runs]]:
     return {d: [interpret(pool, "kernel_samples.py", d, *seeds[half::2]) for half in (0, 1)] for d in DTYPES}
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
+@needs_triton
 @pytest.mark.parametrize("case", [*CASES, *OTHERS])
 def test_interpreted_kernels_compute_what_they_should(interpreted: dict[str, Runs], case: str) -> None:
     done = interpreted[case].result()
@@ -63,7 +64,7 @@ def test_interpreted_kernels_compute_what_they_should(interpreted: dict[str, Run
     assert float(done.stdout.split()[-1]) < BOUNDS["float32"]
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
+@needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_interpreted_kernels_are_right_on_random_and_extreme_samples(
     interpreted_samples: dict[str, list[Runs]], dtype: str
@@ -81,7 +82,7 @@ def test_compiled_kernels_are_right_on_random_and_extreme_samples(seed: int, dty
     assert excess(seed, DTYPES[dtype], "cuda") <= 1
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
+@needs_triton
 def test_compiled_for_a_gpu_no_kernel_becomes_float64_by_its_eps() -> None:
     """Compiled programs pass numbers as float64, and a sum with one made feed_up take twice the time."""
     found = compiled("float64")
@@ -89,7 +90,7 @@ def test_compiled_for_a_gpu_no_kernel_becomes_float64_by_its_eps() -> None:
     assert found == {f"megalodon_{name}": "0" for name in names}
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)")
+@needs_triton
 def test_compiled_for_a_gpu_attention_loads_whole_vectors() -> None:
     """A choice between two pointers, to the ring and to what is new, once made it load values number by number."""
     names = {"weigh", "scores", "softmax", "store"}

@@ -6,7 +6,7 @@
     carry     the state at the start of every segment, one after the other, by q^S
     scan      y from there, and the state after a row's last token
 
-The recurrence runs in time, a thread a channel, with p taken out of it: h / p <- q h / p + x. That is 7 instructions a
+The recurrence runs in time, a thread a channel, with p taken out of it: h / p <- q h / p + x. That is 6 operations a
 mode and token with y, and 3 without, two tokens at a time; no powers of q but q^2, and q^S, which comes from a power
 that magnitude and phase gave. Steps at or beyond a row's length change nothing and give zeros.
 """
