@@ -31,7 +31,8 @@ def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: A
     model = m.MegalodonForCausalLM(m.MegalodonConfig(**{**SMALL, **overrides})).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(std=1.0 if ".cema." in name else 0.4)
+            columns = parameter.shape[-1] if parameter.dim() == 2 else 1
+            parameter.normal_(std=1.0 if ".cema." in name else 0.4 * min(1.0, (16 / columns) ** 0.5))
             if name.endswith("cema.alpha"):
                 parameter[:, 0] -= 5.0  # one mode of a channel that still knows what came 200 tokens ago
     return model.to(dtype).eval()

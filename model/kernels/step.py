@@ -21,19 +21,23 @@ _FEATURE_BYTES = 2048  # of a slot's value that a program of attention takes: 16
 _SLOTS = 16  # of a ring that a program of attention reads at a time
 _MAX_SPLITS = 128  # of the ring's slots among programs
 _FEW_COLUMNS = 2560  # of a weight, up to which two or four warps hold its rows
+_WARP_BYTES = 512  # of a row that a warp takes with one load
 _FEW_ROWS = 2048  # of a weight: fewer do not make enough tiles
 _PROGRAMS = 264  # of attention: two for each multiprocessor of a large GPU
 
 
-def in_turn(columns: int, rows: int, warps: int) -> dict[str, int]:
+def in_turn(weight: Tensor, columns: int, rows: int, warps: int) -> dict[str, int]:
     """Rows of a weight in one program, and its warps: the given ones if its columns are few.
 
     A thread holds some 64 of a weight's numbers. More rows spare work that every program repeats, and the LayerNorm of
-    `feed_up` is much of it; fewer leave more programs to share the bytes.
+    `feed_up` is much of it; fewer leave more programs to share the bytes. Every thread has 16 bytes of every row, or
+    sums meet again in shared memory, which takes longer than more rows spare.
     """
-    if columns <= _FEW_COLUMNS:
-        return {"ROWS": rows, "num_warps": warps}
-    return {"ROWS": 4 if columns <= 4096 else 2, "num_warps": 8}
+    if columns > _FEW_COLUMNS:
+        return {"ROWS": 4 if columns <= 4096 else 2, "num_warps": 8}
+    if weight.dtype == torch.uint8 or weight.shape[1] * weight.element_size() < warps * _WARP_BYTES:
+        return {"ROWS": 2, "num_warps": 2}
+    return {"ROWS": rows, "num_warps": warps}
 
 
 def in_tiles(rows: int, x: Tensor, bits: int) -> dict[str, Any]:
@@ -133,7 +137,7 @@ def project(
     sizes = {"D": dim, "Z": z_dim, "E": value_dim, "H": heads, "C": chunk, "PARTS": squares.shape[1]}
     sizes |= {"PARTS_P": power_of_2(squares.shape[1]), "PDL": programmatic(x_norm), **format_of(wz, sz, dim)}
     rows = (value_dim, value_dim, dim, z_dim)
-    shape = in_turn(dim, 4, 2)
+    shape = in_turn(wz, dim, 4, 2)
     programs = sum(_tiles(n, shape) for n in rows)
     kernel(decode.megalodon_project)[(programs * turn,)](
         *tensors, **sizes, WIDTH=power_of_2(stored(dim, sizes)), **shape
@@ -216,10 +220,11 @@ def linear(
     given = {"BIAS": bias, "ALPHA": alpha, "FIRST": first, "SECOND": second}
     sizes = {"ROWS_OF": rows, "K": columns, **{name: t is not None for name, t in given.items()}}
     sizes |= {"PDL": programmatic(x), **format_of(weight, scale, columns)}
-    shape = in_turn(columns, 4, 4)
+    shape = in_turn(weight, columns, 4, 4)
     head = 1 << (stored(columns, sizes).bit_length() - 1)
     rest = stored(columns, sizes) - head
-    tail = {"HEAD": head, "TAIL_P": power_of_2(rest) if rest else 0}
+    least = shape["num_warps"] * _WARP_BYTES // weight.element_size() if shape["ROWS"] > 2 else 1  # see `in_turn`
+    tail = {"HEAD": head, "TAIL_P": max(power_of_2(rest), least) if rest else 0}
     kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](*tensors, **sizes, **tail, **shape)
     shape = in_parts(rows, x, sizes["BITS"])
     kernel(tiles.megalodon_linear_tiles)[_tiles(rows, shape) * tile, _batches(batch, shape)](*tensors, **sizes, **shape)
@@ -253,7 +258,7 @@ def feed_up(
     kernel(norms.megalodon_layer_norm)[(batch * apart,)](
         *(h, h, h, *norm, normed, eps), D=dim, D_P=power_of_2(dim), AFFINE=affine, SUM=False, PDL=pdl, num_warps=4
     )
-    shape = in_turn(dim, 8 if dim <= 1024 else 4, 4)
+    shape = in_turn(w1, dim, 8 if dim <= 1024 else 4, 4)
     kernel(decode.megalodon_feed_up)[(_tiles(rows, shape) * turn,)](
         *(normed if up["BITS"] == 4 else h, *norm, *weights, hidden, batch, eps),
         **up,

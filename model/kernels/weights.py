@@ -71,6 +71,20 @@ def weight_rows(
 
 
 @triton.jit
+def spread(y):
+    """A sum over columns (rows), of which every thread holds all, each row to the threads that store it.
+
+    By choices in registers. Left to the compiler, sums of more than two rows go through shared memory, where all
+    threads write to one place, and take twice as many barriers.
+    """
+    row = tl.arange(0, y.shape[0])
+    out = tl.zeros(y.shape, tl.float32)
+    for i in tl.static_range(y.shape[0]):
+        out = tl.where(row == i, tl.sum(tl.where(row == i, y, 0.0), 0), out)
+    return out
+
+
+@triton.jit
 def products(tile, x_ptr, first, K: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
     """A tile of `weight_rows` times its columns of one vector (K), summed in float32."""
     k = columns_of(first, WIDTH, BITS, GROUP)
@@ -90,7 +104,10 @@ def products(tile, x_ptr, first, K: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.
 @triton.jit
 def row_products(tile, x):
     """A tile of floats or int8 times a vector of all its columns, float32."""
-    return tl.sum(float_of_weight(tile[0]) * x[None, :], 1) * tile[1]
+    y = tl.sum(float_of_weight(tile[0]) * x[None, :], 1)
+    if y.shape[0] > 2:
+        y = spread(y)
+    return y * tile[1]
 
 
 @triton.jit
