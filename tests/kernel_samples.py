@@ -104,7 +104,7 @@ class Sample:
             calls[module] += 1
             if calls[module] != call + 1:
                 return output
-            noise = torch.rand(output.shape, generator=generator, dtype=torch.float64) - 0.5
+            noise = 2 * torch.rand(output.shape, generator=generator, dtype=torch.float64) - 1
             return (output.double() * (1 + torch.finfo(dtype).eps * noise.to(device))).to(output.dtype)
 
         for module in model.modules():
