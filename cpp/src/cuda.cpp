@@ -32,8 +32,6 @@ namespace {
 
 namespace allocator = c10::cuda::CUDACachingAllocator;
 
-constexpr std::int64_t kFewRows = 4;  // as in model/kernels: up to so many, kernels of a step overlap
-
 // libtorch's exceptions as the library's.
 template <typename Call>
 auto translated(Call call) {
@@ -179,7 +177,7 @@ class Cuda::Graph final : public RecordedStep {
       throw;
     }
     graph_.capture_end();
-    if (rows <= kFewRows) overlap_kernels(graph_.raw_cuda_graph());
+    overlap_kernels(graph_.raw_cuda_graph());
     graph_.instantiate();
     for (const auto& state : memory.states) live_.push_back(words(state.data(), state.size()));
     live_.push_back(words(choice_.data_ptr(), choice_.nbytes()));

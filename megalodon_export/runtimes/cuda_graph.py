@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..model import MegalodonCache
 from ..model.cache import copy_in_place
-from ..model.kernels import FEW
 from .programmatic import overlap_kernels
 
 
@@ -41,8 +40,7 @@ class CapturedStep:
         self._graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(self._graph):
             step()
-        if cache.batch <= FEW:  # larger tiles leave no room on a multiprocessor for the next kernel
-            overlap_kernels(self._graph)
+        overlap_kernels(self._graph)
         self._graph.instantiate()
 
     def __call__(self) -> None:

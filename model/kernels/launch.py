@@ -1,8 +1,10 @@
 """How the Triton kernels are launched: traceable by torch.export, and on a CPU under Triton's interpreter.
 
-Every kernel of this folder begins with `start` and touches nothing that an earlier kernel of the stream wrote before
-`wait`. Where kernels are linked by programmatic edges (`runtimes/programmatic.py` of the package), that lets one load
-its weights while the one before it still runs; everywhere else both are free.
+No kernel of this folder touches what an earlier kernel of the stream wrote before its `wait`. Where kernels are linked
+by programmatic edges (`runtimes/programmatic.py` of the package), the next one begins with this one's `start`, and
+loads its weights while this one still runs; everywhere else both are free. A kernel that begins early has to take the
+multiprocessors with room for it, not the idle ones. With many rows some kernels fill a GPU, or half of it, and lose
+more by that than they gain: the kernels before those have no `start`, or `start_if_few`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from . import FEW
+
+_FEW = tl.constexpr(FEW)
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -24,6 +29,14 @@ def start(PDL: tl.constexpr):
     """Let the next kernel of the stream begin."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def start_if_few(batch, PDL: tl.constexpr):
+    """`start` if the step has a few rows, whose kernels do not fill a GPU."""
+    if PDL:  # noqa: SIM102 - decided when it is compiled
+        if batch <= _FEW:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import inverse_root, start, wait
+from .launch import inverse_root, start_if_few, wait
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def megalodon_attend(
     -> partial (B H splits, dv) float32, statistics (B H splits, 2): the largest score, the weights' sum. The token's
     own key is taken from z, and written to its slot by the first program of the head.
     """
-    start(PDL)
+    start_if_few(tl.num_programs(2), PDL)
     DV_BLOCKS: tl.constexpr = (DV + DV_BLOCK - 1) // DV_BLOCK
     part = tl.program_id(0) % DV_BLOCKS
     split = tl.program_id(0) // DV_BLOCKS
@@ -150,7 +150,7 @@ def megalodon_combine(
     PDL: tl.constexpr,
 ):
     """softmax-weighted sum over the splits, times r: gated (B, E), in the order of the heads."""
-    start(PDL)
+    start_if_few(tl.num_programs(2), PDL)
     stream = tl.program_id(2).to(tl.int64) * H + tl.program_id(1)
     feature = tl.program_id(0) * DV_BLOCK + tl.arange(0, DV_BLOCK)
     feature_ok = feature < DV

@@ -43,10 +43,10 @@ def in_turn(weight: Tensor, columns: int, rows: int, warps: int) -> dict[str, in
 def in_tiles(rows: int, x: Tensor, bits: int) -> dict[str, Any]:
     """Tiles of `tiles.py` for a weight with so many rows: enough of them to fill a GPU, small enough for its memory."""
     single = x.dtype == torch.float32
-    shape = {"BATCH": 32 if single else 64, "ROWS": 16 if rows < _FEW_ROWS else 32, "COLUMNS": 64 if single else 128}
+    shape = {"BATCH": 32 if single else 64, "ROWS": 16 if rows < _FEW_ROWS else 32, "COLUMNS": 64}
     if bits == 4:  # two halves of x, and scales for every byte
-        shape |= {"COLUMNS": 64, "STAGES": 3}
-    return {"STAGES": 4, **shape, "IEEE": single, "num_warps": 4}
+        return {**shape, "STAGES": 3, "IEEE": single, "num_warps": 4}
+    return {**shape, "STAGES": 4 if single else 6, "IEEE": single, "num_warps": 4}
 
 
 def in_parts(rows: int, x: Tensor, bits: int) -> dict[str, Any]:

@@ -63,8 +63,7 @@ def megalodon_project_tiles(
     IEEE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """As `megalodon_project`."""
-    start(PDL)
+    """As `megalodon_project`. `attend` comes next, which fills a GPU: no `start`."""
     tile = tl.program_id(0)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     E_TILES: tl.constexpr = (E + ROWS - 1) // ROWS
