@@ -41,12 +41,17 @@ def in_turn(weight: Tensor, columns: int, rows: int, warps: int) -> dict[str, in
 
 
 def in_tiles(rows: int, x: Tensor, bits: int) -> dict[str, Any]:
-    """Tiles of `tiles.py` for a weight with so many rows: enough of them to fill a GPU, small enough for its memory."""
+    """Tiles of `tiles.py` for a weight with so many rows: enough of them to fill a GPU, small enough for its memory.
+
+    Of few columns, a program takes many small steps that are all on their way at once.
+    """
     single = x.dtype == torch.float32
-    shape = {"BATCH": 32 if single else 64, "ROWS": 16 if rows < _FEW_ROWS else 32, "COLUMNS": 64}
+    shape = {"BATCH": 32 if single else 64, "ROWS": 16 if rows < _FEW_ROWS else 32, "COLUMNS": 64, "STAGES": 4}
     if bits == 4:  # two halves of x, and scales for every byte
-        return {**shape, "STAGES": 3, "IEEE": single, "num_warps": 4}
-    return {**shape, "STAGES": 4 if single else 6, "IEEE": single, "num_warps": 4}
+        shape["STAGES"] = 3
+    elif not single:
+        shape |= {"STAGES": 6} if x.shape[1] <= _FEW_COLUMNS else {"COLUMNS": 128}
+    return {**shape, "IEEE": single, "num_warps": 4}
 
 
 def in_parts(rows: int, x: Tensor, bits: int) -> dict[str, Any]:
