@@ -11,6 +11,7 @@ from .cache import LayerCache, copy_in_place
 from .config import MegalodonConfig
 from .feed_forward import FeedForward
 from .gated_attention import GatedAttention
+from .kernels import on_kernels
 from .norm import NormState
 from .plan import PrefillPlan
 from .rotary import Rotary
@@ -38,7 +39,7 @@ class MegalodonBlock(nn.Module):
 
         `relay` passes the state on between processes that have pieces of one sequence.
         """
-        if self.kernels and cache is not None and not self.training:
+        if on_kernels(self) and cache is not None:
             from .kernels.prefill import layer_prefill
 
             return layer_prefill(self.attn, self.ffn, x, plan.lengths, plan.position, rotary, cache)
@@ -66,7 +67,7 @@ class MegalodonBlock(nn.Module):
 
     def step(self, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> Tensor:
         """One token, x (B, D) -> (B, D); otherwise as `forward`."""
-        if self.kernels and not self.training:
+        if on_kernels(self):
             from .kernels.step import layer_step
 
             return layer_step(self.attn, self.ffn, x, position, rotary, cache)

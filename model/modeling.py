@@ -25,6 +25,7 @@ from .feed_forward import FeedForward
 from .gated_attention import GatedAttention
 from .generation import CACHE, MegalodonGenerationMixin
 from .horizon import AbsoluteRotary, reserve
+from .kernels import on_kernels
 from .loss import cross_entropy
 from .norm import NormState, TimestepNorm
 from .padding import Rows
@@ -185,7 +186,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 return self.norm(x, plan, state)[0]
             x, state = self.norm(x, plan, NormState(*relay.receive(self.norm, state, x, self.norm)))
             return relay.send(self.norm, x, state)
-        if self.kernels and not self.training:
+        if on_kernels(self):
             from .kernels.prefill import normed
 
             x = normed(self.norm, x, plan.lengths, plan.position, cache.norm_mean, cache.norm_var)
@@ -198,7 +199,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
     def begin_decode(self, token_ids: Tensor, position: Tensor) -> tuple[Tensor, Rotary]:
         """As `begin_prefill`, for one token of each row: x (B, D)."""
         check_dtype(self.dtype_of_weights, self.supported_dtypes)
-        if self.kernels and not self.training:
+        if on_kernels(self):
             from .kernels.ends import begin
 
             angles = self.rotary.constants()
@@ -209,7 +210,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
 
     def end_decode(self, x: Tensor, cache: FinalCache) -> Tensor:
         """As `end_prefill`, for one token of each row: x (B, D) -> hidden states (B, D)."""
-        if self.kernels and not self.training:
+        if on_kernels(self):
             from .kernels.ends import end
 
             norm, states = self.norm, (cache.position, cache.norm_mean, cache.norm_var)
@@ -350,7 +351,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: hidden states (..., D) -> float32 logits (..., V) (float64 of a float64 model)."""
-        if self.model.kernels and hidden.dim() == 2 and not self.training:  # a few rows: as fast as it can be read
+        if on_kernels(self.model) and hidden.dim() == 2:  # a few rows: as fast as it can be read
             from .kernels.step import linear, parts
 
             return linear(hidden, *parts(self.lm_head), None, None, None, torch.float32)

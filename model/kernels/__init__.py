@@ -39,3 +39,8 @@ def use_kernels(model: nn.Module, enabled: bool = True) -> None:
     for module in model.modules():
         if hasattr(module, "kernels"):
             setattr(module, "kernels", enabled)  # noqa: B010 - a plain flag, which nn.Module types as a tensor
+
+
+def on_kernels(module: nn.Module) -> bool:
+    """Whether a pass of a module that `use_kernels` switches runs on the kernels: training does not."""
+    return bool(module.kernels) and not module.training
