@@ -1,0 +1,105 @@
+"""What export costs as a model grows deeper: stages, one compiled layer for all, beside a whole graph of every layer.
+
+    python benchmarks/export_depth.py --preset 200M --layers 4 12 32 --out FILE
+
+Random weights, float32, CPU. Both programs of a bundle are made of stages (`exporters/stages.py`), compiled here one
+after the other; the whole graph is what torch.export gives for decode itself, the weights its constants. (Inductor does
+not compile a whole prefill: how many slots of the ring are read depends on data, a size that the stages hand on.)
+Seconds are the clock's, to export and compile on a machine that does nothing else; bytes are of the libraries, without
+weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from engines import Subject, random_model
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+from megalodon_export.bench import machine
+from megalodon_export.export import versions
+from megalodon_export.exporters import aoti
+from megalodon_export.exporters.programs import DECODE, PREFILL, Limits, symbolic_sizes
+from megalodon_export.model import MegalodonCache, MegalodonForCausalLM, freeze_constants, preset
+
+
+class WholeDecode(nn.Module):
+    """One step of all layers as a function of its tokens and the cache's tensors, which change in place."""
+
+    def __init__(self, model: MegalodonForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token_ids: Tensor, tensors: list[Tensor]) -> Tensor:
+        """Logits (B, V)."""
+        return self.model.decode(token_ids, MegalodonCache.from_tensors(self.model.config, tensors))
+
+
+def compile_whole(model: MegalodonForCausalLM, request: aoti.Request) -> int:
+    """Compile decode as one graph; the bytes of its library."""
+    batch = Dim("batch", min=1, max=request.limits.max_batch)
+    inputs = (torch.zeros(2, dtype=torch.int64), model.new_cache(2).tensors())
+    with torch.no_grad(), symbolic_sizes():
+        exported = export(WholeDecode(model), inputs, dynamic_shapes=({0: batch}, [{0: batch} for _ in inputs[1]]))
+        options = aoti.inductor_options(request, request.program)
+        files = torch._inductor.aot_compile(exported.module(), inputs, options=options)
+    return sum(Path(str(file)).stat().st_size for file in files if str(file).endswith(".so"))
+
+
+def compile_stages(model: MegalodonForCausalLM, request: aoti.Request) -> int:
+    """Compile a program as a bundle's is, from the model's checkpoint; the bytes of its libraries."""
+    model.save_pretrained(request.checkpoint)
+    compiled = aoti.compile_program(request, lambda message: None)
+    files = [Path(file) for stage in compiled.values() for file in stage["files"]]
+    return sum(file.stat().st_size for file in files if file.suffix == ".so")
+
+
+def measure(model: MegalodonForCausalLM, form: str, program: str) -> dict[str, Any]:
+    """A row of the report."""
+    compile_it = compile_whole if form == "whole" else compile_stages
+    with tempfile.TemporaryDirectory() as scratch:
+        limits, checkpoint = Limits.of(model.config), str(Path(scratch, "checkpoint"))
+        request = aoti.Request(checkpoint, program, "cpu", "float32", limits, False, False, scratch)
+        started = time.monotonic()
+        size = compile_it(model, request)
+        seconds = time.monotonic() - started
+    return {"form": form, "program": program, "layers": model.config.num_layers, "seconds": seconds, "bytes": size}
+
+
+def main() -> None:
+    """Measure every depth; the report is written after each row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="200M")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 32])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    found: dict[str, Any] = {
+        "command": "python benchmarks/export_depth.py " + " ".join(sys.argv[1:]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "results": [],
+    }
+    for layers in args.layers:
+        config = preset(args.preset, num_layers=layers)
+        model = random_model(Subject(config, "cpu", "float32", Limits.of(config).max_batch, None))
+        freeze_constants(model)
+        for form, program in (("stages", PREFILL), ("stages", DECODE), ("whole", DECODE)):
+            row = measure(model, form, program)
+            found["results"].append(row)
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
+            print(form, program, layers, f"{row['seconds']:.0f} s, {row['bytes']:,} bytes", flush=True)
+
+
+if __name__ == "__main__":
+    main()
