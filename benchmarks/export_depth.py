@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from engines import Subject, random_model
+from report import head
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from megalodon_export.bench import machine
-from megalodon_export.export import versions
 from megalodon_export.exporters import aoti
 from megalodon_export.exporters.programs import DECODE, PREFILL, Limits, symbolic_sizes
 from megalodon_export.model import MegalodonCache, MegalodonForCausalLM, freeze_constants, preset
@@ -44,23 +41,21 @@ class WholeDecode(nn.Module):
         return self.model.decode(token_ids, MegalodonCache.from_tensors(self.model.config, tensors))
 
 
-def compile_whole(model: MegalodonForCausalLM, request: aoti.Request) -> int:
-    """Compile decode as one graph; the bytes of its library."""
+def compile_whole(model: MegalodonForCausalLM, request: aoti.Request) -> list[str]:
+    """Compile decode as one graph; the files of it."""
     batch = Dim("batch", min=1, max=request.limits.max_batch)
     inputs = (torch.zeros(2, dtype=torch.int64), model.new_cache(2).tensors())
     with torch.no_grad(), symbolic_sizes():
         exported = export(WholeDecode(model), inputs, dynamic_shapes=({0: batch}, [{0: batch} for _ in inputs[1]]))
         options = aoti.inductor_options(request, request.program)
-        files = torch._inductor.aot_compile(exported.module(), inputs, options=options)
-    return sum(Path(str(file)).stat().st_size for file in files if str(file).endswith(".so"))
+        return [str(file) for file in torch._inductor.aot_compile(exported.module(), inputs, options=options)]
 
 
-def compile_stages(model: MegalodonForCausalLM, request: aoti.Request) -> int:
-    """Compile a program as a bundle's is, from the model's checkpoint; the bytes of its libraries."""
+def compile_stages(model: MegalodonForCausalLM, request: aoti.Request) -> list[str]:
+    """Compile a program as a bundle's is, from the model's checkpoint; the files of its stages."""
     model.save_pretrained(request.checkpoint)
     compiled = aoti.compile_program(request, lambda message: None)
-    files = [Path(file) for stage in compiled.values() for file in stage["files"]]
-    return sum(file.stat().st_size for file in files if file.suffix == ".so")
+    return [file for stage in compiled.values() for file in stage["files"]]
 
 
 def measure(model: MegalodonForCausalLM, form: str, program: str) -> dict[str, Any]:
@@ -70,8 +65,9 @@ def measure(model: MegalodonForCausalLM, form: str, program: str) -> dict[str, A
         limits, checkpoint = Limits.of(model.config), str(Path(scratch, "checkpoint"))
         request = aoti.Request(checkpoint, program, "cpu", "float32", limits, False, False, scratch)
         started = time.monotonic()
-        size = compile_it(model, request)
+        files = compile_it(model, request)
         seconds = time.monotonic() - started
+        size = sum(Path(file).stat().st_size for file in files if file.endswith(".so"))
     return {"form": form, "program": program, "layers": model.config.num_layers, "seconds": seconds, "bytes": size}
 
 
@@ -82,14 +78,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 32])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    found: dict[str, Any] = {
-        "command": "python benchmarks/export_depth.py " + " ".join(sys.argv[1:]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "results": [],
-    }
+    found: dict[str, Any] = {**head("cpu"), "results": []}
     for layers in args.layers:
         config = preset(args.preset, num_layers=layers)
         model = random_model(Subject(config, "cpu", "float32", Limits.of(config).max_batch, None))

@@ -12,17 +12,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shlex
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from report import head
 
-from megalodon_export.bench import machine
 from megalodon_export.checkpoints import DTYPES, default_checkpoint, load_model
-from megalodon_export.export import versions
 from megalodon_export.floors import weight_bytes
 from megalodon_export.model import quantize
 from megalodon_export.model.config import QUANTIZED_FORMATS
@@ -44,10 +41,7 @@ def main() -> None:
     text = args.text.read_bytes()
     stream = torch.tensor(corpus.token_ids(corpus.split(text).held_out), device=args.device)
     found: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(torch.device(args.device)),
-        "versions": versions(),
+        **head(args.device),
         "text_sha256": hashlib.sha256(text).hexdigest(),
         "tokens": len(stream),
         "results": [],

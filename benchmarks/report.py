@@ -1,14 +1,32 @@
-"""A speed report for readers: Markdown tables, and plots where matplotlib is installed."""
+"""Reports: what all begin with, and the one on speed for readers, as Markdown tables and plots (by matplotlib)."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megalodon_export.bench import machine
+from megalodon_export.export import versions
+
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], Any]]
+
+
+def head(device: str) -> Row:
+    """What every report begins with: the command, when, on which machine, by which versions."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
 
 
 def markdown(found: dict[str, Any]) -> str:

@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,9 @@ from peer import open_peer, time_peer
 from processes import graph_against_none, memory_of_a_process, resident_memory
 
 from megalodon_export import bundle
-from megalodon_export.bench import WARM_UP, Ceilings, machine, median_seconds, time_decode, time_prefill
+from megalodon_export.bench import WARM_UP, Ceilings, median_seconds, time_decode, time_prefill
 from megalodon_export.checkpoints import DTYPES
-from megalodon_export.export import default_device, versions
+from megalodon_export.export import default_device
 from megalodon_export.floors import decode_bytes, prefill_flops, visible_tokens
 from megalodon_export.model import PRESETS, MegalodonConfig, preset
 from megalodon_export.runtimes import Runtime
@@ -115,11 +113,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> tuple[Subject, dict[str,
     subject = Subject(config, args.device, args.dtype, most, programs)
     in_memory = (*IN_MEMORY, "aoti") if args.from_config else IN_MEMORY
     found: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(torch.device(args.device)),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
+        **report.head(args.device),
         "model": str(args.bundle) if args.bundle else args.preset,
         "weight_format": args.weight_format,
     }

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .launch import inverse_root, silu, start, wait
 from .norms import layer_norm, scale_and_shift, timestep_norm
-from .weights import bias_rows, products, row_products, weight_rows
+from .weights import at_rows, products, row_products, weight_rows
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def megalodon_project(
     if tile < E_TILES:
         row = tile * ROWS + tl.arange(0, ROWS)
         weight = weight_rows(wv_ptr, sv_ptr, row, 0, E, D, WIDTH, BITS, GROUP)
-        bias = bias_rows(bv_ptr, row, E)
+        bias = at_rows(bv_ptr, row, E)
         wait(PDL)
         for b in range(B):
             slot = tl.load(position_ptr + b) % C
@@ -182,7 +182,7 @@ def megalodon_project(
     elif tile < 2 * E_TILES:
         row = (tile - E_TILES) * ROWS + tl.arange(0, ROWS)
         weight = weight_rows(wr_ptr, sr_ptr, row, 0, E, D, WIDTH, BITS, GROUP)
-        bias = bias_rows(br_ptr, row, E)
+        bias = at_rows(br_ptr, row, E)
         wait(PDL)
         for b in range(B):
             r = root_mean_square_products(
@@ -193,7 +193,7 @@ def megalodon_project(
     elif tile < 2 * E_TILES + D_TILES:
         row = (tile - 2 * E_TILES) * ROWS + tl.arange(0, ROWS)
         weight = weight_rows(wh_ptr, sh_ptr, row, 0, D, D, WIDTH, BITS, GROUP)
-        bias = bias_rows(bh_ptr, row, D)
+        bias = at_rows(bh_ptr, row, D)
         wait(PDL)
         for b in range(B):
             h = root_mean_square_products(
@@ -203,7 +203,7 @@ def megalodon_project(
     else:
         row = (tile - 2 * E_TILES - D_TILES) * ROWS + tl.arange(0, ROWS)
         weight = weight_rows(wz_ptr, sz_ptr, row, 0, Z, D, WIDTH, BITS, GROUP)
-        bias = bias_rows(bz_ptr, row, Z)
+        bias = at_rows(bz_ptr, row, Z)
         wait(PDL)
         for b in range(B):
             z = root_mean_square_products(
@@ -249,9 +249,9 @@ def megalodon_linear(
     bias = tl.zeros((ROWS,), tl.float32)
     alpha = tl.full((ROWS,), 1.0, tl.float32)
     if BIAS:
-        bias += bias_rows(bias_ptr, row, ROWS_OF)
+        bias += at_rows(bias_ptr, row, ROWS_OF)
     if ALPHA:
-        alpha = bias_rows(alpha_ptr, row, ROWS_OF)
+        alpha = at_rows(alpha_ptr, row, ROWS_OF)
     wait(PDL)
     for b in range(B):
         at = b * ROWS_OF + row
@@ -300,11 +300,11 @@ def megalodon_feed_up(
     b1 = tl.zeros((ROWS,), tl.float32)
     b3 = tl.zeros((ROWS,), tl.float32)
     if BIAS:
-        b1 += bias_rows(b1_ptr, row, F)
+        b1 += at_rows(b1_ptr, row, F)
     if SWIGLU:
         w3 = weight_rows(w3_ptr, s3_ptr, row, 0, F, D, WIDTH, BITS, GROUP)
         if BIAS:
-            b3 += bias_rows(b3_ptr, row, F)
+            b3 += at_rows(b3_ptr, row, F)
     if BITS != 4:
         k = tl.arange(0, WIDTH)
         scale, shift = scale_and_shift(norm_weight_ptr, norm_bias_ptr, k, D, AFFINE)

@@ -35,9 +35,14 @@ def in_turn(weight: Tensor, columns: int, rows: int, warps: int) -> dict[str, in
     """
     if columns > _FEW_COLUMNS:
         return {"ROWS": 4 if columns <= 4096 else 2, "num_warps": 8}
-    if weight.dtype == torch.uint8 or weight.shape[1] * weight.element_size() < warps * _WARP_BYTES:
+    if weight.dtype == torch.uint8 or weight.shape[1] < wide_enough(weight, warps):
         return {"ROWS": 2, "num_warps": 2}
     return {"ROWS": rows, "num_warps": warps}
+
+
+def wide_enough(weight: Tensor, warps: int) -> int:
+    """Columns of a weight that give each thread of some warps 16 bytes of every row."""
+    return warps * _WARP_BYTES // weight.element_size()
 
 
 def in_tiles(rows: int, x: Tensor, bits: int) -> dict[str, Any]:
@@ -228,7 +233,7 @@ def linear(
     shape = in_turn(weight, columns, 4, 4)
     head = 1 << (stored(columns, sizes).bit_length() - 1)
     rest = stored(columns, sizes) - head
-    least = shape["num_warps"] * _WARP_BYTES // weight.element_size() if shape["ROWS"] > 2 else 1  # see `in_turn`
+    least = wide_enough(weight, shape["num_warps"]) if shape["ROWS"] > 2 else 1  # see `in_turn`
     tail = {"HEAD": head, "TAIL_P": max(power_of_2(rest), least) if rest else 0}
     kernel(decode.megalodon_linear)[(_tiles(rows, shape) * turn,)](*tensors, **sizes, **tail, **shape)
     shape = in_parts(rows, x, sizes["BITS"])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .launch import inverse_root, silu, start, wait
-from .weights import bias_rows, split_products, tile_products
+from .weights import at_rows, split_products, tile_products
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def megalodon_project_tiles(
     if tile < E_TILES:
         row = tile * ROWS + tl.arange(0, ROWS)
         v = tile_products(x_norm_ptr, wv_ptr, sv_ptr, b, row, B, E, D, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE)
-        v = silu(v + bias_rows(bv_ptr, row, E)[None, :])
+        v = silu(v + at_rows(bv_ptr, row, E)[None, :])
         slot = tl.load(position_ptr + b, mask=b < B, other=0) % C
         DV: tl.constexpr = E // H
         stream = (b[:, None] * H + (row // DV)[None, :]).to(tl.int64)
@@ -83,20 +83,20 @@ def megalodon_project_tiles(
         row = (tile - E_TILES) * ROWS + tl.arange(0, ROWS)
         factor = row_factors(squares_ptr, b, B, eps, D, PARTS, PARTS_P)
         r = tile_products(scaled_ptr, wr_ptr, sr_ptr, b, row, B, E, D, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE)
-        r = silu(r * factor[:, None] + bias_rows(br_ptr, row, E)[None, :])
+        r = silu(r * factor[:, None] + at_rows(br_ptr, row, E)[None, :])
         at = b[:, None] * E + row[None, :]
         tl.store(r_ptr + at, r.to(r_ptr.dtype.element_ty), mask=b_ok & (row < E)[None, :])
     elif tile < 2 * E_TILES + D_TILES:
         row = (tile - 2 * E_TILES) * ROWS + tl.arange(0, ROWS)
         factor = row_factors(squares_ptr, b, B, eps, D, PARTS, PARTS_P)
         h = tile_products(scaled_ptr, wh_ptr, sh_ptr, b, row, B, D, D, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE)
-        h = h * factor[:, None] + bias_rows(bh_ptr, row, D)[None, :]
+        h = h * factor[:, None] + at_rows(bh_ptr, row, D)[None, :]
         tl.store(h_ptr + b[:, None] * D + row[None, :], h, mask=b_ok & (row < D)[None, :])
     else:
         row = (tile - 2 * E_TILES - D_TILES) * ROWS + tl.arange(0, ROWS)
         factor = row_factors(squares_ptr, b, B, eps, D, PARTS, PARTS_P)
         z = tile_products(scaled_ptr, wz_ptr, sz_ptr, b, row, B, Z, D, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE)
-        z = z * factor[:, None] + bias_rows(bz_ptr, row, Z)[None, :]
+        z = z * factor[:, None] + at_rows(bz_ptr, row, Z)[None, :]
         tl.store(z_ptr + b[:, None] * Z + row[None, :], z, mask=b_ok & (row < Z)[None, :])
 
 
@@ -142,9 +142,9 @@ def megalodon_linear_tiles(
             x_ptr, weight_ptr, scale_ptr, b, row, B, ROWS_OF, K, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE
         )
     if BIAS:
-        y += bias_rows(bias_ptr, row, ROWS_OF)[None, :]
+        y += at_rows(bias_ptr, row, ROWS_OF)[None, :]
     if ALPHA:
-        y *= bias_rows(alpha_ptr, row, ROWS_OF)[None, :]
+        y *= at_rows(alpha_ptr, row, ROWS_OF)[None, :]
     at = b[:, None] * ROWS_OF + row[None, :]
     if FIRST:
         y += tl.load(first_ptr + at, mask=ok, other=0.0).to(tl.float32)
@@ -184,12 +184,12 @@ def megalodon_feed_up_tiles(
     wait(PDL)
     y = tile_products(x_ptr, w1_ptr, s1_ptr, b, row, B, F, D, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE)
     if BIAS:
-        y += bias_rows(b1_ptr, row, F)[None, :]
+        y += at_rows(b1_ptr, row, F)[None, :]
     y = silu(y)
     if SWIGLU:
         gate = tile_products(x_ptr, w3_ptr, s3_ptr, b, row, B, F, D, BITS, GROUP, BATCH, ROWS, COLUMNS, STAGES, IEEE)
         if BIAS:
-            gate += bias_rows(b3_ptr, row, F)[None, :]
+            gate += at_rows(b3_ptr, row, F)[None, :]
         y *= gate
     at = b[:, None] * F + row[None, :]
     tl.store(hidden_ptr + at, y.to(hidden_ptr.dtype.element_ty), mask=(b < B)[:, None] & (row < F)[None, :])

@@ -65,7 +65,7 @@ def weight_rows(
     else:
         ok = row_ok[:, None] & (k < K)[None, :]
         weight = tl.load(weight_ptr + long_row[:, None] * K + k[None, :], mask=ok, other=0)
-        low = tl.load(scale_ptr + row, mask=row_ok, other=0.0) if BITS == 8 else tl.full(row.shape, 1.0, tl.float32)
+        low = at_rows(scale_ptr, row, ROWS_OF) if BITS == 8 else tl.full(row.shape, 1.0, tl.float32)
         high = low
     return weight, low, high
 
@@ -111,9 +111,9 @@ def row_products(tile, x):
 
 
 @triton.jit
-def bias_rows(bias_ptr, row, ROWS_OF: tl.constexpr):
-    """A bias (ROWS_OF) at some rows, float32."""
-    return tl.load(bias_ptr + row, mask=row < ROWS_OF, other=0.0).to(tl.float32)
+def at_rows(vector_ptr, row, ROWS_OF: tl.constexpr):
+    """A vector (ROWS_OF), such as a bias or int8's scales, at some rows, float32."""
+    return tl.load(vector_ptr + row, mask=row < ROWS_OF, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -160,7 +160,7 @@ def tile_products(
         else:
             sums = tl.dot(x, weight.to(x.dtype), sums, input_precision=precision)
     if BITS == 8:
-        sums *= tl.load(scale_ptr + row, mask=row < ROWS_OF, other=0.0)[None, :]
+        sums *= at_rows(scale_ptr, row, ROWS_OF)[None, :]
     return sums
 
 
@@ -203,5 +203,5 @@ def split_products(
         sums = tl.dot(x, weight.to(x.dtype), sums, input_precision=precision)
     y = tl.sum(sums, 0)
     if BITS == 8:
-        y *= tl.load(scale_ptr + row, mask=row < ROWS_OF, other=0.0)[None, :]
+        y *= at_rows(scale_ptr, row, ROWS_OF)[None, :]
     return y
