@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from megalodon_export import bundle
-from megalodon_export.bench import machine, median_seconds
-from megalodon_export.export import default_device, export_aoti, versions
+from megalodon_export.bundles import bundle
+from megalodon_export.export.aoti import default_device, export_aoti, versions
+from megalodon_export.generation.snapshot import state_size
+from megalodon_export.measure.bench import machine, median_seconds
 from megalodon_export.model import MegalodonConfig, MegalodonForCausalLM
 from megalodon_export.runtimes import open_runtime
-from megalodon_export.snapshot import state_size
 
 SIZES = {"vocab_size": 512, "model_dim": 256, "num_layers": 2, "num_heads": 1, "z_dim": 128, "value_dim": 512}
 

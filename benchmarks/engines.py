@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config as symbolic_shapes
 
-from megalodon_export import bundle
-from megalodon_export.checkpoints import DTYPES
-from megalodon_export.export import export_aoti
-from megalodon_export.export_onnx import add_onnx, export_onnx
+from megalodon_export.bundles import bundle
+from megalodon_export.bundles.checkpoints import DTYPES
+from megalodon_export.bundles.weights import numbered
+from megalodon_export.export.aoti import export_aoti
+from megalodon_export.export.onnx import add_onnx, export_onnx
 from megalodon_export.exporters import aoti
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.model import (
@@ -35,7 +36,6 @@ from megalodon_export.model.ema import ComplexEMA
 from megalodon_export.runtimes import RUNTIMES, Runtime, open_runtime
 from megalodon_export.runtimes.aoti import AotiRuntime
 from megalodon_export.runtimes.eager import ModelRuntime
-from megalodon_export.weights import numbered
 
 
 @dataclass(frozen=True)

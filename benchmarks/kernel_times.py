@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megalodon_export.bench import WARM_UP, fill, random_tokens
+from megalodon_export.measure.bench import WARM_UP, fill, random_tokens
 from megalodon_export.runtimes import Runtime
 
 _CALLS = 5

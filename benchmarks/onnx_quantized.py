@@ -26,8 +26,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from megalodon_export import bundle
-from megalodon_export.evaluation import score
+from megalodon_export.bundles import bundle
+from megalodon_export.measure.evaluation import score
 from megalodon_export.runtimes.onnx import OnnxRuntime
 
 sys.path.append(str(Path(__file__).parent.parent / "artifacts" / "recipe"))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from engines import Subject
 
-from megalodon_export.bench import WARM_UP, Ceilings, median_seconds
-from megalodon_export.checkpoints import DTYPES
-from megalodon_export.floors import decode_bytes, prefill_flops, visible_tokens
+from megalodon_export.bundles.checkpoints import DTYPES
+from megalodon_export.measure.bench import WARM_UP, Ceilings, median_seconds
+from megalodon_export.measure.roofline import decode_bytes, prefill_flops, visible_tokens
 
 NAME = "megalodon-hf"
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from megalodon_export import bundle
-from megalodon_export.bench import median_seconds
+from megalodon_export.bundles import bundle
+from megalodon_export.generation.snapshot import state_size
+from megalodon_export.measure.bench import median_seconds
 from megalodon_export.runtimes import Runtime, open_runtime
-from megalodon_export.snapshot import state_size
 
 
 def memory_of_a_process(folder: Path, device: str) -> dict[str, int]:

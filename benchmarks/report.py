@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from megalodon_export.bench import machine
-from megalodon_export.export import versions
+from megalodon_export.export.aoti import versions
+from megalodon_export.measure.bench import machine
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], Any]]

@@ -28,11 +28,11 @@ from kernel_times import kernel_times
 from peer import open_peer, time_peer
 from processes import graph_against_none, memory_of_a_process, resident_memory
 
-from megalodon_export import bundle
-from megalodon_export.bench import WARM_UP, Ceilings, median_seconds, time_decode, time_prefill
-from megalodon_export.checkpoints import DTYPES
-from megalodon_export.export import default_device
-from megalodon_export.floors import decode_bytes, prefill_flops, visible_tokens
+from megalodon_export.bundles import bundle
+from megalodon_export.bundles.checkpoints import DTYPES
+from megalodon_export.export.aoti import default_device
+from megalodon_export.measure.bench import WARM_UP, Ceilings, median_seconds, time_decode, time_prefill
+from megalodon_export.measure.roofline import decode_bytes, prefill_flops, visible_tokens
 from megalodon_export.model import PRESETS, MegalodonConfig, preset
 from megalodon_export.runtimes import Runtime
 

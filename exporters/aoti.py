@@ -23,9 +23,9 @@ import torch._higher_order_ops.triton_kernel_wrap as triton_kernel_wrap
 from transformers.utils import logging
 
 from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants, use_kernels
+from .gemv_rewrite import stream_products
 from .programs import DECODE, DECODE_ONE, PREFILL, Limits, symbolic_sizes
 from .stages import Stage, export_stages
-from .streaming import stream_products
 from .workers import Worker, run_side_by_side, serve
 
 PACKAGE = "model.pt2"

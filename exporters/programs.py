@@ -20,27 +20,29 @@ from ..model.ema import BLOCK
 PREFILL, DECODE = "prefill", "decode"
 DECODE_ONE = "decode_one"  # decode once more, for a batch of 1 alone: on a CPU in a form of its own
 
-GREEDY = (
-    "greedy"  # what decode takes besides, on a GPU: (2, B) int64, where it writes the tokens it finds most probable
-)
+# Decode programs for GPUs take this argument too, (2, B) int64, and write the most probable tokens and logit errors.
+NEXT_TOKENS = "next_tokens"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of the dynamic sizes: batch 1..max_batch; prefill lengths are multiples of `granule` up to max_length.
+    """Bounds of the dynamic sizes: batch 1..max_batch, prefill lengths up to max_length.
 
-    A call's `lengths` say how many tokens of each row count, so callers pad to the granule.
+    Prefill lengths are multiples of `length_multiple`. A call's `lengths` say how many tokens of each row count, so
+    callers pad.
     """
 
     max_batch: int = 64
     max_length: int = 2048
-    granule: int = BLOCK
+    length_multiple: int = BLOCK
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
             raise ValueError(f"max_batch is {self.max_batch}, expected at least 1")
-        if self.max_length < self.granule or self.max_length % self.granule:
-            raise ValueError(f"max_length is {self.max_length}, expected a multiple of {self.granule}, at least that")
+        if self.max_length < self.length_multiple or self.max_length % self.length_multiple:
+            raise ValueError(
+                f"max_length is {self.max_length}, expected a multiple of {self.length_multiple}, at least that"
+            )
 
     @classmethod
     def of(cls, config: MegalodonConfig, max_batch: int = 64, max_length: int | None = None) -> Limits:
@@ -52,8 +54,8 @@ class Limits:
         default = min(chunk, 2048) // BLOCK * BLOCK
         if (max_length or default) <= chunk and default:
             return cls(max_batch, max_length or default, BLOCK)
-        granule = math.lcm(BLOCK, chunk)  # whole chunks and whole blocks: no size of the graph is rounded up
-        return cls(max_batch, max_length or max(granule, 128 // granule * granule), granule)
+        multiple = math.lcm(BLOCK, chunk)  # whole chunks and whole blocks: no size of the graph is rounded up
+        return cls(max_batch, max_length or max(multiple, 128 // multiple * multiple), multiple)
 
 
 @dataclass(frozen=True)

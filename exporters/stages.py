@@ -3,8 +3,8 @@
     prefill   begin(token_ids, lengths, cache) -> x, plan, rotary   layer(x, plan, rotary, cache) -> x   end -> logits
     decode    begin(token_ids, cache) -> x, rotary                  layer(x, rotary, cache) -> x         end -> logits
 
-On a GPU, decode's end also writes the most probable tokens into its argument `greedy` (`model/kernels/greedy.py`): fed
-back, they make the next step, and the host need not take part.
+On a GPU, decode's end also writes the most probable tokens into its argument `next_tokens` (`model/kernels/greedy.py`).
+Fed back, they make the next step, and the host need not take part.
 
 Layers are alike but for their weights, so weights are inputs like any other, and one compiled layer serves all.
 Every stage takes and gives a flat list of tensors. Their names come from the structures they live in (the plan, the
@@ -27,7 +27,7 @@ from ..model import MegalodonForCausalLM
 from ..model.cache import FinalCache, LayerCache
 from ..model.modeling import last_valid
 from ..model.plan import BLOCK
-from .programs import DECODE_ONE, GREEDY, PREFILL, Limits, dtype_name, symbolic_sizes
+from .programs import DECODE_ONE, NEXT_TOKENS, PREFILL, Limits, dtype_name, symbolic_sizes
 from .structures import dimension, flatten_all, rebuild, root_of, unbacked
 
 BEGIN, LAYER, END = STAGES = ("begin", "layer", "end")
@@ -96,11 +96,11 @@ def decode_stages(model: MegalodonForCausalLM) -> dict[str, Run]:
     def end(x: Tensor, final: FinalCache) -> dict[str, Any]:
         return {"logits": model.logits(body.end_decode(x, final))}
 
-    def end_and_choose(x: Tensor, final: FinalCache, greedy: Tensor) -> dict[str, Any]:
+    def end_and_choose(x: Tensor, final: FinalCache, next_tokens: Tensor) -> dict[str, Any]:
         from ..model.kernels.greedy import choose_greedy
 
         logits = model.logits(body.end_decode(x, final))
-        choose_greedy(logits, greedy)
+        choose_greedy(logits, next_tokens)
         return {"logits": logits}
 
     return {BEGIN: begin, LAYER: layer, END: end_and_choose if body.kernels else end}
@@ -134,21 +134,21 @@ def _examples(
     batch_size = min(3, limits.max_batch)
     batch = Dim("B", min=1, max=max(limits.max_batch, 3)) if limits.max_batch > 1 else Dim.STATIC
     cache = model.new_cache(batch_size)
-    blocks = limits.max_length // limits.granule
+    blocks = limits.max_length // limits.length_multiple
     # Not the largest length, which may equal another size, and no size inside the graph may be 1 in the example.
-    example = limits.granule * (blocks - 1 if blocks > 3 else blocks)
+    example = limits.length_multiple * (blocks - 1 if blocks > 3 else blocks)
     shape = (batch_size,) if name != PREFILL else (batch_size, example)
     values = {
         "token_ids": torch.randint(vocabulary, shape, device=device),
         "lengths": torch.full((batch_size,), example - 1, device=device),
-        GREEDY: torch.zeros(2, batch_size, dtype=torch.int64, device=device),
+        NEXT_TOKENS: torch.zeros(2, batch_size, dtype=torch.int64, device=device),
         "layers": cache.layers,
         "final": cache.final,
     }
     dims: dict[str, dict[int, Any]] = {name: {0: batch} for name in flatten_all(values)}
-    dims[GREEDY] = {1: batch}
+    dims[NEXT_TOKENS] = {1: batch}
     if name == PREFILL and blocks > 1:
-        dims["token_ids"][1] = limits.granule * Dim("blocks", min=1, max=max(blocks, 3))
+        dims["token_ids"][1] = limits.length_multiple * Dim("blocks", min=1, max=max(blocks, 3))
     return values, dims
 
 

@@ -6,7 +6,7 @@
 It registers the cache with torch's pytrees too, without which no saved export that takes one can be loaded.
 
 One graph with its weights inside, of whatever forward is given: any model of transformers, and of this package too.
-A bundle (`megalodon_export.export`) is what to ship: programs for every length, which share one file of weights.
+A bundle (`megalodon_export.export.aoti`) is what to ship: programs for every length, which share one file of weights.
 """
 
 from __future__ import annotations

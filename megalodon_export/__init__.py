@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .session import Session, load
-    from .snapshot import Snapshot
+    from .generation.session import Session, load
+    from .generation.snapshot import Snapshot
 
 
 @contextmanager
@@ -39,11 +39,11 @@ __all__ = ["Session", "Snapshot", "load"]
 
 def __getattr__(name: str) -> Any:
     if name == "Snapshot":
-        from .snapshot import Snapshot
+        from .generation.snapshot import Snapshot
 
         return Snapshot
     if name in __all__:
-        from . import session
+        from .generation import session
 
         return getattr(session, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

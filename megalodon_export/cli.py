@@ -185,9 +185,9 @@ def _set_threads(args: argparse.Namespace, folder: Path) -> None:
 
 
 def _aoti(args: argparse.Namespace) -> None:
-    from .checkpoints import default_checkpoint
-    from .export import default_device, export_aoti, progress
-    from .export_onnx import add_aoti
+    from .bundles.checkpoints import default_checkpoint
+    from .export.aoti import default_device, export_aoti, progress
+    from .export.onnx import add_aoti
 
     device, report = args.device or default_device(), progress(time.monotonic())
     if args.add:
@@ -210,9 +210,9 @@ def _aoti(args: argparse.Namespace) -> None:
 
 
 def _onnx(args: argparse.Namespace) -> None:
-    from .checkpoints import default_checkpoint
-    from .export import progress
-    from .export_onnx import add_onnx, export_onnx
+    from .bundles.checkpoints import default_checkpoint
+    from .export.aoti import progress
+    from .export.onnx import add_onnx, export_onnx
 
     report = progress(time.monotonic())
     if args.add:
@@ -246,8 +246,8 @@ def _print_exported(args: argparse.Namespace, folder: Path, manifest: dict[str, 
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from .checkpoints import DTYPES
-    from .model.convert import convert_megalodon_hf, convert_upstream
+    from .bundles.checkpoints import DTYPES
+    from .model.conversion.convert import convert_megalodon_hf, convert_upstream
 
     convert = convert_upstream if args.kind == "upstream" else convert_megalodon_hf
     config = convert(args.source, args.destination, DTYPES[args.dtype] if args.dtype else None)
@@ -256,9 +256,9 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from .bundle import read
+    from .bundles.bundle import read
+    from .generation.session import load
     from .runtimes import default_runtime
-    from .session import load
 
     _set_threads(args, args.bundle)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -281,7 +281,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from .evaluation import Target, generations, perplexity
+    from .measure.evaluation import Target, generations, perplexity
 
     if not args.ppl and args.prompts is None:
         print("megalodon-export eval: nothing to do; give --ppl FILE, --prompts FILE or both", file=sys.stderr)
@@ -304,15 +304,15 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _runtimes(folder: Path) -> list[str]:
     """All that can run a bundle, eager first."""
-    from .bundle import read
+    from .bundles.bundle import read
 
     programs = read(folder, "sizes")["programs"]
     return ["eager", *(name for name in ("onnx", "aoti") if name in programs)]
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from .export import progress
-    from .verify import verify
+    from .bundles.verify import verify
+    from .export.aoti import progress
 
     _set_threads(args, args.bundle)
     parity = verify(args.bundle, report=progress(time.monotonic()))
@@ -325,14 +325,14 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from .inspection import inspect, table
+    from .bundles.inspection import inspect, table
 
     facts = inspect(args.bundle)
     print(json.dumps(facts) if args.json else table(facts))
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from .bench import bench, table
+    from .measure.bench import bench, table
 
     _set_threads(args, args.bundle)
     report = bench(
@@ -342,6 +342,6 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from .doctor import main
+    from .doctor.checks import main
 
     return main(args.json)

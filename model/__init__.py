@@ -5,10 +5,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .cache import CacheTensor, MegalodonCache, cache_layout, dimension_sizes
 from .config import PRESETS, MegalodonConfig, preset
 from .constants import freeze_constants, unfreeze_constants
+from .distributed.sequence_parallel import parallel_logits, parallel_loss, sum_gradients
 from .kernels import use_kernels
 from .modeling import MegalodonForCausalLM, MegalodonModel, check_dtype
 from .quantized import QuantizedLinear, quantize
-from .sequence_parallel import parallel_logits, parallel_loss, sum_gradients
 
 AutoConfig.register("megalodon", MegalodonConfig, exist_ok=True)
 AutoModel.register(MegalodonConfig, MegalodonModel, exist_ok=True)

@@ -17,7 +17,7 @@ from .plan import PrefillPlan
 from .rotary import Rotary
 
 if TYPE_CHECKING:
-    from .relay import Relay
+    from .distributed.sequence_state import Relay
 
 
 class MegalodonBlock(nn.Module):

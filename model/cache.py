@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import MegalodonConfig
-from .hf_cache import TransformersCache
+from .transformers_api.cache import TransformersCache
 
 
 def tensor_field(dims: str, dtype: str, meaning: str, fill: float = 0.0) -> Any:

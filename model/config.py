@@ -27,7 +27,7 @@ class MegalodonConfig(PreTrainedConfig):
     `dropout` is of the embedding and of what a block adds, `hidden_dropout` of what is inside a block,
     `attention_dropout` of attention weights, or with `drop_key` of keys (the original's fused attention).
     `max_cache_len` M (tokens, at least C) and `cache_unbounded` let cached calls attend beyond the chunk, as that port
-    can (`model/horizon.py`): to the last M keys, to all.
+    can (`model/compat/horizon.py`): to the last M keys, to all.
     `ema_prefill` picks how prefill evaluates the complex EMA: "blocked" (Toeplitz blocks) or "fft"; same numbers.
     `weight_format` is what linear layers hold: "float" (the model's dtype), or "int8" or "int4", the latter with one
     scale for `group_size` features of a row (`model/quantized.py`).

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from .attention import attend_prefill, attend_step, write_ring
 from .blocking import compact
 from .cache import LayerCache
+from .compat.horizon import attend_and_write
 from .config import MegalodonConfig
 from .ema import ComplexEMA
-from .horizon import attend_and_write
 from .norm import NormState, RMSNorm, TimestepNorm, cast
 from .plan import PrefillPlan
 from .rotary import Rotary, rotate
 
 if TYPE_CHECKING:
-    from .relay import Relay
+    from .distributed.sequence_state import Relay
 
 
 class GatedAttention(nn.Module):

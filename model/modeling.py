@@ -17,22 +17,22 @@ from transformers.utils import can_return_tuple
 from .blocking import first, padding_to
 from .blocks import MegalodonBlock
 from .cache import FinalCache, MegalodonCache
+from .compat.horizon import AbsoluteRotary, reserve
 from .config import MegalodonConfig
 from .constants import unfreeze_constants
-from .dispatch import execution_device, is_dispatched
+from .distributed.sequence_state import Relay
 from .ema import ComplexEMA
 from .feed_forward import FeedForward
 from .gated_attention import GatedAttention
-from .generation import CACHE, MegalodonGenerationMixin
-from .horizon import AbsoluteRotary, reserve
 from .kernels import on_kernels
 from .loss import cross_entropy
 from .norm import NormState, TimestepNorm
-from .padding import Rows
 from .plan import BLOCK, PrefillPlan
 from .quantized import empty_quantized, replace_linear_layers
-from .relay import Relay
 from .rotary import Rotary, RotaryTable
+from .transformers_api.accelerate_hooks import execution_device, is_dispatched
+from .transformers_api.generation import CACHE, MegalodonGenerationMixin
+from .transformers_api.padding import Rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

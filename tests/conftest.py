@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import native
 import pytest
 import torch
-from golden_data import convert, write_checkpoint
-from readme import blocks, run
-from small_models import make_model
 
-from megalodon_export.export_onnx import export_onnx
-from megalodon_export.text import byte_tokenizer
+from megalodon_export.export.onnx import export_onnx
+from megalodon_export.generation.text import byte_tokenizer
+from support import native
+from support.golden_data import convert, write_checkpoint
+from support.readme import blocks, run
+from support.small_models import make_model
 
 BYTES: dict[str, Any] = {
     **{"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "model_dim": 32, "num_heads": 2, "z_dim": 16},

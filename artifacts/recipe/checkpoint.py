@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from megalodon_export.evaluation import score
 from megalodon_export.exporters.programs import Limits
+from megalodon_export.generation.text import byte_tokenizer
+from megalodon_export.measure.evaluation import score
 from megalodon_export.model import MegalodonForCausalLM
 from megalodon_export.runtimes.eager import ModelRuntime
-from megalodon_export.text import byte_tokenizer
 
 MAX_BYTES = 4_000_000
 PIECE = 4096  # tokens a prefill call, when a long stream is measured

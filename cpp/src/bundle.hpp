@@ -7,7 +7,7 @@
 
 namespace megalodon::impl {
 
-inline constexpr int kSchemaVersion = 2;
+inline constexpr int kSchemaVersion = 3;
 
 // The manifest, after checking that the folder holds exactly the files it lists, unchanged. `check_hashes` false trusts
 // contents of the right size. Error MEGALODON_BAD_BUNDLE lists up to ten problems.

@@ -240,7 +240,7 @@ Manifest read_manifest(const std::filesystem::path& folder, const json& manifest
                   .logits_size = dimensions["V"].whole(1, most),
                   .max_batch = limits["max_batch"].whole(1, most),
                   .max_length = limits["max_length"].whole(1, most),
-                  .granule = limits["granule"].whole(1, most),
+                  .granule = limits["length_multiple"].whole(1, most),
                   .layers = config["num_layers"].whole(1, most),
                   .chunk = dimensions[kChunk].whole(1, most),
                   .bos = config["bos_token_id"].optional_whole(0, most),
@@ -250,7 +250,7 @@ Manifest read_manifest(const std::filesystem::path& folder, const json& manifest
                   .files = {},
                   .cache = {},
                   .programs = {}};
-  if (result.max_length % result.granule != 0) throw limits.flaw("max_length as a multiple of granule expected");
+  if (result.max_length % result.granule != 0) throw limits.flaw("max_length as a multiple of length_multiple expected");
   for (const auto& [name, file] : root["files"].fields()) {
     result.files[name] = file["size"].whole(0, std::numeric_limits<std::int64_t>::max());
   }

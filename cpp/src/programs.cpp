@@ -12,7 +12,7 @@ namespace megalodon::impl {
 namespace {
 
 // The arguments of programs, as manifests name them.
-constexpr const char *kTokenIds = "token_ids", *kLengths = "lengths", *kChoice = "greedy";
+constexpr const char *kTokenIds = "token_ids", *kLengths = "lengths", *kChoice = "next_tokens";
 
 }  // namespace
 

@@ -18,7 +18,8 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 OPSET = 24
-BATCH, GRANULES, FOUND = sympy.symbols("B granules found", positive=True, integer=True)  # FOUND: in a tensor's value
+# FOUND: a size in a tensor's value.
+BATCH, MULTIPLES, FOUND = sympy.symbols("B multiples found", positive=True, integer=True)
 Expr: TypeAlias = sympy.Expr
 Dims: TypeAlias = tuple[Expr, ...]
 
@@ -83,13 +84,15 @@ Operand: TypeAlias = Val | Const | Steps
 class GraphBuilder:
     """Nodes, initializers and sizes of one graph. `weight` gives the external tensor of a named constant."""
 
-    def __init__(self, granule: int, largest: dict[Any, int], weight: Callable[[str], ir.ExternalTensor]) -> None:
+    def __init__(
+        self, length_multiple: int, largest: dict[Any, int], weight: Callable[[str], ir.ExternalTensor]
+    ) -> None:
         """`largest` values of the symbols."""
-        self.length = granule * GRANULES  # L
+        self.length = length_multiple * MULTIPLES  # L
         self.nodes: list[ir.Node] = []
         self.inputs: dict[str, ir.Value] = {}
         self.initializers: dict[str, ir.Value] = {}
-        self._granule, self._largest, self._weight = granule, largest, weight
+        self._length_multiple, self._largest, self._weight = length_multiple, largest, weight
         self._constants: dict[Any, ir.Value] = {}
         self._made: dict[Const | Steps, ir.Value] = {}
         self._kept: list[Const] = []  # a Const is known by its identity, so it must not go
@@ -210,11 +213,11 @@ class GraphBuilder:
     def _source(self, dim: Expr) -> tuple[ir.Value, int]:
         """A tensor with a dimension of a size: the length in parts, or several vectors one after the other."""
         terms = dim.as_coefficients_dict()
-        factor = terms.get(GRANULES, 0)
-        if set(terms) == {GRANULES} and self._granule % factor == 0:
+        factor = terms.get(MULTIPLES, 0)
+        if set(terms) == {MULTIPLES} and self._length_multiple % factor == 0:
             value, axis = self._sources[self.length]
             assert axis == 1
-            return self.op("Reshape", value, self.constant([0, -1, self._granule // int(factor)])), 1
+            return self.op("Reshape", value, self.constant([0, -1, self._length_multiple // int(factor)])), 1
         parts: list[ir.Value] = []
         for symbol, count in terms.items():
             if not (count.is_Integer and count > 0):
@@ -222,9 +225,9 @@ class GraphBuilder:
             if symbol == 1:
                 parts.append(self.value(Const(torch.arange(int(count)))))
                 continue
-            step = max(d for d in range(1, int(count) + 1) if count % d == 0 and self._granule % d == 0)
-            unit = step * symbol if symbol == GRANULES else symbol
-            parts += [self._first(unit, self.size(unit))] * (int(count) // (step if symbol == GRANULES else 1))
+            step = max(d for d in range(1, int(count) + 1) if count % d == 0 and self._length_multiple % d == 0)
+            unit = step * symbol if symbol == MULTIPLES else symbol
+            parts += [self._first(unit, self.size(unit))] * (int(count) // (step if symbol == MULTIPLES else 1))
         return self.op("Concat", *parts, axis=0), 0
 
     def largest(self, dim: Expr) -> int:

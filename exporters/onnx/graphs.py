@@ -32,7 +32,7 @@ from ..programs import DECODE, PREFILL, Limits, ProgramSpec, TensorSpec, program
 from ..stages import BEGIN, END, LAYER, LAYER_INDEX, Stage, export_stages
 from . import ops, products  # noqa: F401 - register what they write
 from .check import require
-from .graph import BATCH, GRANULES, OPSET, Const, Expr, GraphBuilder, Operand
+from .graph import BATCH, MULTIPLES, OPSET, Const, Expr, GraphBuilder, Operand
 from .translator import Translator
 
 CONSTANTS = "onnx_constants.safetensors"
@@ -172,11 +172,11 @@ def build_graph(
 ) -> ir.Graph:
     """A program's stages as one graph, the layer's once for each layer, with no node too many or twice."""
     sizes = static_sizes(config)
-    largest = {BATCH: limits.max_batch, GRANULES: limits.max_length // limits.granule}
-    graph = GraphBuilder(limits.granule, largest, weights.external)
+    largest = {BATCH: limits.max_batch, MULTIPLES: limits.max_length // limits.length_multiple}
+    graph = GraphBuilder(limits.length_multiple, largest, weights.external)
     # Sizes that can have one value only, tracing takes for numbers.
-    if limits.max_length == limits.granule:
-        graph.length = sympy.Integer(limits.granule)
+    if limits.max_length == limits.length_multiple:
+        graph.length = sympy.Integer(limits.length_multiple)
     batch = BATCH if limits.max_batch > 1 else sympy.Integer(1)
     letters: dict[str, Expr] = {"B": batch, "L": graph.length} | {k: sympy.Integer(v) for k, v in sizes.items()}
 

@@ -108,7 +108,7 @@ class Translator:
     # ---- what handlers ask
 
     def size(self, size: Any) -> Any:
-        """A traced size in terms of B and the granules; other things as they are."""
+        """A traced size in terms of B and the multiples; other things as they are."""
         if isinstance(size, torch.SymInt):
             return sympy.expand(size.node.expr.subs(self.symbols))
         return sympy.Integer(size) if type(size) is int else size

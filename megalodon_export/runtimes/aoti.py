@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import DTYPES
+from ..bundles.checkpoints import DTYPES
+from ..bundles.weights import WeightStore
 from ..exporters.aoti import cpu_features
-from ..exporters.programs import DECODE, DECODE_ONE, GREEDY, PREFILL, Limits
+from ..exporters.programs import DECODE, DECODE_ONE, NEXT_TOKENS, PREFILL, Limits
 from ..exporters.stages import LAYER_INDEX, STAGES
 from ..model import MegalodonCache, MegalodonConfig
 from ..model.cache import LayerCache
-from ..weights import WeightStore
 from .base import Runtime, RuntimeUnavailable
 
 
@@ -59,14 +59,14 @@ class AotiRuntime(Runtime):
     def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """One call of the compiled decode, or of that for one stream."""
         choice = torch.empty(2, cache.batch, dtype=torch.int64, device=self.device)
-        return self._decode(cache)(cache, {"token_ids": token_ids, GREEDY: choice})
+        return self._decode(cache)(cache, {"token_ids": token_ids, NEXT_TOKENS: choice})
 
     def run_greedy(self, token_ids: Tensor, cache: MegalodonCache, choice: Tensor) -> None:
         """On a GPU the program chooses."""
         program = self._decode(cache)
         if not program.chooses:
             return super().run_greedy(token_ids, cache, choice)
-        program(cache, {"token_ids": token_ids, GREEDY: choice})
+        program(cache, {"token_ids": token_ids, NEXT_TOKENS: choice})
 
     def _decode(self, cache: MegalodonCache) -> _Program:
         one = cache.batch == 1 and DECODE_ONE in self._programs
@@ -113,8 +113,8 @@ class _Program:
 
     @property
     def chooses(self) -> bool:
-        """Whether it writes the most probable tokens into its argument `greedy`."""
-        return GREEDY in self.end.arguments
+        """Whether it writes the most probable tokens into its argument `next_tokens`."""
+        return NEXT_TOKENS in self.end.arguments
 
     def __call__(self, cache: MegalodonCache, tensors: dict[str, Tensor]) -> Tensor:
         """Logits; the cache is updated in place."""

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..exporters.programs import Limits, dtype_name
+from ..generation.sampling import Kind, choose
 from ..model import MegalodonCache, MegalodonConfig, cache_layout, dimension_sizes
-from ..sampling import Kind, choose
 
 
 class RuntimeUnavailable(Exception):
@@ -95,7 +95,7 @@ class Runtime(ABC):
         pieces, last = [], torch.zeros(cache.batch, self.config.logits_size, device=self.device)
         for start in range(0, length, self.limits.max_length):
             piece = token_ids[:, start : start + self.limits.max_length]
-            missing = -piece.shape[1] % self.limits.granule
+            missing = -piece.shape[1] % self.limits.length_multiple
             valid = (lengths - start).clamp(0, piece.shape[1])
             logits = run(F.pad(piece, (0, missing)).contiguous(), valid, cache)
             if self.all_logits:

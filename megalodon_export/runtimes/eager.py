@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import DTYPES, load_model
+from ..bundles.checkpoints import DTYPES, load_model
 from ..exporters.programs import Limits
 from ..model import MegalodonCache, MegalodonForCausalLM, freeze_constants
 from .base import Runtime

@@ -14,7 +14,7 @@ from typing import Any
 import torch  # before onnxruntime, which finds CUDA's libraries among those that torch has loaded
 from torch import Tensor
 
-from ..checkpoints import DTYPES
+from ..bundles.checkpoints import DTYPES
 from ..exporters.programs import DECODE, PREFILL, Limits
 from ..model import MegalodonCache, MegalodonConfig
 from ..model.cache import copy_in_place

@@ -1,0 +1,1 @@
+"""Bundles on disk: their files, manifest and weights, and the checks of them."""

@@ -1,0 +1,1 @@
+"""Checks of a machine: compiler, torch, CUDA, ONNX Runtime."""

@@ -1,0 +1,1 @@
+"""The export commands: a checkpoint in, a verified bundle out."""

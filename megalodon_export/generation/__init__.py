@@ -1,0 +1,1 @@
+"""Text from a runtime: sessions, the decode loop, sampling, streamed text, snapshots."""

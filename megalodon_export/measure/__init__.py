@@ -1,0 +1,1 @@
+"""Speed and quality: benchmarks beside the roofline, perplexity, lm-evaluation-harness."""

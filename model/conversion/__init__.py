@@ -1,0 +1,1 @@
+"""Checkpoints of other implementations, converted to folders that transformers loads."""

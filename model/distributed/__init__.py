@@ -1,0 +1,1 @@
+"""Sequence parallelism: one sequence in pieces over processes."""

@@ -1,0 +1,1 @@
+"""What transformers asks of a model: its config, cache, generation, padding and placement."""

@@ -1,0 +1,94 @@
+"""Padding: a batch whose rows are padded on either side, as the right-padded rows that the model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..loss import IGNORED
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the tokens of a batch's rows are: in row b, `lengths[b]` columns of L from column `first[b]` on.
+
+    `lengths` None: every column is a token; `first` None: every row starts at column 0.
+    """
+
+    lengths: Tensor | None = None
+    first: Tensor | None = None
+
+    @classmethod
+    def of(cls, token_ids: Tensor, attention_mask: Tensor | None, lengths: Tensor | None) -> Rows:
+        """From a mask over the columns of token_ids (B, L) and any before them, nonzero for tokens, or from `lengths`.
+
+        ValueError for a mask of another shape or with padding between two tokens. Inside torch.compile, which cannot
+        look at values, a row's tokens are taken to be as many as its mask has, from the first one on.
+        """
+        if attention_mask is None:
+            return cls(lengths)
+        if lengths is not None:
+            raise ValueError("attention_mask and lengths both say where the padding is; give one of them")
+        batch, length = token_ids.shape
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, expected ({batch}, {length}) or with the "
+                "columns before these in front: 1 for a token, 0 for padding"
+            )
+        mask = attention_mask[:, attention_mask.shape[1] - length :] != 0
+        looking = not torch.compiler.is_compiling()
+        if looking and bool(mask.all()):
+            return cls()
+        rows = cls(mask.sum(1), mask.int().argmax(1))
+        if looking and not torch.equal(mask, rows.valid(length)):
+            row = int((mask != rows.valid(length)).any(1).int().argmax())
+            raise ValueError(
+                f"attention_mask has padding between two tokens of row {row}, where a stream has no gap; put the "
+                "padding on the left or the right of each row, or carry the stream over in past_key_values"
+            )
+        return rows
+
+    def valid(self, length: int) -> Tensor:
+        """Which of `length` columns are tokens, (B, L) bool."""
+        assert self.lengths is not None
+        columns = torch.arange(length, device=self.lengths.device)
+        columns = columns if self.first is None else columns - self.first[:, None]
+        return (columns >= 0) & (columns < self.lengths[:, None])
+
+    def to_right(self, x: Tensor) -> Tensor:
+        """x (B, L, ...) with each row's padding moved behind its tokens."""
+        return x if self.first is None else _rolled(x, self.first)
+
+    def back(self, x: Tensor) -> Tensor:
+        """Undo `to_right`."""
+        return x if self.first is None else _rolled(x, -self.first)
+
+    def last(self, x: Tensor, count: int) -> Tensor:
+        """Of x (B, L, ...) with its padding on the right, each row's last `count` tokens; 0 where it has fewer."""
+        if self.lengths is None:
+            return x[:, max(x.shape[1] - count, 0) :]
+        index = self.lengths.to(x.device)[:, None] + torch.arange(-min(count, x.shape[1]), 0, device=x.device)
+        rows = torch.arange(x.shape[0], device=x.device)[:, None]
+        return torch.where((index >= 0)[:, :, None], x[rows, index.clamp(min=0)], 0.0)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """What each column but the last predicts, from labels (B, L): IGNORED unless it and the next are tokens."""
+        targets = labels[:, 1:]
+        if self.lengths is None:
+            return targets
+        valid = self.valid(labels.shape[1]).to(labels.device)
+        return torch.where(valid[:, :-1] & valid[:, 1:], targets, IGNORED)
+
+
+def _rolled(x: Tensor, shift: Tensor) -> Tensor:
+    """x (B, L, ...) with column j of each row from j + shift, |shift| < L, round the end.
+
+    A model spread over devices gives x on the last of them, and shift on the first.
+    """
+    length = x.shape[1]
+    index = torch.arange(length, device=x.device) + shift.to(x.device)[:, None]
+    index = torch.where(index < 0, index + length, index)  # not %, which ONNX exports cannot take with a symbolic size
+    index = torch.where(index >= length, index - length, index)
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]

@@ -1,0 +1,148 @@
+"""The C++ library refuses what the Python package refuses, in the same words, before native code is loaded."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import megalodon_export
+from megalodon_export.bundles import bundle
+from megalodon_export.bundles.bundle import BundleError
+from megalodon_export.runtimes import RuntimeUnavailable
+from support import native
+from support.damaged_bundles import EXPORT_DAMAGE, OTHER_MACHINES, SMALL_DAMAGE, edit, flip, truncate, write
+
+BAD_BUNDLE, UNAVAILABLE = 2, 3
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+
+
+def refusal(library: native.Library, folder: Path) -> native.NativeError:
+    """What the library says about a bundle; that it loaded none of its native code."""
+    with pytest.raises(native.NativeError) as caught:
+        native.Engine(library, folder)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    return caught.value
+
+
+# What a JSON parser says about a text that is none is its own.
+UNREADABLE = r"(?s)(found something unreadable) \(.*\)(?=\. Copy)"
+
+
+def assert_same_refusal(library: native.Library, folder: Path) -> None:
+    with pytest.raises(BundleError) as expected:
+        bundle.read(folder)
+    error = refusal(library, folder)
+    assert error.status == BAD_BUNDLE
+    assert re.sub(UNREADABLE, r"\1", str(error)) == re.sub(UNREADABLE, r"\1", str(expected.value))
+
+
+@pytest.mark.parametrize("name", SMALL_DAMAGE)
+def test_damage_is_refused_in_the_same_words(library: native.Library, tmp_path: Path, name: str) -> None:
+    write(tmp_path / "sound")
+    SMALL_DAMAGE[name][0](tmp_path / "sound")
+    assert_same_refusal(library, tmp_path / "sound")
+
+
+@pytest.mark.parametrize("name", EXPORT_DAMAGE)
+def test_damaged_programs_are_never_loaded(library: native.Library, copy: Path, name: str) -> None:
+    EXPORT_DAMAGE[name][0](copy)
+    assert_same_refusal(library, copy)
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a\\b", "./a", "a//b", "", ".", "a/", "\0"])
+def test_paths_that_leave_the_bundle_are_refused(library: native.Library, tmp_path: Path, path: str) -> None:
+    write(tmp_path / "sound")
+    listed = {path: {"size": 0, "sha256": "0" * 64}}
+    edit(tmp_path / "sound", lambda manifest: manifest["files"].update(listed))
+    with pytest.raises(BundleError):
+        bundle.read(tmp_path / "sound")
+    assert "not a plain path inside the bundle" in str(refusal(library, tmp_path / "sound"))
+
+
+def test_many_problems_and_no_folder(library: native.Library, tmp_path: Path) -> None:
+    write(tmp_path / "sound")
+    for i in range(13):
+        (tmp_path / "sound" / f"z{i:02}").write_bytes(b"")
+    for folder in (tmp_path / "sound", tmp_path / "absent", tmp_path / "sound" / "z00"):
+        assert_same_refusal(library, folder)
+
+
+@pytest.mark.parametrize("name", OTHER_MACHINES)
+def test_other_machines_programs_are_refused(
+    library: native.Library, copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    edit(copy, OTHER_MACHINES[name][0])
+    with pytest.raises(RuntimeUnavailable) as expected:
+        megalodon_export.load(copy)
+    error = refusal(library, copy)
+    assert error.status == UNAVAILABLE
+    if name == "device":  # another sentence in a library that was built without CUDA
+        assert re.search(
+            "are for CUDA, and this library was built without it|are for cuda, not|for x86_64, this GPU", str(error)
+        )
+    else:
+        assert str(error) == str(expected.value)
+
+
+LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "limits": (
+        lambda m: m["programs"]["aoti"]["limits"].update(length_multiple=0),
+        r"limits\.length_multiple: a whole number in 1",
+    ),
+    "cache dtype": (lambda m: m["cache"][0].update(dtype="float8"), r"cache\[0\]\.dtype: no dtype"),
+    "cache shape": (
+        lambda m: m["cache"][0].update(row_shape=[2, 64, 4]),
+        r"row_shape: \[2, 64, 8\] expected, \[2, 64, 4",
+    ),
+    "cache size": (lambda m: m["dimensions"].update(C=32), r"row_shape: \[2, 32, 8\] expected, \[2, 64, 8\] found"),
+    "initial value": (lambda m: m["cache"][0].update(initial_value=1.0, dtype="bfloat16"), "0 expected for bfloat16"),
+    "no position": (lambda m: m["cache"].pop(), "final.position, int64, expected, none found"),
+    "no library": (lambda m: stage(m).pop("library"), '"library" expected, none found'),
+    "a library elsewhere": (lambda m: stage(m).update(library="../../x.so"), "one of the files listed expected"),
+    "weights elsewhere": (lambda m: weight(m).update(file="/etc/passwd"), "one of the files listed expected"),
+    "a weight of no file": (lambda m: weight(m).update(tensor="x"), r"has no tensor x"),
+    "a weight's shape": (lambda m: weight(m).update(shape=[1]), r"but the manifest says float32 \[1\]"),
+    "a weight's dtype": (lambda m: weight(m).update(dtype="int64"), "but the manifest says int64"),
+    "an unknown input": (lambda m: stage(m)["inputs"][0].update(name="y"), "comes from nowhere"),
+    "layers": (lambda m: m["config"].update(num_layers=3), "comes from nowhere|has no tensor"),
+    "no layout": (lambda m: m.pop("layout_id"), "no layout_id; export it again"),
+    "another dtype": (lambda m: m.update(dtype="float64"), "computes in float64"),
+}
+
+
+def stage(manifest: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = manifest["programs"]["aoti"]["stages"]["decode"]["layer"]
+    return found
+
+
+def weight(manifest: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = next(one for one in stage(manifest)["inputs"] if one["kind"] == "weight")
+    return found
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_manifests_that_make_no_sense_are_refused(library: native.Library, copy: Path, name: str) -> None:
+    change, message = LIES[name]
+    edit(copy, change)
+    with pytest.raises(native.NativeError, match=message):
+        native.Engine(library, copy)
+
+
+def test_hashes_may_be_trusted_but_not_sizes(library: native.Library, copy: Path) -> None:
+    flip(copy / "README.md")
+    assert "README.md: sha256" in str(refusal(library, copy))
+    native.Engine(library, copy, check_hashes=False)
+    truncate(copy / "README.md")
+    with pytest.raises(native.NativeError, match="bytes expected"):
+        native.Engine(library, copy, check_hashes=False)

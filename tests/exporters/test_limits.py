@@ -1,0 +1,62 @@
+"""The sizes that programs are exported for: every one of them is dynamic, the smallest ranges included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import SymInt
+from torch.export.pt2_archive._package import package_pt2
+
+import megalodon_export.model as m
+from megalodon_export.exporters.aoti import Request, compile_stage, inductor_options
+from megalodon_export.exporters.programs import Limits
+from megalodon_export.exporters.stages import Stage, export_stages
+from support.small_models import make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def stages(program: str, max_batch: int, blocks: int) -> tuple[Limits, dict[str, Stage]]:
+    """The stages of a small model whose chunk is a number of blocks."""
+    model = make_model(torch.float32, num_layers=1, chunk_size=32 * blocks)
+    m.freeze_constants(model)
+    limits = Limits.of(model.config, max_batch)
+    return limits, export_stages(model, program, limits)
+
+
+@pytest.mark.parametrize(("max_batch", "blocks"), [(1, 3), (2, 1), (2, 2), (3, 3), (4, 1), (64, 2)])
+def test_no_size_is_taken_for_a_constant(max_batch: int, blocks: int) -> None:
+    for program in ("prefill", "decode"):
+        limits, found = stages(program, max_batch, blocks)
+        (token_ids,) = (node for node in found["begin"].graph.graph.nodes if node.name == "tensors_0")
+        dynamic = [max_batch > 1, blocks > 1][: token_ids.meta["val"].dim()]
+        assert [isinstance(size, SymInt) for size in token_ids.meta["val"].shape] == dynamic
+        for stage in found.values():
+            for node in stage.graph.graph.find_nodes(op="placeholder"):
+                for size in node.meta["val"].shape:
+                    if isinstance(size, SymInt):
+                        bounds = size.node.shape_env.bound_sympy(size.node.expr)
+                        assert bounds.lower < bounds.upper, (program, stage.name, size, limits)
+
+
+@torch.no_grad()
+def test_programs_for_two_rows_run_one(tmp_path: Path) -> None:
+    limits, found = stages("prefill", 2, 2)
+    stage = found["layer"]
+    request = Request("", "prefill", "cpu", "float32", limits, False, False, str(tmp_path / "out"))
+    files = compile_stage(stage, inductor_options(request, stage.name))["files"]
+    package_pt2(str(tmp_path / "model.pt2"), aoti_files={stage.name: files})
+    run = torch._C._aoti.AOTIModelPackageLoader(str(tmp_path / "model.pt2"), stage.name, True, 1, -1).run
+    per_row = [
+        one.kind != "weight" and len(example) == 2 for one, example in zip(stage.inputs, stage.examples, strict=True)
+    ]
+    assert sum(per_row) > 10
+    for rows in (1, 2):
+        inputs = [t[:rows].clone() if own else t for t, own in zip(stage.examples, per_row, strict=True)]
+        same = [t.clone() for t in inputs]
+        (actual,), (expected,) = run(inputs), stage.graph(*same)
+        assert actual.shape[0] == rows
+        for a, b in zip([actual, *inputs], [expected, *same], strict=True):  # the cache, too
+            assert torch.allclose(a, b, atol=1e-5)

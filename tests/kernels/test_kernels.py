@@ -1,0 +1,189 @@
+"""The Triton kernels against the plain form: under Triton's interpreter on a CPU, compiled on a GPU (`-m cuda`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalodon_export.bundles.verify import BOUNDS, visible
+from megalodon_export.model import MegalodonForCausalLM, freeze_constants, use_kernels
+from support.golden_data import names
+from support.kernel_cases import CASES, OTHERS, golden_difference, make, wrong_choices, wrong_ends
+from support.kernel_samples import DTYPES, EXTREMES, excess
+from support.small_models import VARIANTS, random_tokens
+
+TESTS = Path(__file__).parents[1]
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)"
+)
+Runs = Future[subprocess.CompletedProcess[str]]
+
+
+def interpret(pool: ThreadPoolExecutor, *command: str) -> Runs:
+    """A module of `support` under Triton's interpreter, in a process of its own with one thread."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    module, *arguments = command
+    whole = [sys.executable, "-m", f"support.{module}", *arguments]
+    return pool.submit(subprocess.run, whole, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """As many processes at a time as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield pool
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def interpreted(pool: ThreadPoolExecutor) -> dict[str, Runs]:
+    """The cases, all under way."""
+    return {case: interpret(pool, "kernel_cases", case) for case in (*CASES, *OTHERS)}
+
+
+@pytest.fixture(scope="module")
+def interpreted_samples(pool: ThreadPoolExecutor) -> dict[str, list[Runs]]:
+    """One sample of every extreme for each dtype, all under way."""
+    seeds = [str(seed) for seed in range(len(EXTREMES))]
+    return {d: [interpret(pool, "kernel_samples", d, *seeds[half::2]) for half in (0, 1)] for d in DTYPES}
+
+
+@needs_triton
+@pytest.mark.parametrize("case", [*CASES, *OTHERS])
+def test_interpreted_kernels_compute_what_they_should(interpreted: dict[str, Runs], case: str) -> None:
+    done = interpreted[case].result()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout.split()[-1]) < BOUNDS["float32"]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_interpreted_kernels_are_right_on_random_and_extreme_samples(
+    interpreted_samples: dict[str, list[Runs]], dtype: str
+) -> None:
+    for sample in interpreted_samples[dtype]:
+        done = sample.result()
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert max(float(line.split()[-1]) for line in done.stdout.splitlines()) <= 1, done.stdout
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(60))
+def test_compiled_kernels_are_right_on_random_and_extreme_samples(seed: int, dtype: str) -> None:
+    assert excess(seed, DTYPES[dtype], "cuda") <= 1
+
+
+@needs_triton
+def test_compiled_for_a_gpu_no_kernel_becomes_float64_by_its_eps() -> None:
+    """Compiled programs pass numbers as float64, and a sum with one made feed_up take twice the time."""
+    found = compiled("float64")
+    names = {"feed_up", "attend", "rms", "layer_norm", "begin", "end"}
+    assert found == {f"megalodon_{name}": "0" for name in names}
+
+
+@needs_triton
+def test_compiled_for_a_gpu_attention_loads_whole_vectors() -> None:
+    """A choice between two pointers, to the ring and to what is new, once made it load values number by number."""
+    names = {"weigh", "scores", "softmax", "store"}
+    assert compiled("narrow") == {f"megalodon_{name}": "0" for name in names}
+
+
+def compiled(count: str) -> dict[str, str]:
+    """What `kernel_types.py` counts, by kernel."""
+    command = [sys.executable, str(TESTS / "support" / "kernel_types.py"), count]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(line.split() for line in done.stdout.splitlines())
+
+
+def pair(
+    dtype: torch.dtype, weights: str = "float", **sizes: object
+) -> tuple[MegalodonForCausalLM, MegalodonForCausalLM]:
+    """The same model twice on the GPU, the second on the kernels."""
+    models = []
+    for _ in range(2):
+        model = make(weights, sizes, dtype).cuda()
+        for layer in model.model.layers:
+            layer.attn.cema.float()
+        freeze_constants(model)
+        models.append(model)
+    use_kernels(models[1])
+    return models[0], models[1]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("batch", [1, 3, 5, 17])
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_compiled_kernels_equal_the_plain_form(name: str, batch: int) -> None:
+    plain, fast = pair(torch.float32, **VARIANTS[name])
+    caches = [plain.new_cache(batch), fast.new_cache(batch)]
+    for index, length in enumerate((7, 3, 70, 1)):
+        ids = random_tokens(batch, length, seed=index).cuda()
+        lengths = torch.randint(1, length + 1, (batch,), generator=torch.Generator().manual_seed(index)).cuda()
+        a, b = (m.prefill(ids, lengths, c) for m, c in zip((plain, fast), caches, strict=True))
+        assert (a - b).abs().max() < 1e-4
+    for index in range(8):
+        ids = random_tokens(batch, seed=index).cuda()
+        a, b = (m.decode(ids, c) for m, c in zip((plain, fast), caches, strict=True))
+        assert (a - b).abs().max() < 1e-4
+    for x, y in zip(*(visible(c) for c in caches), strict=True):
+        assert (x - y).abs().max() <= 1e-4 * max(1.0, float(x.abs().max()))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", [*(n for n in names("model_") if n != "model_inference_longdoc"), *names("hf_")])
+def test_compiled_kernels_compute_what_the_original_does(name: str) -> None:
+    assert golden_difference(name, "cuda") < (1e-3 if name.startswith("hf_") else 2e-4)
+
+
+@pytest.mark.cuda
+def test_compiled_choices_are_those_of_the_sampler() -> None:
+    assert wrong_choices("cuda") == 0
+
+
+@pytest.mark.cuda
+def test_compiled_ends_of_a_step_equal_the_plain_form() -> None:
+    assert wrong_ends("cuda") == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("batch", [1, 6])
+@torch.no_grad()
+def test_compiled_kernels_read_integers(weights: str, batch: int, dtype: torch.dtype) -> None:
+    plain, fast = pair(dtype, weights, swiglu=True, projection_bias=True)
+    caches = [plain.new_cache(batch), fast.new_cache(batch)]
+    for index in range(6):
+        ids = random_tokens(batch, seed=index).cuda()
+        a, b = (m.decode(ids, c) for m, c in zip((plain, fast), caches, strict=True))
+        assert (a - b).abs().max() < BOUNDS[str(dtype).removeprefix("torch.")]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [3, 9])
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_company_and_runs_are_equal(dtype: torch.dtype, batch: int) -> None:
+    _, model = pair(dtype, chunk_size=64)
+    ids = random_tokens(batch, 90).cuda()
+    other = random_tokens(batch, 90, seed=1).cuda()
+    other[0] = ids[0]
+    lengths = torch.full((batch,), 90, device="cuda")
+    found = []
+    for tokens in (ids, ids, other):
+        cache = model.new_cache(batch)
+        model.prefill(tokens, lengths, cache)
+        found.append(torch.stack([model.decode(tokens[:, i], cache) for i in range(5)]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0][:, 0], found[2][:, 0])

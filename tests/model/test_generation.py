@@ -1,0 +1,192 @@
+"""generate(), streaming and pipelines of transformers, over the model's own cache."""
+
+from __future__ import annotations
+
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, TextIteratorStreamer, pipeline
+
+import megalodon_export.model as m
+from megalodon_export.bundles.checkpoints import default_checkpoint
+from megalodon_export.generation.session import Session
+from megalodon_export.model.transformers_api.generation import CACHE
+from megalodon_export.runtimes.eager import ModelRuntime
+from support.small_models import continued, greedy, make_model, padded, random_tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPT = random_tokens(1, 9)
+
+
+@pytest.fixture
+def model() -> m.MegalodonForCausalLM:
+    return make_model(torch.float32)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 4}], ids=str)
+def test_greedy(model: m.MegalodonForCausalLM, options: dict[str, Any]) -> None:
+    assert continued(model, PROMPT, max_new_tokens=20, **options) == greedy(model, PROMPT, 20)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batched_prompts_are_continued_as_each_alone(model: m.MegalodonForCausalLM, side: str) -> None:
+    prompts = [random_tokens(n, seed=n) for n in (3, 9, 6)]
+    token_ids, mask = padded(prompts, side)
+    out = model.generate(token_ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert out[:, 9:].tolist() == [greedy(model, prompt[None], 12) for prompt in prompts]
+
+
+def test_sampling_and_several_sequences(model: m.MegalodonForCausalLM) -> None:
+    def sampled(**options: Any) -> Tensor:
+        torch.manual_seed(3)
+        return model.generate(PROMPT, max_new_tokens=12, do_sample=True, num_return_sequences=3, **options)
+
+    assert sampled().shape == (3, 21)
+    assert torch.equal(sampled(), sampled(use_cache=False))
+    assert len(sampled().unique(dim=0)) == 3
+
+
+def test_beam_search_reorders_the_state(model: m.MegalodonForCausalLM) -> None:
+    beams = {"max_new_tokens": 12, "num_beams": 4}
+    found = continued(model, PROMPT, **beams)
+    assert found == continued(model, PROMPT, **beams, use_cache=False)
+    assert found != greedy(model, PROMPT, 12)  # so beams were exchanged
+
+
+@pytest.mark.parametrize("assistant", ["itself", "another", "prompt"])
+def test_assisted_generation_is_greedy(model: m.MegalodonForCausalLM, assistant: str) -> None:
+    prompt = PROMPT.repeat(1, 3)
+    helper = {"itself": model, "another": make_model(torch.float32, num_layers=1)}.get(assistant)
+    options = {"prompt_lookup_num_tokens": 3} if helper is None else {"assistant_model": helper}
+    assert continued(model, prompt, max_new_tokens=20, **options) == greedy(model, prompt, 20)
+    torch.manual_seed(0)
+    assert len(continued(model, prompt, max_new_tokens=20, do_sample=True, **options)) == 20
+
+
+def test_a_returned_cache_goes_on(model: m.MegalodonForCausalLM) -> None:
+    assistant = make_model(torch.float32, num_layers=1)
+    for options in ({}, {"assistant_model": assistant}):
+        out = model.generate(PROMPT, do_sample=False, max_new_tokens=10, return_dict_in_generate=True, **options)
+        cache = out[CACHE]
+        assert isinstance(cache, Cache)
+        assert isinstance(cache, m.MegalodonCache)
+        assert cache.get_seq_length() == int(cache.position) == 18
+        more = model.generate(out.sequences, do_sample=False, max_new_tokens=5, **{CACHE: cache})
+        assert more[0, 9:].tolist() == greedy(model, PROMPT, 15)
+
+
+def test_a_padded_batch_goes_on(model: m.MegalodonForCausalLM) -> None:
+    prompts = [random_tokens(n, seed=n) for n in (3, 9)]
+    token_ids, mask = (torch.nn.functional.pad(t, (2, 0)) for t in padded(prompts, "left"))  # no row fills the columns
+    options = {"do_sample": False, "pad_token_id": 0}
+    first = model.generate(token_ids, attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True, **options)
+    mask = torch.cat([mask, mask.new_ones(2, 4)], dim=1)
+    more = model.generate(first.sequences, attention_mask=mask, max_new_tokens=5, **options, **{CACHE: first[CACHE]})
+    assert more[:, 11:].tolist() == [greedy(model, prompt[None], 9) for prompt in prompts]
+
+
+def test_tokens_are_taken_back(model: m.MegalodonForCausalLM) -> None:
+    text = random_tokens(2, 30)
+    with torch.no_grad():
+        cache = model(text[:, :8]).past_key_values
+        cache.activate_past_recording()
+        model(text[:, 8:14], past_key_values=cache)
+        model(text[:, 14:15], past_key_values=cache)
+        cache.crop(-4)
+        actual = model(text[:, 11:20], past_key_values=cache).logits
+        cache.crop(0)
+        expected = model(text[:, :20]).logits[:, 11:]
+    assert torch.allclose(actual, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="1 tokens cannot be taken back: none were fed"):
+        cache.crop(-1)
+    model(text[:, 20:22], past_key_values=cache)
+    with pytest.raises(ValueError, match="3 tokens cannot be taken back, only the last 2"):
+        cache.crop(-3)
+    with pytest.raises(ValueError, match="call activate_past_recording before"):
+        model.new_cache(1).crop(-1)
+    with pytest.raises(ValueError, match="a padded batch cannot be taken back"):
+        model(text[:, :2], lengths=torch.tensor([1, 2]), past_key_values=cache)
+
+
+def test_rows_of_a_cache(model: m.MegalodonForCausalLM) -> None:
+    cache = model(random_tokens(2, 9)).past_key_values
+    positions = [t.clone() for t in cache.tensors()]
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 1, 0]))
+    assert cache.batch_size == 3
+    assert all(torch.equal(now, then[[1, 0, 0]]) for now, then in zip(cache.tensors(), positions, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, ValueError, "does not generate by contrastive search"),
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, ValueError, "by group beam search"),
+        ({"dola_layers": "high"}, ValueError, "by dola generation"),
+        ({"cache_implementation": "static"}, ValueError, "cache_implementation is 'static'"),
+        ({"cache_implementation": "paged"}, NotImplementedError, "no pages of keys and values"),
+        (
+            {"prefill_chunk_size": 2, "attention_mask": torch.tensor([[1] * 8 + [0]])},
+            ValueError,
+            "pad them on the left",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_refused(model: m.MegalodonForCausalLM, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        model.generate(PROMPT, **{"max_new_tokens": 3, "do_sample": False, **options})
+
+
+# ---- from a folder ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bible() -> m.MegalodonForCausalLM:
+    """The default checkpoint."""
+    return AutoModelForCausalLM.from_pretrained(default_checkpoint()).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(default_checkpoint(), padding_side="left")
+
+
+def test_greedy_is_that_of_a_session(bible: m.MegalodonForCausalLM, tokenizer: Any) -> None:
+    prompts = ["In the beginning", "And the king of Babylon said unto them, "]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    out = bible.generate(**batch, do_sample=False, max_new_tokens=40)
+    try:
+        session = Session(ModelRuntime(bible))
+        for row, prompt in zip(out, prompts, strict=True):
+            session.reset()
+            expected = list(session.generate_ids(tokenizer(prompt).input_ids, 40))
+            assert row[batch.input_ids.shape[1] :].tolist() == expected
+    finally:
+        m.unfreeze_constants(bible)
+
+
+def test_streamed_text(bible: m.MegalodonForCausalLM, tokenizer: Any) -> None:
+    prompt = tokenizer("In the beginning", return_tensors="pt")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    options = {**prompt, "do_sample": False, "max_new_tokens": 40}
+    thread = Thread(target=bible.generate, kwargs={**options, "streamer": streamer})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    expected = bible.generate(**options)[0, prompt.input_ids.shape[1] :]
+    assert len(pieces) > 20
+    assert "".join(pieces) == tokenizer.decode(expected)
+
+
+def test_text_generation_pipeline(bible: m.MegalodonForCausalLM, tokenizer: Any) -> None:
+    prompts = ["In the beginning", "And the king of Babylon said unto them, "]
+    generate = pipeline("text-generation", model=bible, tokenizer=tokenizer)
+    options = {"do_sample": False, "max_new_tokens": 20, "return_full_text": False}
+    batched = [texts[0]["generated_text"] for texts in generate(prompts, batch_size=2, **options)]
+    assert batched == [generate(prompt, **options)[0]["generated_text"] for prompt in prompts]
+    assert all(len(text) == 20 for text in batched)

@@ -1,0 +1,265 @@
+"""Bundles on disk: written whole or not at all, and refused when anything about them has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalodon_export.bundles import bundle
+from megalodon_export.bundles.bundle import BundleError, read, seal, staged, update_parity
+from support.damaged_bundles import SMALL_DAMAGE, WEIGHTS, edit, flip, write
+
+
+def siblings(destination: Path) -> list[str]:
+    return sorted(path.name for path in destination.parent.iterdir() if path != destination)
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    write(tmp_path / "sound")
+    return tmp_path / "sound"
+
+
+def test_round_trip(sound: Path) -> None:
+    manifest = read(sound)
+    assert manifest["schema_version"] == bundle.SCHEMA_VERSION
+    assert manifest["dtype"] == "float32"
+    assert list(manifest["files"]) == ["aoti/programs.pt2", "model.safetensors"]
+    assert manifest["files"]["model.safetensors"]["size"] == len(WEIGHTS)
+    assert siblings(sound) == []
+
+
+def test_seal_returns_what_it_writes_and_leaves_its_argument(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"a")
+    given = {"dtype": "bfloat16"}
+    assert seal(tmp_path, given) == read(tmp_path)
+    assert given == {"dtype": "bfloat16"}
+
+
+def test_parity_changes_after_the_export(sound: Path) -> None:
+    update_parity(sound, {"decode": 1e-6})
+    read(sound)
+    update_parity(sound, {"decode": 2e-6})
+    assert json.loads((sound / "parity.json").read_text()) == {"decode": 2e-6}
+    (sound / ".parity.json.4711").write_text("{")  # killed inside update_parity
+    assert "parity.json" not in read(sound)["files"]
+
+
+def test_parity_needs_a_bundle_and_json(tmp_path: Path, sound: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with pytest.raises(BundleError, match="not a bundle"):
+        update_parity(tmp_path / "other", {})
+    with pytest.raises(BundleError, match="finite"):
+        update_parity(sound, {"decode": float("nan")})
+    assert not (sound / "parity.json").exists()
+
+
+def test_seal_refuses_links_and_values_that_are_not_json(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="JSON"):
+        seal(tmp_path, {"path": tmp_path})
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(BundleError, match=r"b: .*symbolic link"):
+        seal(tmp_path, {})
+    assert not (tmp_path / "manifest.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------- damaged bundles
+
+
+@pytest.mark.parametrize("name", SMALL_DAMAGE)
+def test_damage_is_refused(sound: Path, name: str) -> None:
+    damage, message = SMALL_DAMAGE[name]
+    damage(sound)
+    with pytest.raises(BundleError, match=message) as caught:
+        read(sound)
+    assert str(sound) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["../outside", "aoti/../../outside", "/etc/passwd", "a\\..\\b", "./a", "a//b", "", "."]
+)
+def test_paths_that_leave_the_bundle_are_refused(sound: Path, path: str) -> None:
+    (sound.parent / "outside").write_bytes(b"")
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    edit(sound, lambda manifest: manifest["files"].update({path: {"size": 0, "sha256": empty}}))
+    with pytest.raises(BundleError, match="not a plain path inside the bundle"):
+        read(sound)
+
+
+def test_sizes_alone_miss_a_flipped_byte_only(sound: Path) -> None:
+    flip(sound / "model.safetensors")
+    read(sound, check="sizes")
+    os.truncate(sound / "model.safetensors", 9)
+    with pytest.raises(BundleError, match="9 found"):
+        read(sound, check="sizes")
+
+
+def test_all_problems_are_listed_up_to_ten(sound: Path) -> None:
+    flip(sound / "model.safetensors")
+    (sound / "aoti/programs.pt2").unlink()
+    for i in range(12):
+        (sound / f"z{i:02}").write_bytes(b"")
+    with pytest.raises(BundleError) as caught:
+        read(sound)
+    text = str(caught.value)
+    for part in ("programs.pt2: a file", "safetensors: sha256", "z07", "and 4 more", "export it again"):
+        assert part in text
+    assert "z08" not in text
+
+
+def test_what_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="nothing found"):
+        read(tmp_path / "absent")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(BundleError, match="a file found"):
+        read(tmp_path / "file")
+    with pytest.raises(ValueError, match="expected"):
+        read(tmp_path, check="none")  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def test_overwriting_replaces_the_whole_folder(sound: Path) -> None:
+    with staged(sound) as staging:
+        (staging / "only").write_bytes(b"new")
+        seal(staging, {})
+        assert read(sound)["dtype"] == "float32"  # the old one stays until the end
+    assert list(read(sound)["files"]) == ["only"]
+    assert siblings(sound) == []
+
+
+def test_parents_are_made_and_an_empty_folder_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "b")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty")
+    read(tmp_path / "a" / "b")
+    read(tmp_path / "empty")
+
+
+def test_a_link_to_a_bundle_stays_a_link(sound: Path) -> None:
+    link = sound.parent / "current"
+    link.symlink_to(sound)
+    write(link, b"new")
+    assert link.is_symlink()
+    assert read(sound)["files"]["model.safetensors"]["size"] == 3
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_the_old_bundle(sound: Path, kind: type[BaseException]) -> None:
+    def export() -> None:
+        with staged(sound) as staging:
+            (staging / "half").write_bytes(b"half")
+            raise kind
+
+    with pytest.raises(kind):
+        export()
+    read(sound)
+    assert siblings(sound) == []
+    write(sound)
+
+
+def test_a_failed_rename_restores_the_old_bundle(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if ".staging-" in self.name:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        write(sound, b"new")
+    assert read(sound)["files"]["model.safetensors"]["size"] == len(WEIGHTS)
+    assert siblings(sound) == []
+
+
+def test_other_people_s_folders_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
+    (tmp_path / "file").write_bytes(b"")
+    for name in ("photos", "file"):
+        with pytest.raises(BundleError, match="left as it is"), staged(tmp_path / name):
+            pytest.fail("entered")
+    assert (tmp_path / "photos" / "cat.png").read_bytes() == b"cat"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "photos"]
+
+
+def test_overwriting_can_be_forbidden(sound: Path) -> None:
+    with pytest.raises(BundleError, match="exists already"), staged(sound, overwrite=False):
+        pytest.fail("entered")
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(BundleError, match="cannot write in"), staged(tmp_path / "file" / "bundle"):
+        pytest.fail("entered")
+    with pytest.raises(BundleError, match="mount point"), staged(Path("/")):
+        pytest.fail("entered")
+
+
+def test_two_exports_to_one_place(sound: Path) -> None:
+    with staged(sound) as staging:
+        with pytest.raises(BundleError, match=rf"is running \(pid {os.getpid()}\)"), staged(sound):
+            pytest.fail("entered")
+        seal(staging, {})
+    assert read(sound)["files"] == {}
+
+
+EXPORT = """
+import sys, time
+from megalodon_export.bundles.bundle import staged
+with staged(sys.argv[1]) as staging:
+    (staging / "half").write_bytes(b"half")
+    print("inside", flush=True)
+    time.sleep(600)
+"""
+
+
+def start_export(destination: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", EXPORT, str(destination)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "inside\n"
+    return process
+
+
+def test_a_killed_export_leaves_the_old_bundle(sound: Path) -> None:
+    process = start_export(sound)
+    with process:
+        try:
+            with pytest.raises(BundleError, match=rf"is running \(pid {process.pid}\)"), staged(sound):
+                pytest.fail("entered")
+            assert siblings(sound) == [f".sound.staging-{process.pid}"]
+        finally:
+            process.send_signal(signal.SIGKILL)
+    read(sound)
+    assert siblings(sound) == [f".sound.staging-{process.pid}"]
+    write(sound, b"new")
+    assert read(sound)["files"]["model.safetensors"]["size"] == 3
+    assert siblings(sound) == []
+
+
+def test_killed_between_the_renames(sound: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    sound.rename(sound.with_name(f".sound.old-{process.pid}"))
+    with pytest.raises(RuntimeError), staged(sound):
+        raise RuntimeError
+    read(sound)
+    assert siblings(sound) == []
+
+
+def test_a_stale_folder_with_our_own_process_id(sound: Path) -> None:
+    (sound.parent / f".sound.staging-{os.getpid()}").mkdir()
+    (sound.parent / f".sound.old-{os.getpid()}").mkdir()
+    write(sound)
+    read(sound)
+    assert siblings(sound) == []

@@ -1,0 +1,216 @@
+"""Real bundles: damaged ones are refused before their native code is loaded, wrong ones fail verification."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._C._aoti
+from safetensors.torch import load_file, save_file
+
+import megalodon_export
+from megalodon_export.bundles import bundle
+from megalodon_export.bundles.bundle import BundleError
+from megalodon_export.bundles.verify import VerificationError, verify
+from megalodon_export.cli import run
+from megalodon_export.runtimes import RuntimeUnavailable
+from support.damaged_bundles import EXPORT_DAMAGE, OTHER_MACHINES, edit, flip, truncate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+
+
+@pytest.fixture
+def no_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*arguments: Any) -> None:
+        raise AssertionError("native code was loaded")
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", load)
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_native_code")
+@pytest.mark.parametrize("name", EXPORT_DAMAGE)
+def test_damage_is_refused_before_native_code_is_loaded(
+    copy: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    damage, message = EXPORT_DAMAGE[name]
+    before = (copy / "parity.json").read_bytes()
+    damage(copy)
+    for runtime in ("aoti", "eager"):
+        with pytest.raises(BundleError, match=message):
+            megalodon_export.load(copy, runtime=runtime)
+    with pytest.raises(BundleError, match=message):
+        verify(copy)
+    for command in (["verify", str(copy)], ["inspect", str(copy)], ["generate", str(copy), "--prompt", "x"]):
+        assert run(command) == 1
+        output = capsys.readouterr()
+        assert re.search(message, output.err)
+        assert "Traceback" not in output.err
+        assert output.out == ""
+    assert (copy / "parity.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", OTHER_MACHINES)
+def test_programs_for_another_machine_are_refused(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    change, message = OTHER_MACHINES[name]
+    edit(copy, change)
+    text = "".join(megalodon_export.load(copy, runtime="eager").generate("x", 5))  # the weights run anywhere
+    assert text
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._C._aoti, "AOTIModelPackageLoader", lambda *_: pytest.fail("native code was loaded"))
+        with pytest.raises(RuntimeUnavailable, match=message):
+            megalodon_export.load(copy)
+        assert run(["generate", str(copy), "--prompt", "x"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+
+
+def test_contents_are_trusted_on_request_but_sizes_are_not(copy: Path) -> None:
+    flip(copy / "README.md")
+    with pytest.raises(BundleError, match=r"README\.md: sha256"):
+        megalodon_export.load(copy, runtime="eager")
+    megalodon_export.load(copy, runtime="eager", check=False)
+    truncate(copy / "README.md")
+    with pytest.raises(BundleError, match=r"README.md: .* bytes expected"):
+        megalodon_export.load(copy, runtime="eager", check=False)
+
+
+def test_a_bundle_may_be_moved(copy: Path, tmp_path: Path) -> None:
+    moved = copy.rename(tmp_path / "a name with spaces, é")
+    assert "".join(megalodon_export.load(moved).generate("x", 5))
+
+
+def test_others_may_read_a_bundle(tiny_bundle: Path) -> None:
+    modes = {path.name: path.stat().st_mode & 0o444 for path in tiny_bundle.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {modes["config.json"]}
+
+
+# ---- verification ----------------------------------------------------------------------------------------------------
+
+
+def spoil(folder: Path, factor: float) -> None:
+    """Change the constants of the compiled programs; the eager model derives its own."""
+    path = folder / "constants.safetensors"
+    tensors = load_file(path)
+    save_file({name: t * factor if t.is_floating_point() else t for name, t in tensors.items()}, path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    bundle.seal(folder, manifest)
+
+
+def test_a_sound_bundle_verifies(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "parity.json").unlink()
+    parity = verify(copy)
+    assert json.loads((copy / "parity.json").read_text()) == parity
+    assert {row["runtime"] for row in parity["results"]} == {"aoti"}
+    assert all(max(row["logits"], row["cache"]) <= row["bound"] == 1e-4 for row in parity["results"])
+    assert run(["verify", str(copy)]) == 0
+    assert "five rows, one empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan"), float("inf")])
+def test_numbers_out_of_bounds_fail(copy: Path, capsys: pytest.CaptureFixture[str], factor: float) -> None:
+    spoil(copy, factor)
+    with pytest.raises(VerificationError, match=r"out of the bound of 1e-04 .* aoti, a chunk and one"):
+        verify(copy)
+    (copy / "parity.json").unlink()
+    assert run(["verify", str(copy)]) == 1
+    output = capsys.readouterr()
+    assert "out of the bound" in output.err
+    assert "Traceback" not in output.err
+    results = json.loads((copy / "parity.json").read_text())["results"]
+    assert any(max(row["logits"], row["cache"]) > row["bound"] for row in results)
+
+
+# ---- ended exports ---------------------------------------------------------------------------------------------------
+
+
+def processes_with(mark: str) -> set[int]:
+    """Living processes that have `mark` in their environment: an export, its workers, their compilers."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes():
+                found.add(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.fixture
+def export(
+    checkpoints: dict[str, Path], command: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> Iterator[tuple[subprocess.Popen[str], Path, str]]:
+    """An export whose workers have just started, its destination, and the mark of its processes."""
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("needs /proc")
+    destination, mark = tmp_path / "out" / "bundle", f"mark-{os.getpid()}-{time.monotonic_ns()}"
+    arguments = ("aoti", "--checkpoint", checkpoints["tiny"], "--out", destination, "--device", "cpu")
+    process = command(*arguments, env={"MARK": mark, "TMPDIR": str(tmp_path)})
+    with process:
+        try:
+            assert wait_until(lambda: len(processes_with(mark)) >= 3, 120)
+            yield process, destination, mark
+        finally:
+            process.kill()
+            for pid in processes_with(mark):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_export_leaves_neither_bundle_nor_compilers(
+    export: tuple[subprocess.Popen[str], Path, str],
+) -> None:
+    process, destination, mark = export
+    process.kill()
+    process.wait()
+    assert not destination.exists()
+    assert wait_until(lambda: not processes_with(mark), 90)
+    with pytest.raises(RuntimeError), bundle.staged(destination):
+        raise RuntimeError  # the next export finds the place free, and clears it
+    assert not list(destination.parent.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_export_cleans_up(
+    export: tuple[subprocess.Popen[str], Path, str], tmp_path: Path, number: signal.Signals
+) -> None:
+    process, destination, mark = export
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1] == "interrupted"
+    assert not list(destination.parent.iterdir())
+    assert not list(tmp_path.glob("megalodon-export-*"))
+    assert wait_until(lambda: not processes_with(mark), 30)

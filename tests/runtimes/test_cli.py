@@ -1,0 +1,308 @@
+"""The command line: its real entry point where that matters, its parser and exit statuses in this process."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import megalodon_export
+from megalodon_export import cli
+from megalodon_export.bundles import bundle
+from support.golden_data import load, write_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+COMMANDS = {
+    "aoti": ("--checkpoint", "--out", "--device", "--dtype", "--max-batch", "--max-length", "--portable"),
+    "onnx": ("--checkpoint", "--out", "--dtype", "--max-batch", "--max-length", "--all-logits", "--add", "--json"),
+    "convert": ("upstream", "megalodon-hf", "SRC", "DST"),
+    "generate": ("--prompt", "--runtime", "--max-new-tokens", "--temperature", "--top-k", "--seed", "--stop", "--json"),
+    "eval": ("--ppl", "--prompts", "--runtime", "--truncate-chunks", "--max-new-tokens", "--json"),
+    "verify": ("bundle", "--json"),
+    "inspect": ("bundle", "--json"),
+    "bench": ("--runtime", "--batch", "--tokens", "--json"),
+    "doctor": ("--json",),
+}
+Result = tuple[int, str, str]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def call(command: Start) -> Callable[..., Result]:
+    """Runs the real entry point: exit status, stdout (line ends as they are) and stderr."""
+
+    def run(*arguments: object, text: str = "", **options: Any) -> Result:
+        streams = {"stdin": subprocess.PIPE, "text": False, "encoding": None}
+        process: Any = command(*arguments, **streams, **options)
+        output, errors = process.communicate(text.encode(), timeout=300)
+        return process.returncode, output.decode(), errors.decode()
+
+    return run
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs the command line in this process, which saves the seconds that importing torch takes."""
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        try:
+            status = cli.run([str(a) for a in arguments])
+        except SystemExit as ended:
+            status = int(str(ended.code))
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return run
+
+
+def expected_text(folder: Path, prompt: str, count: int, runtime: str = "eager", **options: Any) -> str:
+    return "".join(megalodon_export.load(folder, runtime=runtime, device="cpu").generate(prompt, count, **options))
+
+
+# ---- help and usage --------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command(call: Callable[..., Result]) -> None:
+    status, output, errors = call("--help")
+    assert (status, errors) == (0, "")
+    assert all(re.search(rf"^ +{name} ", output, re.MULTILINE) for name in COMMANDS)
+    assert "Start with `megalodon-export aoti`" in output
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(here: Callable[..., Result], name: str) -> None:
+    status, output, errors = here(name, "--help")
+    assert (status, errors) == (0, "")
+    assert output.startswith(f"usage: megalodon-export {name}")
+    assert all(word in output for word in COMMANDS[name])
+
+
+USAGE_ERRORS = {
+    "no command": ((), "the following arguments are required: COMMAND"),
+    "unknown command": (("explode",), "invalid choice: 'explode'"),
+    "no bundle": (("inspect",), "required: bundle"),
+    "no prompt": (("generate", "x"), "required: --prompt"),
+    "not a number": (("generate", "x", "--prompt", "y", "--top-k", "many"), "invalid int value: 'many'"),
+    "unknown option": (("verify", "x", "--quickly"), "unrecognized arguments: --quickly"),
+    "unknown dtype": (("aoti", "--dtype", "float16"), "invalid choice: 'float16'"),
+    "unknown kind": (("convert", "gpt2", "a", "b"), "invalid choice: 'gpt2'"),
+}
+
+
+@pytest.mark.parametrize("name", USAGE_ERRORS)
+def test_usage_errors_exit_2(here: Callable[..., Result], name: str) -> None:
+    arguments, message = USAGE_ERRORS[name]
+    status, output, errors = here(*arguments)
+    assert (status, output) == (2, "")
+    assert message in errors
+    assert errors.startswith("usage: megalodon-export")
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_failures_exit_1_with_one_line(call: Callable[..., Result], tmp_path: Path) -> None:
+    missing = tmp_path / "nothing"
+    status, output, errors = call("generate", missing, "--prompt", "x")
+    assert (status, output) == (1, "")
+    assert errors == f"megalodon-export: {missing}: a bundle folder expected, nothing found.\n"
+
+
+FAILURES: dict[str, tuple[Callable[[Path, Path], tuple[object, ...]], str]] = {
+    "no checkpoint": (lambda b, t: ("aoti", "--checkpoint", t), "is no checkpoint: it has no config.json"),
+    "limits": (
+        lambda b, t: ("aoti", "--checkpoint", b, "--out", t / "new", "--device", "cpu", "--max-batch", 0),
+        "max_batch is 0, expected at least 1",
+    ),
+    "length": (
+        lambda b, t: ("aoti", "--checkpoint", b, "--out", t / "new", "--device", "cpu", "--max-length", 33),
+        "max_length is 33, expected a multiple of 32",
+    ),
+    "a foreign folder": (
+        lambda b, t: ("aoti", "--checkpoint", b, "--out", t, "--device", "cpu"),
+        "a bundle, an empty folder or nothing expected there",
+    ),
+    "no source": (lambda b, t: ("convert", "upstream", t / "none", t / "new"), "none"),
+    "unknown runtime": (lambda b, t: ("generate", b, "--prompt", "x", "--runtime", "jax"), "no runtime 'jax'"),
+    "temperature": (
+        lambda b, t: ("generate", b, "--prompt", "x", "--temperature", -1, "--json"),
+        "temperature is -1.0, expected",
+    ),
+    "another device": (lambda b, t: ("generate", b, "--prompt", "x", "--device", "cuda"), "are for cpu, not cuda"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failures_are_one_sentence(here: Callable[..., Result], tiny_bundle: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "letter.txt").write_text("mine")
+    arguments, message = FAILURES[name]
+    status, output, errors = here(*arguments(tiny_bundle, tmp_path))
+    last = errors.splitlines()[-1]
+    assert (status, output) == (1, "")
+    assert last.startswith("megalodon-export: ")
+    assert message in last
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_traceback_shows_where(here: Callable[..., Result], tmp_path: Path) -> None:
+    with pytest.raises(bundle.BundleError, match="a bundle folder expected, nothing found"):
+        here("--traceback", "inspect", tmp_path / "nothing")
+
+
+def test_errors_without_words_are_named(
+    here: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(bundle, "read", fail)
+    assert here("inspect", tmp_path) == (1, "", "megalodon-export: NotImplementedError\n")
+
+
+def test_a_reader_that_goes_away(command: Start, tiny_bundle: Path) -> None:
+    process: Any = command(
+        "generate", tiny_bundle, "--prompt", "x", "--max-new-tokens", 100_000, text=False, encoding=None
+    )
+    with process:
+        process.stdout.read(20)
+        process.stdout.close()
+        assert process.wait(120) == 1
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_a_terminated_generation(command: Start, tiny_bundle: Path) -> None:
+    process: Any = command(
+        "generate", tiny_bundle, "--prompt", "x", "--max-new-tokens", 100_000, text=False, encoding=None
+    )
+    with process:
+        process.stdout.read(20)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert errors.splitlines()[-1] == b"interrupted"
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_streams_prompt_and_text(call: Callable[..., Result], tiny_bundle: Path) -> None:
+    prompt = "In the beginning – ě"
+    status, output, _ = call("generate", tiny_bundle, "--prompt", prompt, "--max-new-tokens", 60)
+    assert status == 0
+    assert output == prompt + expected_text(tiny_bundle, prompt, 60) + "\n"
+
+
+def test_generate_json_from_stdin_with_sampling(call: Callable[..., Result], tiny_bundle: Path) -> None:
+    options = (
+        "--temperature",
+        0.9,
+        "--top-k",
+        50,
+        "--top-p",
+        0.9,
+        "--min-p",
+        0.01,
+        "--seed",
+        11,
+        "--max-new-tokens",
+        40,
+    )
+    status, output, _ = call(
+        "generate", tiny_bundle, "--prompt", "-", "--runtime", "eager", "--json", *options, text="Let there be\n"
+    )
+    sampling = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 11}
+    text = expected_text(tiny_bundle, "Let there be\n", 40, **sampling)
+    assert status == 0
+    assert json.loads(output) == {"prompt": "Let there be\n", "text": text, "runtime": "eager", **sampling}
+
+
+def test_generate_writes_the_same_in_both_runtimes(here: Callable[..., Result], short_chunk_bundle: Path) -> None:
+    arguments = ("generate", short_chunk_bundle, "--prompt", "And God said", "--max-new-tokens", 80)
+    outputs = [here(*arguments, "--runtime", name) for name in ("eager", "aoti")]
+    assert [status for status, _, _ in outputs] == [0, 0]
+    assert outputs[0][1] == outputs[1][1]
+
+
+def test_generate_stops(here: Callable[..., Result], tiny_bundle: Path) -> None:
+    text = expected_text(tiny_bundle, "x", 60)
+    stop = text[8:10]
+    arguments = ("generate", tiny_bundle, "--prompt", "x", "--max-new-tokens", 60, "--stop", "zzzz", "--stop", stop)
+    assert here(*arguments)[1] == "x" + text[: text.index(stop)] + "\n"
+
+
+# ---- the other commands ----------------------------------------------------------------------------------------------
+
+
+def test_verify(call: Callable[..., Result], here: Callable[..., Result], tiny_bundle: Path) -> None:
+    status, output, errors = call("verify", tiny_bundle, "--json")
+    assert status == 0
+    assert json.loads(output) == json.loads((tiny_bundle / "parity.json").read_text())
+    assert "aoti: a chunk and one: logits" in errors
+    status, output, _ = here("verify", tiny_bundle)
+    assert status == 0
+    assert output.splitlines()[0].split() == ["runtime", "case", "logits", "cache", "bound"]
+
+
+def test_inspect(here: Callable[..., Result], tiny_bundle: Path) -> None:
+    status, output, _ = here("inspect", tiny_bundle, "--json")
+    facts = json.loads(output)
+    sizes = {path.relative_to(tiny_bundle).as_posix(): path.stat().st_size for path in tiny_bundle.rglob("*.*")}
+    assert status == 0
+    assert (facts["layers"], facts["model_dim"], facts["chunk_size"], facts["dtype"]) == (2, 32, 64, "float32")
+    assert facts["files"] == {
+        name: size for name, size in sizes.items() if name not in ("manifest.json", "parity.json")
+    }
+    cache = megalodon_export.load(tiny_bundle, runtime="eager").cache
+    assert facts["state_bytes_per_stream"] == sum(t.nbytes for t in cache.tensors())
+    bound = facts["tensors_bound_by_each_program"]
+    assert set(bound) == {"prefill", "decode", "decode_one"}
+    assert facts["distinct_tensors_bound"] < sum(bound.values())  # all programs bind the same tensors
+    status, output, errors = here("inspect", tiny_bundle)
+    assert (status, errors) == (0, "")
+    assert re.search(r"^weights +.*once, in model\.safetensors", output, re.MULTILINE)
+    assert all(name in output for name in facts["files"])
+
+
+def test_bench(here: Callable[..., Result], tiny_bundle: Path) -> None:
+    options = ("--batch", 1, "--batch", 3, "--tokens", 4, "--prompt-tokens", 70, "--json")
+    status, output, errors = here("bench", tiny_bundle, *options)
+    assert status == 0, errors
+    results = json.loads(output)["results"]
+    assert [(row["runtime"], row["batch"]) for row in results] == [
+        *(("eager", 1), ("eager", 3), ("aoti", 1), ("aoti", 3)),
+    ]
+    assert all(row["decode_seconds"] > 0 and row["prefill_seconds"] > 0 for row in results)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("upstream", "model_base"), ("megalodon-hf", "hf_base")])
+def test_convert(
+    call: Callable[..., Result], here: Callable[..., Result], tmp_path: Path, kind: str, name: str
+) -> None:
+    source = write_checkpoint(name, tmp_path / "source")
+    run = call if kind == "upstream" else here
+    status, output, errors = run("convert", kind, source, tmp_path / "made")
+    assert status == 0, errors
+    config = load(name)[0]["config"]
+    assert output.startswith(f"{tmp_path / 'made'}: ")
+    assert re.search(rf"width {config['model_dim']}, chunks of {config['chunk_size']} tokens\n$", output)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, dtype=torch.int64)).logits.isfinite().all()
+
+
+def test_doctor_is_reached(here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("megalodon_export.doctor.checks.main", lambda json: asked.append(json) or 1)
+    assert here("doctor", "--json")[0] == 1
+    assert asked == [True]

@@ -1,0 +1,144 @@
+"""The programs of every runtime against the eager model: the same numbers at every batch, length and split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megalodon_export.bundles import bundle
+from megalodon_export.bundles.verify import Case, compare
+from megalodon_export.model import MegalodonCache
+from megalodon_export.runtimes import Runtime, open_runtime
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = (None,) * 3
+Pair = tuple[Runtime, Runtime]
+
+
+@pytest.fixture(scope="module", params=["aoti", "onnx"])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["tiny", "short-chunk"])
+def folder(request: pytest.FixtureRequest, name: str) -> Path:
+    fixture = {"aoti": "bundles", "onnx": "onnx_bundles"}[name]
+    return request.getfixturevalue(fixture)[request.param]
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path, name: str) -> Pair:
+    """The runtime, eager."""
+    manifest = bundle.read(folder)
+    return open_runtime(name, folder, manifest), open_runtime("eager", folder, manifest)
+
+
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def contents(cache: MegalodonCache) -> list[Tensor]:
+    return [t.clone() for t in cache.tensors()]
+
+
+def assert_close(pair: Pair, batch: int, *calls: tuple[int, ...] | None) -> None:
+    logits, cache, agreement = compare(*pair, Case("", batch, calls))
+    assert logits < 1e-4
+    assert cache < 1e-4
+    assert agreement == 1.0
+
+
+LENGTHS: dict[str, Callable[[int], int]] = {
+    "1": lambda chunk: 1,
+    "chunk - 1": lambda chunk: chunk - 1,
+    "chunk": lambda chunk: chunk,
+    "chunk + 1": lambda chunk: chunk + 1,
+    "2 chunk + 5": lambda chunk: 2 * chunk + 5,
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_prefill_then_decode(pair: Pair, batch: int, length: str) -> None:
+    count = LENGTHS[length](pair[0].config.chunk_size)
+    assert_close(pair, batch, (count,) * batch, *STEPS)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("start", [1, 0.5, -1])
+def test_prefill_from_inside_a_chunk(pair: Pair, length: str, start: float) -> None:
+    chunk = pair[0].config.chunk_size
+    first = {1: 1, 0.5: chunk // 2, -1: chunk - 1}[start]
+    assert_close(pair, 2, (first, first), (LENGTHS[length](chunk),) * 2, *STEPS)
+
+
+def test_ragged_rows_and_empty_ones(pair: Pair) -> None:
+    chunk = pair[0].config.chunk_size
+    ragged = (1, chunk, 0, chunk - 1, 2 * chunk + 5, 3, chunk + 1, 0)
+    assert_close(pair, 8, ragged, ragged[::-1], *STEPS)
+    assert_close(pair, 8, ragged, *STEPS, (0, 0, 0, 0, 0, 0, 0, chunk + 1), *STEPS)
+
+
+def test_decode_from_nothing_across_chunks(pair: Pair) -> None:
+    chunk = pair[0].config.chunk_size
+    assert_close(pair, 2, *(None,) * (2 * chunk + 3))
+    assert_close(pair, 3, (chunk - 2, chunk - 1, 1), *(None,) * (chunk + 2))
+
+
+def test_greedy_tokens_are_equal_for_512_steps(pair: Pair) -> None:
+    written = []
+    for runtime in pair:
+        cache = runtime.new_cache(2)
+        logits = runtime.prefill(random_ids(2, 100), torch.tensor([100, 37]), cache)
+        tokens = []
+        for _ in range(512):
+            tokens.append(logits.argmax(-1))
+            logits = runtime.decode(tokens[-1], cache)
+        written.append(torch.stack(tokens))
+    assert torch.equal(*written)
+    assert len(set(written[0].flatten().tolist())) > 10  # not one token over and over
+
+
+def test_prompts_beyond_one_call_are_those_of_the_whole_model(folder: Path, pair: Pair) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    longest = pair[0].limits.max_length
+    token_ids = random_ids(2, 3 * longest + 7)
+    lengths = torch.tensor([3 * longest + 7, longest + 1])
+    with torch.no_grad():
+        expected = model(token_ids, lengths=lengths).logits[torch.arange(2), lengths - 1]
+    for runtime in pair:
+        cache = runtime.new_cache(2)
+        assert (runtime.prefill(token_ids, lengths, cache) - expected).abs().max() < 1e-4
+        assert cache.position.tolist() == lengths.tolist()
+
+
+def test_rows_of_a_batch_are_rows_run_alone(pair: Pair) -> None:
+    runtime, chunk = pair[0], pair[0].config.chunk_size
+    lengths = [1, chunk + 1, 2 * chunk + 5]
+    token_ids, following = random_ids(3, max(lengths)), random_ids(4, 3, seed=1)
+    together = runtime.new_cache(3)
+    logits = [runtime.prefill(token_ids, torch.tensor(lengths), together)]
+    logits += [runtime.decode(step, together) for step in following]
+    for row, length in enumerate(lengths):
+        alone = runtime.new_cache(1)
+        own = [runtime.prefill(token_ids[row : row + 1, :length], torch.tensor([length]), alone)]
+        own += [runtime.decode(step[row : row + 1], alone) for step in following]
+        for a, b in zip(logits, own, strict=True):
+            assert (a[row] - b[0]).abs().max() < 2e-5
+
+
+def test_the_cache_is_updated_in_place(pair: Pair) -> None:
+    for runtime in pair:
+        cache = runtime.new_cache(2)
+        addresses, before = [t.data_ptr() for t in cache.tensors()], contents(cache)
+        runtime.prefill(random_ids(2, 11), torch.tensor([11, 3]), cache)
+        assert all(not torch.equal(a, b) for a, b in zip(cache.tensors(), before, strict=True))
+        runtime.decode(random_ids(2), cache)
+        assert [t.data_ptr() for t in cache.tensors()] == addresses
+        assert cache.position.tolist() == [12, 4]

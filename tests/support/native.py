@@ -1,0 +1,202 @@
+"""The C++ library from Python, through its C interface: for tests that compare the two."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from support.readme import ROOT
+
+CPP = ROOT / "cpp"
+# A header of each package that the build needs, and the Debian package that has it.
+HEADERS = {
+    **{"nlohmann/json.hpp": "nlohmann-json3-dev", "gtest/gtest.h": "libgtest-dev", "CLI/CLI.hpp": "libcli11-dev"},
+    **{"openssl/evp.h": "libssl-dev", "httplib.h": "libcpp-httplib-dev"},
+}
+
+TokenCallback = ctypes.CFUNCTYPE(c_int, c_void_p, c_int64)
+TextCallback = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
+
+
+class Sampling(ctypes.Structure):
+    """megalodon_sampling"""
+
+    _fields_ = (
+        *(("temperature", c_double), ("top_k", c_int64), ("top_p", c_double), ("min_p", c_double)),
+        ("seed", c_uint64),
+    )
+
+    def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0):
+        super().__init__(temperature, top_k, top_p, min_p, seed)
+
+
+class Options(ctypes.Structure):
+    """megalodon_generate_options"""
+
+    _fields_ = (
+        *(("struct_size", c_size_t), ("sampling", Sampling), ("max_new_tokens", c_int64), ("eos_token_id", c_int64)),
+        *(("stop", POINTER(c_char_p)), ("stop_count", c_size_t)),
+    )
+
+
+class EngineOptions(ctypes.Structure):
+    """megalodon_engine_options"""
+
+    _fields_ = (("struct_size", c_size_t), ("check_hashes", c_int32), ("concurrency", c_int32))
+
+
+class NativeError(Exception):
+    """A status that is not MEGALODON_OK, with what the library said."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Library:
+    """libmegalodon; every function returns a status, which becomes an exception."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.megalodon_last_error.restype = c_char_p
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """megalodon_NAME(arguments); NativeError unless it succeeds."""
+        status = getattr(self._library, f"megalodon_{name}")(*arguments)
+        if status:
+            raise NativeError(status, self._library.megalodon_last_error().decode())
+
+    def free(self, kind: str, handle: c_void_p) -> None:
+        """megalodon_KIND_free(handle)."""
+        function = getattr(self._library, f"megalodon_{kind}_free")
+        function.restype = None
+        function(handle)
+
+    def sample(self, logits: np.ndarray, sampling: Sampling, index: int) -> int:
+        """One token from float32 logits (V)."""
+        token = c_int64()
+        values = np.ascontiguousarray(logits, dtype=np.float32)
+        pointer = values.ctypes.data_as(POINTER(c_float))
+        self.call("sample", pointer, c_size_t(len(values)), byref(sampling), c_uint64(index), byref(token))
+        return token.value
+
+
+class Engine:
+    """megalodon_engine"""
+
+    def __init__(self, library: Library, folder: Path, check_hashes: bool = True) -> None:
+        self.abi, self.handle = library, c_void_p()
+        options = EngineOptions(ctypes.sizeof(EngineOptions), check_hashes, 0)
+        library.call("engine_open", str(folder).encode(), byref(options), byref(self.handle))
+
+    def __del__(self) -> None:
+        self.abi.free("engine", self.handle)
+
+
+class Session:
+    """megalodon_session"""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.abi, self.handle = engine, engine.abi, c_void_p()
+        self.abi.call("session_create", engine.handle, byref(self.handle))
+
+    def __del__(self) -> None:
+        self.abi.free("session", self.handle)
+
+    def prefill(self, token_ids: Sequence[int], logits_size: int) -> np.ndarray:
+        """Logits (V) after the last token."""
+        logits = np.empty(logits_size, dtype=np.float32)
+        pointer = logits.ctypes.data_as(POINTER(c_float))
+        self.abi.call("session_prefill", self.handle, _ids(token_ids), c_size_t(len(token_ids)), pointer)
+        return logits
+
+    def generate_ids(self, prompt: Sequence[int], count: int, eos: int = -2, **sampling: Any) -> list[int]:
+        """Token ids that follow a prompt; eos -1 is none, -2 the model's."""
+        written: list[int] = []
+        callback = TokenCallback(lambda _, token: written.append(token) or 0)
+        options = _options(count, eos, (), sampling)
+        self.abi.call(
+            "session_generate",
+            *(self.handle, _ids(prompt), c_size_t(len(prompt)), byref(options), callback, None, None),
+        )
+        return written
+
+    def generate(self, prompt: str, count: int, stop: Sequence[str] = (), **sampling: Any) -> list[str]:
+        """Pieces of the text that follows a prompt."""
+        pieces: list[str] = []
+
+        def give(_: object, piece: int, size: int) -> int:
+            pieces.append(ctypes.string_at(piece, size).decode())
+            return 0
+
+        options = _options(count, -2, stop, sampling)
+        callback = TextCallback(give)
+        self.abi.call("session_generate_text", self.handle, prompt.encode(), byref(options), callback, None, None)
+        return pieces
+
+    def save(self, path: Path) -> None:
+        """Write a snapshot."""
+        snapshot = c_void_p()
+        self.abi.call("session_snapshot", self.handle, byref(snapshot))
+        self.abi.call("snapshot_save", snapshot, str(path).encode())
+        self.abi.free("snapshot", snapshot)
+
+    def restore(self, path: Path) -> None:
+        """Go back to a snapshot."""
+        snapshot = c_void_p()
+        self.abi.call("snapshot_load", str(path).encode(), byref(snapshot))
+        try:
+            self.abi.call("session_restore", self.handle, snapshot)
+        finally:
+            self.abi.free("snapshot", snapshot)
+
+
+def _ids(token_ids: Sequence[int]) -> Any:
+    return (c_int64 * len(token_ids))(*token_ids)
+
+
+def _options(count: int, eos: int, stop: Sequence[str], sampling: dict[str, Any]) -> Options:
+    strings = (c_char_p * len(stop))(*(one.encode() for one in stop))
+    return Options(ctypes.sizeof(Options), Sampling(**sampling), count, eos, strings, len(stop))
+
+
+# ---- building it -----------------------------------------------------------------------------------------------------
+
+
+def missing() -> str | None:
+    """What the build needs and this machine lacks."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None or shutil.which("cmake") is None:
+        return "a C++ compiler and cmake"
+    for header, package in HEADERS.items():
+        command = [compiler, "-std=c++20", "-E", "-x", "c++", "-"]
+        if subprocess.run(command, input=f"#include <{header}>", text=True, capture_output=True).returncode:
+            return package
+    return None
+
+
+def sh(*command: object, **options: Any) -> str:
+    """Run a command on one thread; what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environment, **options)
+    assert done.returncode == 0, f"{command} failed: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def build(folder: Path) -> None:
+    """Build the library, its tests, its command line and the service with this Python's torch."""
+    sh(
+        *("cmake", "-S", CPP, "-B", folder, "-DMEGALODON_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Release"),
+        "-DMEGALODON_BUILD_SERVICE=ON",
+        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
+    )
+    sh("cmake", "--build", folder, "-j2")
