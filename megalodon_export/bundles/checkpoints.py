@@ -27,7 +27,7 @@ class CheckpointError(Exception):
 
 def default_checkpoint() -> Path:
     """The small trained model that ships with the package."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "default_checkpoint", package.parent / "artifacts" / "default"):  # wheel, clone
         if (folder / "config.json").is_file():
             return folder
