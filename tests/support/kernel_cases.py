@@ -55,9 +55,8 @@ OTHERS = (*GOLDEN, "greedy", "ends")
 
 def interpret() -> None:
     """Make Triton's interpreter ready, before the kernels are imported."""
-    import triton_interpreter  # noqa: F401
-
     from megalodon_export.model.kernels import step
+    from support import triton_interpreter  # noqa: F401
 
     step._PROGRAMS = 8  # a GPU's worth of programs takes minutes here
 
