@@ -62,7 +62,8 @@ class ComplexEMA(DerivedConstants):
     def derive(self) -> dict[str, Tensor]:
         """p (D, N), q and gamma (D, N, 2), omega (D), log|q| and turns (D, N), kernel K[0..T) (D, T), from float64.
 
-        `planes` (7, N, D) are p, q, gamma and q^S once more, for the scan over segments of S tokens.
+        `scan_coefficients` (7, N, D) hold p, q, gamma and q^S again, each as a plane (N, D): the GPU kernels scan
+        over segments of S tokens with them.
         """
         dtype = accumulation_dtype(self.alpha.dtype)
         p = torch.sigmoid(self.alpha.double()[..., 0])
@@ -76,10 +77,10 @@ class ComplexEMA(DerivedConstants):
         powers = powers_of_q(log_magnitude[:, None], turns[:, None], steps)  # (D, T, N, 2)
         kernel = (complex_mul(powers, gamma[:, None])[..., 0] * p[:, None]).sum(-1)
         kernel = torch.cat([kernel[:, :1] + omega[:, None], kernel[:, 1:]], dim=1)
-        leap = powers_of_q(log_magnitude, turns, torch.full((), SEGMENT, device=p.device))
-        planes = torch.cat([p[..., None], q, gamma, leap], dim=-1).permute(2, 1, 0)  # (7, N, D)
+        q_pow_segment = powers_of_q(log_magnitude, turns, torch.full((), SEGMENT, device=p.device))
+        scan_coefficients = torch.cat([p[..., None], q, gamma, q_pow_segment], dim=-1).permute(2, 1, 0)  # (7, N, D)
         constants = {"p": p, "q": q, "gamma": gamma, "omega": omega, "log_magnitude": log_magnitude, "kernel": kernel}
-        constants["planes"] = planes
+        constants["scan_coefficients"] = scan_coefficients
         return {**{name: tensor.to(dtype) for name, tensor in constants.items()}, "turns": turns}
 
     def initial_state(self, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..model.kernels import NOTHING_LEFT, POSITIVE_INFINITY
+from ..model.logit_errors import ALL_MASKED, POSITIVE_INFINITY
 
 _MASK = 2**64 - 1
 _GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -41,7 +41,7 @@ _LOG2_E = 1.4426950408889634
 _LN2_HIGH = 6.93147180369123816490e-01
 _LN2_LOW = 1.90821492927058770002e-10
 _TAYLOR = tuple(1.0 / math.factorial(k) for k in range(14))
-_BAD_DRAW = -3  # a fault of a row, as POSITIVE_INFINITY and NOTHING_LEFT are
+_BAD_DRAW = -3  # a fault of a row, as POSITIVE_INFINITY and ALL_MASKED are
 _LOWEST_EXPONENT = -64.0  # exp(-64) is below half a unit of every weight, and 2**n stays far from subnormal
 
 
@@ -185,7 +185,7 @@ def raise_faults(faults: Sequence[int], vocab_size: int, draws: Callable[[], lis
         return
     if faults[row] == _BAD_DRAW:
         raise ValueError(f"draw of row {row} is {draws()[row]}, expected a number in [0, 1); use uniform()")
-    found = {POSITIVE_INFINITY: "+inf among the logits", NOTHING_LEFT: "-inf for every token"}.get(
+    found = {POSITIVE_INFINITY: "+inf among the logits", ALL_MASKED: "-inf for every token"}.get(
         faults[row], f"NaN in {faults[row]} of {vocab_size} logits"
     )
     raise ValueError(
@@ -220,7 +220,7 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
 def _faults(logits: Tensor, peak: Tensor, draws: Tensor | None) -> Tensor:
     faults = logits.isnan().sum(dim=-1)
     faults = faults.masked_fill(peak == math.inf, POSITIVE_INFINITY)
-    faults = faults.masked_fill(peak == -math.inf, NOTHING_LEFT)
+    faults = faults.masked_fill(peak == -math.inf, ALL_MASKED)
     if draws is None:
         return faults
     return faults.masked_fill(~((draws >= 0.0) & (draws < 1.0)), _BAD_DRAW)

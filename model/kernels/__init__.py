@@ -12,7 +12,6 @@ from torch import nn
 from ..quantized import QuantizedLinear
 
 KERNEL_PREFIX = "megalodon_"  # of every kernel here: by it a captured graph tells those that wait from others
-POSITIVE_INFINITY, NOTHING_LEFT = -1, -2  # what is wrong with a row of logits; a positive number counts NaNs
 FEW = 4  # rows of a batch up to which a decode step holds weights in registers and the rows take turns
 
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from . import NOTHING_LEFT, POSITIVE_INFINITY
+from ..logit_errors import ALL_MASKED, POSITIVE_INFINITY
 from .launch import kernel, power_of_2, programmatic, start, wait
 
 _BLOCK = 8192  # logits that a program compares at a time
@@ -18,7 +18,7 @@ _UNROLLED = 8  # blocks of which all are on their way at once
 def choose_greedy(logits: Tensor, choice: Tensor) -> None:
     """Into choice (2, B) int64, from logits (B, V) float32: the first of the most probable tokens, and a fault.
 
-    A fault is 0, or how many logits are NaN, or POSITIVE_INFINITY or NOTHING_LEFT; the token beside it is 0.
+    A fault is 0, or how many logits are NaN, or POSITIVE_INFINITY or ALL_MASKED; the token beside it is 0.
     """
     batch, vocabulary = logits.shape
     block = min(power_of_2(vocabulary), _BLOCK)
@@ -28,7 +28,7 @@ def choose_greedy(logits: Tensor, choice: Tensor) -> None:
         BLOCK=block,
         UNROLLED=vocabulary <= _UNROLLED * block,
         PLUS=POSITIVE_INFINITY,
-        NOTHING=NOTHING_LEFT,
+        NOTHING=ALL_MASKED,
         PDL=programmatic(logits),
         num_warps=max(block // 256, 1),
     )

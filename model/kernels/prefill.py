@@ -218,7 +218,9 @@ def layer_prefill(
     """New tokens of each row through a layer, x (B, L, D) -> (B, L, D); the layer's cache changes in place."""
     c = attn.cema.constants()
     x_norm = normed(attn.timenorm, x, lengths, position, cache.norm_mean, cache.norm_var)
-    m = ema_scan(*(x_norm, lengths, cache.ema_state, c["planes"], c["omega"], attn.rmsnorm.weight, attn.rmsnorm.eps))
+    m = ema_scan(
+        *(x_norm, lengths, cache.ema_state, c["scan_coefficients"], c["omega"], attn.rmsnorm.weight, attn.rmsnorm.eps)
+    )
     v = F.silu(attn.wv(x_norm))
     gated = attend_chunks(
         *(attn.wz(m), v, attn.wr(m), attn.gamma, attn.beta, lengths, position, *rotary),
