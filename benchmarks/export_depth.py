@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 from megalodon_export.exporters import aoti
-from megalodon_export.exporters.programs import DECODE, PREFILL, Limits, symbolic_sizes
+from megalodon_export.exporters.programs import DECODE, PREFILL, Limits
+from megalodon_export.exporters.torch_internals import compile_graph, symbolic_sizes
 from megalodon_export.model import MegalodonCache, MegalodonForCausalLM, freeze_constants, preset
 
 
@@ -41,17 +42,16 @@ class WholeDecode(nn.Module):
         return self.model.decode(token_ids, MegalodonCache.from_tensors(self.model.config, tensors))
 
 
-def compile_whole(model: MegalodonForCausalLM, request: aoti.Request) -> list[str]:
+def compile_whole(model: MegalodonForCausalLM, request: aoti.CompileRequest) -> list[str]:
     """Compile decode as one graph; the files of it."""
     batch = Dim("batch", min=1, max=request.limits.max_batch)
     inputs = (torch.zeros(2, dtype=torch.int64), model.new_cache(2).tensors())
     with torch.no_grad(), symbolic_sizes():
         exported = export(WholeDecode(model), inputs, dynamic_shapes=({0: batch}, [{0: batch} for _ in inputs[1]]))
-        options = aoti.inductor_options(request, request.program)
-        return [str(file) for file in torch._inductor.aot_compile(exported.module(), inputs, options=options)]
+    return compile_graph(exported.module(), inputs, aoti.inductor_options(request, request.program))
 
 
-def compile_stages(model: MegalodonForCausalLM, request: aoti.Request) -> list[str]:
+def compile_stages(model: MegalodonForCausalLM, request: aoti.CompileRequest) -> list[str]:
     """Compile a program as a bundle's is, from the model's checkpoint; the files of its stages."""
     model.save_pretrained(request.checkpoint)
     compiled = aoti.compile_program(request, lambda message: None)
@@ -63,7 +63,7 @@ def measure(model: MegalodonForCausalLM, form: str, program: str) -> dict[str, A
     compile_it = compile_whole if form == "whole" else compile_stages
     with tempfile.TemporaryDirectory() as scratch:
         limits, checkpoint = Limits.of(model.config), str(Path(scratch, "checkpoint"))
-        request = aoti.Request(checkpoint, program, "cpu", "float32", limits, False, False, scratch)
+        request = aoti.CompileRequest(checkpoint, program, "cpu", "float32", limits, False, False, scratch)
         started = time.monotonic()
         files = compile_it(model, request)
         seconds = time.monotonic() - started

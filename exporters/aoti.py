@@ -7,34 +7,30 @@ the same tensors to all.
 
 from __future__ import annotations
 
-import functools
-import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._higher_order_ops.triton_kernel_wrap as triton_kernel_wrap
 from transformers.utils import logging
 
 from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants, use_kernels
 from .gemv_rewrite import stream_products
-from .programs import DECODE, DECODE_ONE, PREFILL, Limits, symbolic_sizes
+from .programs import DECODE, DECODE_ONE, PREFILL, Limits
 from .stages import Stage, export_stages
+from .target import target
+from .torch_internals import compile_graph, package_programs, stand_in_sources
 from .workers import Worker, run_side_by_side, serve
 
 PACKAGE = "model.pt2"
-PORTABLE_FEATURES = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "popcnt", "sse4_1", "sse4_2", "ssse3")
-_FEATURE_PREFIXES = (*("avx", "amx", "bmi", "f16c", "fma", "movbe", "popcnt", "sse", "ssse3"), "asimd", "sve", "bf16")
 
 
 @dataclass(frozen=True)
-class Request:
+class CompileRequest:
     """One compilation: which program of which checkpoint, for which machine, to where."""
 
     checkpoint: str
@@ -47,7 +43,7 @@ class Request:
     directory: str
 
 
-def inductor_options(request: Request, stage: str) -> dict[str, Any]:
+def inductor_options(request: CompileRequest, stage: str) -> dict[str, Any]:
     """What AOTInductor is told, and why."""
     options: dict[str, Any] = {
         "aot_inductor.package": True,
@@ -64,38 +60,7 @@ def inductor_options(request: Request, stage: str) -> dict[str, Any]:
     return options
 
 
-def _widen_inductor_caches() -> None:
-    """Inductor remembers 128 simplified indices and strides; a prefill has hundreds, and forgets them all in turn."""
-    import torch._inductor.sizevars as sizevars
-
-    for name in ("stride_at", "simplify_index_in_vec_range"):
-        original = getattr(getattr(sizevars, name, None), "__wrapped__", None)
-        if original is not None:
-            setattr(sizevars, name, functools.cache(original))
-
-
-@contextmanager
-def waits_are_understood() -> Iterator[None]:
-    """Inductor finds what a Triton kernel writes by reading its code, and gives up at the wait, which is assembly.
-
-    It would then copy every input of the kernel, weights included. The same kernel without the wait writes the same.
-    """
-    names = ("identify_mutated_tensors", "identify_accessed_tensors")  # in torch 2.11, and later
-    originals = {name: getattr(triton_kernel_wrap, name) for name in names if hasattr(triton_kernel_wrap, name)}
-
-    def without_wait(original: Any, kernel: Any, kwargs: dict[str, Any], *others: Any) -> Any:
-        return original(kernel, {**kwargs, "PDL": False} if "PDL" in kwargs else kwargs, *others)
-
-    for name, original in originals.items():
-        setattr(triton_kernel_wrap, name, functools.partial(without_wait, original))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(triton_kernel_wrap, name, original)
-
-
-def one_layer_model(request: Request) -> MegalodonForCausalLM:
+def one_layer_model(request: CompileRequest) -> MegalodonForCausalLM:
     """The checkpoint's first layer, embedding and head: all that a program's stages can depend on."""
     config = MegalodonConfig.from_pretrained(request.checkpoint)
     config.num_layers = 1
@@ -107,13 +72,13 @@ def one_layer_model(request: Request) -> MegalodonForCausalLM:
     return model
 
 
-def compile_program(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
+def compile_program(request: CompileRequest, note: Callable[[str], None]) -> dict[str, Any]:
     """Compile the stages of one program of a checkpoint in this process; see `compile_stages`."""
     return compile_stages(one_layer_model(request), request, note)
 
 
 def compile_stages(
-    model: MegalodonForCausalLM, request: Request, note: Callable[[str], None] = lambda message: None
+    model: MegalodonForCausalLM, request: CompileRequest, note: Callable[[str], None] = lambda message: None
 ) -> dict[str, Any]:
     """Export and compile the stages of one program of a frozen model of one layer, on the kernels where it is on a GPU.
 
@@ -129,7 +94,6 @@ def compile_stages(
             stage.graph.recompile()
     nodes = sum(len(stage.graph.graph.nodes) for stage in stages.values())
     note(f"exported in {time.monotonic() - started:.1f} s, {nodes} nodes; compiling")
-    _widen_inductor_caches()
     started = time.monotonic()
     compiled = {part: compile_stage(stage, inductor_options(request, stage.name)) for part, stage in stages.items()}
     note(f"compiled in {time.monotonic() - started:.1f} s")
@@ -138,27 +102,14 @@ def compile_stages(
 
 def compile_stage(stage: Stage, options: dict[str, Any]) -> dict[str, Any]:
     """Compile one stage: its entry in the manifest, and the `files` that AOTInductor made, without sources."""
-    with torch.no_grad(), symbolic_sizes(), waits_are_understood():
-        files = torch._inductor.aot_compile(stage.graph, stage.examples, options=options)
-    paths = [str(file) for file in files]  # type: ignore[union-attr]
+    files = compile_graph(stage.graph, stage.examples, options)
     return {
         "name": stage.name,
         "library": f"{stage.name}.so",
         "inputs": [{k: v for k, v in asdict(i).items() if v is not None} for i in stage.inputs],
         "outputs": list(stage.outputs),
-        "files": [path for path in paths if not path.endswith((".cpp", ".h", ".hpp"))] + _stand_ins(paths),
+        "files": [file for file in files if not file.endswith((".cpp", ".h", ".hpp"))] + stand_in_sources(files),
     }
-
-
-def _stand_ins(paths: list[str]) -> list[str]:
-    """Empty files in the place of the sources, which name paths of the build machine.
-
-    torch 2.11 finds a program's metadata by the name of its source, although it has the library and compiles nothing.
-    """
-    sources = [Path(path.removesuffix("_metadata.json") + ".cpp") for path in paths if path.endswith("_metadata.json")]
-    for source in sources:
-        source.write_text("// compiled: the library is beside this file\n")
-    return [str(source) for source in sources]
 
 
 def build(
@@ -175,21 +126,19 @@ def build(
 
     Returns the manifest's entry about them: target machine, limits, stages. CompileError if a compilation fails.
     """
-    from torch.export.pt2_archive._package import package_pt2
-
     programs = (PREFILL, DECODE, DECODE_ONE)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=directory) as scratch:
         workers = []
         for name in programs:
             folder = Path(scratch, name)
-            request = Request(str(checkpoint), name, device, dtype, limits, all_logits, portable, str(folder))
+            request = CompileRequest(str(checkpoint), name, device, dtype, limits, all_logits, portable, str(folder))
             workers.append(Worker(name, __name__, asdict(request), folder))
         report(f"exporting and compiling {', '.join(programs)} for {device}, side by side")
         compiled: dict[str, dict[str, Any]] = run_side_by_side(workers, report)
         stages = [stage for name in programs for stage in compiled[name].values()]
         files: dict[str, list[str]] = {stage["name"]: stage.pop("files") for stage in stages}
-        package_pt2(str(directory / PACKAGE), aoti_files={name: list(paths) for name, paths in files.items()})
+        package_programs(directory / PACKAGE, files)
         for name, paths in files.items():
             for path in paths:
                 if path.endswith((".so", ".cubin")):
@@ -204,27 +153,8 @@ def build(
     }
 
 
-def target(device: str, portable: bool) -> dict[str, Any]:
-    """What a machine needs to run programs compiled here: device kind, and CPU features or GPU architecture."""
-    if torch.device(device).type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return {"device": "cuda", "architecture": f"sm_{major}{minor}"}
-    features = sorted(set(cpu_features()) & set(PORTABLE_FEATURES)) if portable else cpu_features()
-    return {"device": "cpu", "architecture": platform.machine(), "cpu_features": features}
-
-
-def cpu_features() -> list[str]:
-    """Instruction-set extensions of this CPU that a compiler may use (`-march=native`); empty where unknown."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-    flags = next((line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
-    return sorted(flag for flag in flags if flag.startswith(_FEATURE_PREFIXES))
-
-
 def _serve(request: dict[str, Any], folder: Path, note: Callable[[str], None]) -> dict[str, Any]:
-    return compile_program(Request(**{**request, "limits": Limits(**request["limits"])}), note)
+    return compile_program(CompileRequest(**{**request, "limits": Limits(**request["limits"])}), note)
 
 
 if __name__ == "__main__":

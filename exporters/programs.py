@@ -1,20 +1,20 @@
-"""The programs of a model, prefill and decode: their inputs and outputs by name, and their limits.
+"""The programs of a model, prefill and decode: their inputs and outputs by name, their stages, and their limits.
 
-Every exporter and runtime works from `program_specs`. A program updates the cache in place and returns the logits.
+Every exporter and runtime works from `program_specs`. A program updates the cache in place and returns the logits:
+
+    prefill(token_ids (B, L), lengths (B), cache) -> logits (B, V)
+    decode(token_ids (B), cache) -> logits (B, V)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch._dynamo.config as dynamo_config
-import torch.fx.experimental._config as fx_config
 
-from ..model import MegalodonConfig, cache_layout, dimension_sizes
+from ..model.cache import cache_layout, dimension_sizes
+from ..model.config import MegalodonConfig
 from ..model.ema import BLOCK
 
 PREFILL, DECODE = "prefill", "decode"
@@ -22,6 +22,9 @@ DECODE_ONE = "decode_one"  # decode once more, for a batch of 1 alone: on a CPU 
 
 # Decode programs for GPUs take this argument too, (2, B) int64, and write the most probable tokens and logit errors.
 NEXT_TOKENS = "next_tokens"
+
+BEGIN, LAYER, END = STAGES = ("begin", "layer", "end")  # of a program; see `stages.py`
+LAYER_INDEX = "{layer}"  # in the name of a layer's weight or cache tensor: the number of the layer
 
 
 @dataclass(frozen=True)
@@ -111,16 +114,3 @@ def static_sizes(config: MegalodonConfig) -> dict[str, int]:
 def dtype_name(dtype: torch.dtype) -> str:
     """torch.float32 -> "float32"."""
     return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def symbolic_sizes() -> Iterator[None]:
-    """Batch 1 and one block are in range: torch must not treat them as other programs (0/1 specialisation).
-
-    torch's cache of fake tensors is off: where sizes are symbols, its keys cost more than it saves.
-    """
-    with (
-        fx_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-        dynamo_config.patch(fake_tensor_cache_enabled=False),  # type: ignore[attr-defined]
-    ):
-        yield

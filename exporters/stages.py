@@ -21,17 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
-from torch.utils._pytree import tree_unflatten
 
 from ..model import MegalodonForCausalLM
 from ..model.cache import FinalCache, LayerCache
 from ..model.modeling import last_valid
 from ..model.plan import BLOCK
-from .programs import DECODE_ONE, NEXT_TOKENS, PREFILL, Limits, dtype_name, symbolic_sizes
+from .programs import BEGIN, DECODE_ONE, END, LAYER, LAYER_INDEX, NEXT_TOKENS, PREFILL, Limits, dtype_name
 from .structures import dimension, flatten_all, rebuild, root_of, unbacked
-
-BEGIN, LAYER, END = STAGES = ("begin", "layer", "end")
-LAYER_INDEX = "{layer}"  # in the name of a layer's weight or cache tensor: the number of the layer
+from .torch_internals import symbolic_sizes, tree_unflatten
 
 Run = Callable[..., dict[str, Any]]
 

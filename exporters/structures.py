@@ -9,7 +9,8 @@ from typing import Any
 import sympy
 from torch import SymInt, Tensor
 from torch.export import Dim
-from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+
+from .torch_internals import is_found_in_values, size_expression, size_symbol, symbol_bounds
 
 
 def flatten(value: Any, name: str) -> dict[str, Tensor]:
@@ -49,17 +50,16 @@ def root_of(size: int | SymInt, dim: Any) -> dict[sympy.Symbol, Any]:
     """The symbol behind a traced size, and the torch.export.Dim it stands for; `dim` is how the size was declared."""
     if not isinstance(size, SymInt):
         return {}
-    (symbol,) = size.node.expr.free_symbols
-    return {symbol: getattr(dim, "root", dim)}
+    return {size_symbol(size): getattr(dim, "root", dim)}
 
 
 def unbacked(size: int | SymInt) -> dict[sympy.Symbol, Any]:
     """The symbol of a size that a stage finds in its inputs' values, and a torch.export.Dim of its own for it."""
-    if not isinstance(size, SymInt) or not has_free_unbacked_symbols(size):
+    if not isinstance(size, SymInt) or not is_found_in_values(size):
         return {}
-    (symbol,) = size.node.expr.free_symbols
-    bounds = size.node.shape_env.bound_sympy(symbol)
-    return {symbol: Dim(str(symbol), min=int(bounds.lower), max=int(bounds.upper))}
+    symbol = size_symbol(size)
+    least, largest = symbol_bounds(size)
+    return {symbol: Dim(str(symbol), min=least, max=largest)}
 
 
 def dimension(size: int | SymInt, roots: Mapping[sympy.Symbol, Any]) -> Any:
@@ -69,7 +69,7 @@ def dimension(size: int | SymInt, roots: Mapping[sympy.Symbol, Any]) -> Any:
     """
     if not isinstance(size, SymInt):
         return Dim.STATIC
-    expression = sympy.expand(size.node.expr)
+    expression = sympy.expand(size_expression(size))
     for symbol, root in roots.items():
         factor = expression.coeff(symbol)
         rest = expression - factor * symbol

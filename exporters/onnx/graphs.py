@@ -27,9 +27,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...model import MegalodonConfig, MegalodonForCausalLM
-from ..aoti import Request, one_layer_model
-from ..programs import DECODE, PREFILL, Limits, ProgramSpec, TensorSpec, program_specs, static_sizes
-from ..stages import BEGIN, END, LAYER, LAYER_INDEX, Stage, export_stages
+from ..aoti import CompileRequest, one_layer_model
+from ..programs import (
+    BEGIN,
+    DECODE,
+    END,
+    LAYER,
+    LAYER_INDEX,
+    PREFILL,
+    Limits,
+    ProgramSpec,
+    TensorSpec,
+    program_specs,
+    static_sizes,
+)
+from ..stages import Stage, export_stages
 from . import ops, products  # noqa: F401 - register what they write
 from .check import require
 from .graph import BATCH, MULTIPLES, OPSET, Const, Expr, GraphBuilder, Operand
@@ -111,7 +123,7 @@ def build(
             "export the float checkpoint, and quantise its graphs with onnxruntime.quantization"
         )
     weights = WeightFiles(folder, files)
-    request = Request(str(folder), "", "cpu", dtype, limits, all_logits, False, "")
+    request = CompileRequest(str(folder), "", "cpu", dtype, limits, all_logits, False, "")
     model = one_layer_model(request)
     model.model.supported_dtypes += (torch.float16,)
     specs = program_specs(config, getattr(torch, dtype), all_logits)

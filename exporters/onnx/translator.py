@@ -15,9 +15,9 @@ import sympy
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor, fx
-from torch.utils._pytree import tree_any, tree_map
 
 from ..stages import Stage
+from ..torch_internals import size_expression, size_symbol, symbol_bounds, tree_any, tree_map
 from .graph import FOUND, Const, Dims, Expr, GraphBuilder, InGraph, Operand, Steps, Val
 
 aten = torch.ops.aten
@@ -54,9 +54,9 @@ class Translator:
         """What the stage's own symbols stand for."""
         for size, dim in zip(node.meta["val"].shape, dims, strict=True):
             if isinstance(size, torch.SymInt):
-                (symbol,) = size.node.expr.free_symbols
-                factor = sympy.expand(size.node.expr).coeff(symbol)
-                rest = sympy.expand(size.node.expr - factor * symbol)
+                symbol, expression = size_symbol(size), sympy.expand(size_expression(size))
+                factor = expression.coeff(symbol)
+                rest = sympy.expand(expression - factor * symbol)
                 self.symbols.setdefault(symbol, sympy.expand((dim - rest) / factor))
 
     def run(self) -> dict[str, Any]:
@@ -87,10 +87,8 @@ class Translator:
 
     def _find(self, value: Any, tensor: Operand) -> None:
         """A size that is read from a tensor's value."""
-        symbol = value.node.expr
-        self.symbols[symbol] = FOUND
-        largest = int(value.node.shape_env.bound_sympy(symbol).upper)
-        self.graph.find(self.graph.value(tensor), largest)
+        self.symbols[size_symbol(value)] = FOUND
+        self.graph.find(self.graph.value(tensor), symbol_bounds(value)[1])
 
     def _handle(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.target not in HANDLERS:
@@ -110,7 +108,7 @@ class Translator:
     def size(self, size: Any) -> Any:
         """A traced size in terms of B and the multiples; other things as they are."""
         if isinstance(size, torch.SymInt):
-            return sympy.expand(size.node.expr.subs(self.symbols))
+            return sympy.expand(size_expression(size).subs(self.symbols))
         return sympy.Integer(size) if type(size) is int else size
 
     def dims(self, node: fx.Node, part: int | None = None) -> Dims:

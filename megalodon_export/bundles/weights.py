@@ -15,8 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..exporters.programs import dtype_name
-from ..exporters.stages import LAYER_INDEX
+from ..exporters.programs import LAYER_INDEX, dtype_name
 from ..model import MegalodonForCausalLM
 from .checkpoints import WEIGHTS
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..bundles.checkpoints import DTYPES
 from ..bundles.weights import WeightStore
-from ..exporters.aoti import cpu_features
-from ..exporters.programs import DECODE, DECODE_ONE, NEXT_TOKENS, PREFILL, Limits
-from ..exporters.stages import LAYER_INDEX, STAGES
+from ..exporters.programs import DECODE, DECODE_ONE, LAYER_INDEX, NEXT_TOKENS, PREFILL, STAGES, Limits
+from ..exporters.target import cpu_features
+from ..exporters.torch_internals import load_program
 from ..model import MegalodonCache, MegalodonConfig
 from ..model.cache import LayerCache
 from .base import Runtime, RuntimeUnavailable
@@ -40,15 +40,12 @@ class AotiRuntime(Runtime):
         bind: Callable[[list[dict[str, Any]], int], dict[str, Tensor]],
     ) -> None:
         """Load the stages of both programs; `bind` finds the weights among a stage's inputs, for a layer."""
-        from torch._C._aoti import AOTIModelPackageLoader
-
         index = -1 if self.device.type != "cuda" or self.device.index is None else self.device.index
         layers = range(self.config.num_layers)
 
         def stage(entry: dict[str, Any]) -> _Stage:
-            # single-threaded: required for capture in a CUDA graph; this class is not for concurrent calls
-            loader = AOTIModelPackageLoader(str(package), entry["name"], True, 1, index)
-            return _Stage(loader.run, entry, [bind(entry["inputs"], layer) for layer in layers])
+            run = load_program(package, entry["name"], index)
+            return _Stage(run, entry, [bind(entry["inputs"], layer) for layer in layers])
 
         self._programs = {name: _Program(*(stage(parts[part]) for part in STAGES)) for name, parts in stages.items()}
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..quantized import QuantizedLinear
 
 KERNEL_PREFIX = "megalodon_"  # of every kernel here: by it a captured graph tells those that wait from others
+PDL_CONSTEXPR = "PDL"  # the kernels' constant that switches programmatic dependent launch on
 FEW = 4  # rows of a batch up to which a decode step holds weights in registers and the rows take turns
 
 

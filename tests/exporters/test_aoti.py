@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import megalodon_export.model as m
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.weights import WeightStore, add_sources, save_constants
-from megalodon_export.exporters.aoti import Request, compile_stage, inductor_options, one_layer_model
+from megalodon_export.exporters.aoti import CompileRequest, compile_stage, inductor_options, one_layer_model
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.exporters.stages import Stage, export_stages
 from megalodon_export.model import MegalodonCache, MegalodonConfig
@@ -158,7 +158,7 @@ def exported(layers: int, program: str, folder: Path) -> dict[str, Stage]:
     """The stages of a program, from the checkpoint of a model with some number of layers."""
     make_model(torch.float32, num_layers=layers).save_pretrained(folder / f"{layers}")
     limits = Limits.of(MegalodonConfig.from_pretrained(folder / f"{layers}"))
-    request = Request(str(folder / f"{layers}"), program, "cpu", "float32", limits, False, False, "")
+    request = CompileRequest(str(folder / f"{layers}"), program, "cpu", "float32", limits, False, False, "")
     return export_stages(one_layer_model(request), program, limits)
 
 
@@ -197,7 +197,9 @@ def test_kernels_of_other_sizes_are_not_taken_from_a_cache(tmp_path: Path) -> No
         folder = tmp_path / f"{vocabulary}"
         make_model(torch.float32, num_layers=1, vocab_size=vocabulary).save_pretrained(folder)
         config = MegalodonConfig.from_pretrained(folder)
-        request = Request(str(folder), "decode", "cpu", "float32", Limits.of(config), False, False, str(folder / "out"))
+        request = CompileRequest(
+            str(folder), "decode", "cpu", "float32", Limits.of(config), False, False, str(folder / "out")
+        )
         stage = export_stages(one_layer_model(request), "decode", request.limits)["begin"]
         files = compile_stage(stage, inductor_options(request, stage.name))["files"]
         (library,) = (Path(file).read_bytes() for file in files if file.endswith(".so"))
@@ -217,7 +219,7 @@ def test_a_tied_head_is_bound_to_the_embedding(tmp_path: Path) -> None:
     m.freeze_constants(model)
     save_constants(model, tmp_path)
     limits = Limits.of(model.config)
-    request = Request(str(tmp_path), "decode", "cpu", "float32", limits, False, False, "")
+    request = CompileRequest(str(tmp_path), "decode", "cpu", "float32", limits, False, False, "")
     stages = export_stages(one_layer_model(request), "decode", limits)
     entries = {name: {"inputs": [asdict(one) for one in stage.inputs]} for name, stage in stages.items()}
     add_sources({"decode": entries}, 2, tmp_path)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import SymInt
-from torch.export.pt2_archive._package import package_pt2
 
 import megalodon_export.model as m
-from megalodon_export.exporters.aoti import Request, compile_stage, inductor_options
+from megalodon_export.exporters.aoti import CompileRequest, compile_stage, inductor_options
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.exporters.stages import Stage, export_stages
+from megalodon_export.exporters.torch_internals import load_program, package_programs
 from support.small_models import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,10 +45,10 @@ def test_no_size_is_taken_for_a_constant(max_batch: int, blocks: int) -> None:
 def test_programs_for_two_rows_run_one(tmp_path: Path) -> None:
     limits, found = stages("prefill", 2, 2)
     stage = found["layer"]
-    request = Request("", "prefill", "cpu", "float32", limits, False, False, str(tmp_path / "out"))
+    request = CompileRequest("", "prefill", "cpu", "float32", limits, False, False, str(tmp_path / "out"))
     files = compile_stage(stage, inductor_options(request, stage.name))["files"]
-    package_pt2(str(tmp_path / "model.pt2"), aoti_files={stage.name: files})
-    run = torch._C._aoti.AOTIModelPackageLoader(str(tmp_path / "model.pt2"), stage.name, True, 1, -1).run
+    package_programs(tmp_path / "model.pt2", {stage.name: files})
+    run = load_program(tmp_path / "model.pt2", stage.name)
     per_row = [
         one.kind != "weight" and len(example) == 2 for one, example in zip(stage.inputs, stage.examples, strict=True)
     ]
