@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config as symbolic_shapes
 
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.checkpoints import DTYPES
-from megalodon_export.bundles.weights import numbered
 from megalodon_export.export.aoti import export_aoti
 from megalodon_export.export.onnx import add_onnx, export_onnx
 from megalodon_export.exporters import aoti
+from megalodon_export.exporters.manifest_types import AotiPrograms, StageInput, numbered
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.model import (
     MegalodonCache,
@@ -145,15 +145,15 @@ def _vary(*inputs: Tensor, cache: MegalodonCache) -> None:
 class BoundPrograms(AotiRuntime):
     """AOTInductor programs bound to a model's weights where they are, without a file of them."""
 
-    def __init__(self, model: MegalodonForCausalLM, limits: Limits, stages: dict[str, Any], package: Path) -> None:
-        Runtime.__init__(self, model.config, model.dtype_of_weights, model.device, limits, False)
+    def __init__(self, model: MegalodonForCausalLM, entry: AotiPrograms, folder: Path) -> None:
+        Runtime.__init__(self, model.config, model.dtype_of_weights, model.device, entry.limits, False)
         tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
-        def bind(inputs: list[dict[str, Any]], layer: int) -> dict[str, Tensor]:
-            names = [one["name"] for one in inputs if one["kind"] == "weight"]
+        def bind(inputs: tuple[StageInput, ...], layer: int) -> dict[str, Tensor]:
+            names = [one.name for one in inputs if one.kind == "weight"]
             return {name: tensors[numbered(name, layer)] for name in names}
 
-        self._load(package, stages, bind)
+        self._load(folder / entry.package, entry.stages, bind)
 
 
 def compile_from_config(subject: Subject) -> Runtime:
@@ -162,15 +162,15 @@ def compile_from_config(subject: Subject) -> Runtime:
     A bundle's way is `export_aoti`. Programs do not depend on the number of layers: they are compiled from a checkpoint
     of one.
     """
-    entry = programs_of(subject)
+    entry, _ = programs_of(subject)
     model = random_model(subject)
     freeze_constants(model)
     assert subject.programs is not None
-    return BoundPrograms(model, Limits(**entry["limits"]), entry["stages"], subject.programs / entry["package"])
+    return BoundPrograms(model, entry, subject.programs)
 
 
-def programs_of(subject: Subject) -> dict[str, Any]:
-    """Compile the programs of a config, or take those that are there; the manifest's entry and `compile_seconds`.
+def programs_of(subject: Subject) -> tuple[AotiPrograms, float]:
+    """Compile the programs of a config, or take those that are there; the manifest's entry, and seconds to compile.
 
     ValueError if the programs that are there are others.
     """
@@ -183,15 +183,15 @@ def programs_of(subject: Subject) -> dict[str, Any]:
     folder = subject.programs
     record = folder / "programs.json"
     if record.is_file():
-        found: dict[str, Any] = json.loads(record.read_text())
+        found = json.loads(record.read_text())
         if found["made_of"] != made_of:
             raise ValueError(f"{folder} has programs of {found['made_of']}, not of {made_of}; name another folder")
-        return found["entry"]
+        return msgspec.convert(found["entry"], AotiPrograms), found["compile_seconds"]
     with tempfile.TemporaryDirectory() as checkpoint:
         random_model(replace(subject, config=config)).save_pretrained(checkpoint)
         limits, started = Limits.of(config, subject.max_batch), time.monotonic()
         note = partial(print, file=sys.stderr, flush=True)
         entry = aoti.build(Path(checkpoint), folder, subject.device, subject.dtype, limits, note)
-    entry["compile_seconds"] = time.monotonic() - started
-    record.write_text(json.dumps({"made_of": made_of, "entry": entry}))
-    return entry
+    seconds = time.monotonic() - started
+    record.write_text(json.dumps({"made_of": made_of, "compile_seconds": seconds, "entry": msgspec.to_builtins(entry)}))
+    return entry, seconds

@@ -55,7 +55,7 @@ def compile_stages(model: MegalodonForCausalLM, request: aoti.CompileRequest) ->
     """Compile a program as a bundle's is, from the model's checkpoint; the files of its stages."""
     model.save_pretrained(request.checkpoint)
     compiled = aoti.compile_program(request, lambda message: None)
-    return [file for stage in compiled.values() for file in stage["files"]]
+    return [file for stage in compiled.values() for file in stage.files]
 
 
 def measure(model: MegalodonForCausalLM, form: str, program: str) -> dict[str, Any]:

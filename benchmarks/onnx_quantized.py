@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
@@ -68,8 +67,8 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, help="a bundle with ONNX programs that return all logits")
     parser.add_argument("--text", type=Path, required=True, help="the corpus of artifacts/recipe")
     args = parser.parse_args()
-    manifest: dict[str, Any] = bundle.read(args.bundle)
-    if not manifest["programs"]["onnx"]["all_logits"]:
+    manifest = bundle.read(args.bundle)
+    if manifest.programs.onnx is None or not manifest.programs.onnx.all_logits:
         parser.error("the bundle's prefill returns the logits of the last token alone; export it with --all-logits")
     tokens = torch.tensor(corpus.token_ids(corpus.split(args.text.read_bytes()).held_out))
     torch.set_num_threads(1)

@@ -49,7 +49,7 @@ def added_memory(folder: Path, device: str) -> dict[str, int]:
     runtime.decode(ids[:, 0], cache)
     after = resident_memory()
     added = {name: after[name] - before[name] for name in after}
-    weights = sum((folder / manifest[key]).stat().st_size for key in ("weights", "derived_constants"))
+    weights = sum((folder / name).stat().st_size for name in (manifest.weights, manifest.derived_constants))
     added |= {"weight_files": weights, "cache": state_size(runtime.config, runtime.dtype)}
     if runtime.device.type == "cuda":
         added["gpu"] = torch.cuda.max_memory_allocated()

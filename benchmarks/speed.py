@@ -33,7 +33,7 @@ from megalodon_export.bundles.checkpoints import DTYPES
 from megalodon_export.export.aoti import default_device
 from megalodon_export.measure.bench import WARM_UP, Ceilings, median_seconds, time_decode, time_prefill
 from megalodon_export.measure.roofline import decode_bytes, prefill_flops, visible_tokens
-from megalodon_export.model import PRESETS, MegalodonConfig, preset
+from megalodon_export.model import PRESETS, preset
 from megalodon_export.runtimes import Runtime
 
 IN_MEMORY = ("eager", "compile", "kernels")
@@ -86,7 +86,7 @@ def main() -> None:
         for name in args.runtime:
             print(f"{name}", file=sys.stderr, flush=True)
             if name == "aoti" and args.from_config:
-                found["compile_seconds"] = programs_of(subject)["compile_seconds"]
+                _, found["compile_seconds"] = programs_of(subject)
             measure(name, subject, args, ceilings, found)
             write(args.out, found)
         if args.peer:
@@ -127,9 +127,9 @@ def prepare(args: argparse.Namespace, scratch: Path) -> tuple[Subject, dict[str,
         found["export_seconds"] = time.monotonic() - started
     if folder is not None:
         manifest = bundle.read(folder, check="sizes")
-        config = MegalodonConfig(**manifest["config"])
-        subject = replace(subject, config=config, dtype=manifest["dtype"], folder=folder)
-        found["file_bytes"] = {name: entry["size"] for name, entry in manifest["files"].items()}
+        config = manifest.model_config
+        subject = replace(subject, config=config, dtype=manifest.dtype, folder=folder)
+        found["file_bytes"] = {name: entry.size for name, entry in manifest.files.items()}
     found |= {"dtype": subject.dtype, "config": subject.config.to_diff_dict(), "results": [], "contexts": []}
     return subject, found
 

@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from transformers.utils import logging
 
 from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants, use_kernels
 from .gemv_rewrite import stream_products
-from .programs import DECODE, DECODE_ONE, PREFILL, Limits
+from .manifest_types import AotiPrograms, CompiledProgram, CompiledStage, Record
+from .programs import DECODE, DECODE_ONE, PREFILL, Limits, ProgramName
 from .stages import Stage, export_stages
 from .target import target
 from .torch_internals import compile_graph, package_programs, stand_in_sources
@@ -41,6 +43,13 @@ class CompileRequest:
     all_logits: bool
     portable: bool
     directory: str
+
+
+class StageFiles(Record, frozen=True):
+    """A compiled stage: its entry in the manifest, and the files that AOTInductor made, without sources."""
+
+    entry: CompiledStage
+    files: tuple[str, ...]
 
 
 def inductor_options(request: CompileRequest, stage: str) -> dict[str, Any]:
@@ -72,18 +81,15 @@ def one_layer_model(request: CompileRequest) -> MegalodonForCausalLM:
     return model
 
 
-def compile_program(request: CompileRequest, note: Callable[[str], None]) -> dict[str, Any]:
+def compile_program(request: CompileRequest, note: Callable[[str], None]) -> dict[str, StageFiles]:
     """Compile the stages of one program of a checkpoint in this process; see `compile_stages`."""
     return compile_stages(one_layer_model(request), request, note)
 
 
 def compile_stages(
     model: MegalodonForCausalLM, request: CompileRequest, note: Callable[[str], None] = lambda message: None
-) -> dict[str, Any]:
-    """Export and compile the stages of one program of a frozen model of one layer, on the kernels where it is on a GPU.
-
-    For each stage, its boundary and AOTInductor's files.
-    """
+) -> dict[str, StageFiles]:
+    """Export and compile the stages of one program of a frozen model of one layer. On a GPU it runs on the kernels."""
     if model.device.type == "cuda":
         use_kernels(model)
     started = time.monotonic()
@@ -100,16 +106,12 @@ def compile_stages(
     return compiled
 
 
-def compile_stage(stage: Stage, options: dict[str, Any]) -> dict[str, Any]:
-    """Compile one stage: its entry in the manifest, and the `files` that AOTInductor made, without sources."""
+def compile_stage(stage: Stage, options: dict[str, Any]) -> StageFiles:
+    """Compile one stage with AOTInductor."""
     files = compile_graph(stage.graph, stage.examples, options)
-    return {
-        "name": stage.name,
-        "library": f"{stage.name}.so",
-        "inputs": [{k: v for k, v in asdict(i).items() if v is not None} for i in stage.inputs],
-        "outputs": list(stage.outputs),
-        "files": [file for file in files if not file.endswith((".cpp", ".h", ".hpp"))] + stand_in_sources(files),
-    }
+    kept = [file for file in files if not file.endswith((".cpp", ".h", ".hpp"))]
+    entry = CompiledStage(stage.name, f"{stage.name}.so", stage.inputs, stage.outputs)
+    return StageFiles(entry, (*kept, *stand_in_sources(files)))
 
 
 def build(
@@ -121,12 +123,12 @@ def build(
     report: Callable[[str], None],
     all_logits: bool = False,
     portable: bool = False,
-) -> dict[str, Any]:
+) -> AotiPrograms:
     """Compile both programs of a checkpoint into `directory` (model.pt2, and every stage as PROGRAM_STAGE.so).
 
-    Returns the manifest's entry about them: target machine, limits, stages. CompileError if a compilation fails.
+    Returns the manifest's entry about them; where the weights are is left open. CompileError if a compilation fails.
     """
-    programs = (PREFILL, DECODE, DECODE_ONE)
+    programs: tuple[ProgramName, ...] = (PREFILL, DECODE, DECODE_ONE)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=directory) as scratch:
         workers = []
@@ -135,26 +137,23 @@ def build(
             request = CompileRequest(str(checkpoint), name, device, dtype, limits, all_logits, portable, str(folder))
             workers.append(Worker(name, __name__, asdict(request), folder))
         report(f"exporting and compiling {', '.join(programs)} for {device}, side by side")
-        compiled: dict[str, dict[str, Any]] = run_side_by_side(workers, report)
-        stages = [stage for name in programs for stage in compiled[name].values()]
-        files: dict[str, list[str]] = {stage["name"]: stage.pop("files") for stage in stages}
-        package_programs(directory / PACKAGE, files)
-        for name, paths in files.items():
+        compiled = msgspec.convert(run_side_by_side(workers, report), dict[ProgramName, dict[str, StageFiles]])
+        files = {stage.entry.name: stage.files for name in programs for stage in compiled[name].values()}
+        package_programs(directory / PACKAGE, {name: list(paths) for name, paths in files.items()})
+        for stage_name, paths in files.items():
             for path in paths:
                 if path.endswith((".so", ".cubin")):
                     suffix = Path(path).suffix
-                    shutil.copyfile(path, directory / (f"{name}.so" if suffix == ".so" else Path(path).name))
-    return {
-        "target": target(device, portable),
-        "limits": asdict(limits),
-        "package": PACKAGE,
-        "all_logits": all_logits,
-        "stages": compiled,
+                    shutil.copyfile(path, directory / (f"{stage_name}.so" if suffix == ".so" else Path(path).name))
+    stages = {
+        name: CompiledProgram(**{part: stage.entry for part, stage in compiled[name].items()}) for name in programs
     }
+    return AotiPrograms(target(device, portable), limits, PACKAGE, all_logits, stages)
 
 
 def _serve(request: dict[str, Any], folder: Path, note: Callable[[str], None]) -> dict[str, Any]:
-    return compile_program(CompileRequest(**{**request, "limits": Limits(**request["limits"])}), note)
+    compiled: dict[str, Any] = msgspec.to_builtins(compile_program(msgspec.convert(request, CompileRequest), note))
+    return compiled
 
 
 if __name__ == "__main__":

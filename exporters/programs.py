@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -17,13 +18,17 @@ from ..model.cache import cache_layout, dimension_sizes
 from ..model.config import MegalodonConfig
 from ..model.ema import BLOCK
 
-PREFILL, DECODE = "prefill", "decode"
-DECODE_ONE = "decode_one"  # decode once more, for a batch of 1 alone: on a CPU in a form of its own
+ProgramName = Literal["prefill", "decode", "decode_one"]
+DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]  # torch's
+
+PREFILL: ProgramName = "prefill"
+DECODE: ProgramName = "decode"
+DECODE_ONE: ProgramName = "decode_one"  # decode once more, for a batch of 1 alone: on a CPU in a form of its own
 
 # Decode programs for GPUs take this argument too, (2, B) int64, and write the most probable tokens and logit errors.
 NEXT_TOKENS = "next_tokens"
 
-BEGIN, LAYER, END = STAGES = ("begin", "layer", "end")  # of a program; see `stages.py`
+BEGIN, LAYER, END = ("begin", "layer", "end")  # of a program; see `stages.py`
 LAYER_INDEX = "{layer}"  # in the name of a layer's weight or cache tensor: the number of the layer
 
 
@@ -40,6 +45,8 @@ class Limits:
     length_multiple: int = BLOCK
 
     def __post_init__(self) -> None:
+        if self.length_multiple < 1:
+            raise ValueError(f"length_multiple is {self.length_multiple}, expected at least 1")
         if self.max_batch < 1:
             raise ValueError(f"max_batch is {self.max_batch}, expected at least 1")
         if self.max_length < self.length_multiple or self.max_length % self.length_multiple:
@@ -67,14 +74,14 @@ class TensorSpec:
 
     name: str
     dims: tuple[str, ...]
-    dtype: str
+    dtype: DtypeName
 
 
 @dataclass(frozen=True)
 class ProgramSpec:
     """What goes into a program and what comes out; `cache` inputs are updated in place."""
 
-    name: str
+    name: ProgramName
     arguments: tuple[TensorSpec, ...]
     cache: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -85,7 +92,9 @@ class ProgramSpec:
         return self.arguments + self.cache
 
 
-def program_specs(config: MegalodonConfig, dtype: torch.dtype, all_logits: bool = False) -> dict[str, ProgramSpec]:
+def program_specs(
+    config: MegalodonConfig, dtype: torch.dtype, all_logits: bool = False
+) -> dict[ProgramName, ProgramSpec]:
     """The specs of both programs, derived from the cache layout. `all_logits`: prefill returns those of every token.
 
     ValueError for a model that attends beyond its chunks.
@@ -96,7 +105,7 @@ def program_specs(config: MegalodonConfig, dtype: torch.dtype, all_logits: bool 
             "inside chunks; run such a model through transformers, or export it with both left out of config.json"
         )
     cache = tuple(TensorSpec(t.name, t.dims, dtype_name(t.torch_dtype(dtype))) for t in cache_layout(config))
-    logits_dtype = "float64" if dtype == torch.float64 else "float32"
+    logits_dtype: DtypeName = "float64" if dtype == torch.float64 else "float32"
     logits = TensorSpec("logits", ("B", "V"), logits_dtype)
     ids, lengths = TensorSpec("token_ids", ("B",), "int64"), TensorSpec("lengths", ("B",), "int64")
     prefill_logits = replace(logits, dims=("B", "L", "V")) if all_logits else logits
@@ -111,6 +120,6 @@ def static_sizes(config: MegalodonConfig) -> dict[str, int]:
     return {**dimension_sizes(config), "V": config.logits_size}
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> DtypeName:
     """torch.float32 -> "float32"."""
-    return str(dtype).removeprefix("torch.")
+    return str(dtype).removeprefix("torch.")  # type: ignore[return-value]

@@ -26,25 +26,12 @@ from ..model import MegalodonForCausalLM
 from ..model.cache import FinalCache, LayerCache
 from ..model.modeling import last_valid
 from ..model.plan import BLOCK
+from .manifest_types import InputKind, StageInput
 from .programs import BEGIN, DECODE_ONE, END, LAYER, LAYER_INDEX, NEXT_TOKENS, PREFILL, Limits, dtype_name
 from .structures import dimension, flatten_all, rebuild, root_of, unbacked
 from .torch_internals import symbolic_sizes, tree_unflatten
 
 Run = Callable[..., dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class StageInput:
-    """One input of a stage. kind: "argument" or "cache" of the program, "stage" (result of another) or "weight".
-
-    Weights carry the names of the model's parameters and frozen constants, with their shape; `{layer}` in a name
-    stands for the number of the layer.
-    """
-
-    kind: str
-    name: str
-    dtype: str
-    shape: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +154,9 @@ class _Tracer:
 
     def __post_init__(self) -> None:
         self.weights = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        self.kinds = {name: "cache" if "." in name else "argument" for name in flatten_all(self.values)}
+        self.kinds: dict[str, InputKind] = {
+            name: "cache" if "." in name else "argument" for name in flatten_all(self.values)
+        }
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -233,7 +222,7 @@ class _Tracer:
         tensor, any_layer = self.tensors[name], name.replace("layers.0.", f"layers.{LAYER_INDEX}.")
         dtype = dtype_name(tensor.dtype)
         if name in self.weights:
-            return StageInput("weight", any_layer, dtype, list(tensor.shape))
+            return StageInput("weight", any_layer, dtype, tuple(tensor.shape))
         return StageInput(self.kinds.get(name, "stage"), any_layer, dtype)
 
 

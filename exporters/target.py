@@ -1,28 +1,29 @@
 """The machine that compiled programs need: kind of device, GPU architecture, CPU instruction sets.
 
-target("cpu", portable=True) -> {"device": "cpu", "architecture": "x86_64", "cpu_features": ["avx", "avx2", ...]}
-target("cuda", False)        -> {"device": "cuda", "architecture": "sm_90"}
+target("cpu", portable=True) -> Target(device="cpu", architecture="x86_64", cpu_features=("avx", "avx2", ...))
+target("cuda", False)        -> Target(device="cuda", architecture="sm_90")
 """
 
 from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from .manifest_types import Target
 
 PORTABLE_FEATURES = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "popcnt", "sse4_1", "sse4_2", "ssse3")
 _FEATURE_PREFIXES = (*("avx", "amx", "bmi", "f16c", "fma", "movbe", "popcnt", "sse", "ssse3"), "asimd", "sve", "bf16")
 
 
-def target(device: str, portable: bool) -> dict[str, Any]:
+def target(device: str, portable: bool) -> Target:
     """What a machine needs to run programs compiled here: device kind, and CPU features or GPU architecture."""
     if torch.device(device).type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return {"device": "cuda", "architecture": f"sm_{major}{minor}"}
+        return Target("cuda", f"sm_{major}{minor}")
     features = sorted(set(cpu_features()) & set(PORTABLE_FEATURES)) if portable else cpu_features()
-    return {"device": "cpu", "architecture": platform.machine(), "cpu_features": features}
+    return Target("cpu", platform.machine(), tuple(features))
 
 
 def cpu_features() -> list[str]:

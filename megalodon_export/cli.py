@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 _SMALL_WEIGHTS = 32 << 20
 _EPILOG = "Start with `megalodon-export aoti`: it exports the model that ships with the package to artifacts/."
 
@@ -233,15 +235,15 @@ def _refuse_with_add(args: argparse.Namespace, *names: str) -> None:
         raise ValueError(f"--add takes the bundle's own weights and dtype; leave out {', '.join(given)}")
 
 
-def _print_exported(args: argparse.Namespace, folder: Path, manifest: dict[str, Any]) -> None:
-    total = sum(entry["size"] for entry in manifest["files"].values())
-    targets = {name: entry["target"] for name, entry in manifest["programs"].items()}
+def _print_exported(args: argparse.Namespace, folder: Path, manifest: Any) -> None:
+    total = sum(entry.size for entry in manifest.files.values())
+    targets = {name: entry.target for name, entry in manifest.programs.by_runtime().items()}
     if args.json:
-        facts = {"bundle": str(folder), "bytes": total, "dtype": manifest["dtype"]}
-        print(json.dumps({**facts, **targets}))
+        facts = {"bundle": str(folder), "bytes": total, "dtype": manifest.dtype}
+        print(json.dumps({**facts, **{name: msgspec.to_builtins(target) for name, target in targets.items()}}))
         return
-    devices = ", ".join(str(target["device"]) for target in targets.values())
-    print(f"{folder}: {total:,} bytes, {manifest['dtype']}, {devices}; programs equal to the eager model")
+    devices = ", ".join(target.device for target in targets.values())
+    print(f"{folder}: {total:,} bytes, {manifest.dtype}, {devices}; programs equal to the eager model")
     print(f'next: megalodon-export generate {folder} --prompt "In the beginning"')
 
 
@@ -306,7 +308,7 @@ def _runtimes(folder: Path) -> list[str]:
     """All that can run a bundle, eager first."""
     from .bundles.bundle import read
 
-    programs = read(folder, "sizes")["programs"]
+    programs = read(folder, "sizes").programs.by_runtime()
     return ["eager", *(name for name in ("onnx", "aoti") if name in programs)]
 
 

@@ -12,10 +12,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import sympy
@@ -28,14 +26,15 @@ from torch import Tensor
 
 from ...model import MegalodonConfig, MegalodonForCausalLM
 from ..aoti import CompileRequest, one_layer_model
+from ..manifest_types import Graph, GraphTensor, OnnxPrograms, StageInput, Target, numbered
 from ..programs import (
     BEGIN,
     DECODE,
     END,
     LAYER,
-    LAYER_INDEX,
     PREFILL,
     Limits,
+    ProgramName,
     ProgramSpec,
     TensorSpec,
     program_specs,
@@ -114,7 +113,7 @@ def build(
     limits: Limits,
     report: Callable[[str], None],
     all_logits: bool = False,
-) -> dict[str, Any]:
+) -> OnnxPrograms:
     """Write prefill.onnx and decode.onnx beside the checkpoint in `folder`; returns the manifest's entry about them."""
     config = MegalodonConfig.from_pretrained(folder)
     if config.weight_format != "float":
@@ -127,7 +126,7 @@ def build(
     model = one_layer_model(request)
     model.model.supported_dtypes += (torch.float16,)
     specs = program_specs(config, getattr(torch, dtype), all_logits)
-    graphs = {}
+    graphs: dict[ProgramName, ir.Graph] = {}
     for name in (PREFILL, DECODE):
         started = time.monotonic()
         stages = export_stages(model, name, limits, all_logits)
@@ -137,13 +136,14 @@ def build(
     for name, graph in graphs.items():
         require(graph)
         ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name="megalodon-export"), folder / f"{name}.onnx")
-    return {
-        "limits": asdict(limits),
-        "opset": OPSET,
-        "all_logits": all_logits,
-        "files": [f"{name}.onnx" for name in graphs] + [CONSTANTS],
-        "graphs": {name: boundary(specs[name]) for name in graphs},
-    }
+    return OnnxPrograms(
+        target=Target("cpu or cuda", "any"),
+        limits=limits,
+        opset=OPSET,
+        all_logits=all_logits,
+        files=(*(f"{name}.onnx" for name in graphs), CONSTANTS),
+        graphs={name: boundary(specs[name]) for name in graphs},
+    )
 
 
 def move_large_constants(graphs: list[ir.Graph], folder: Path) -> None:
@@ -162,17 +162,14 @@ def move_large_constants(graphs: list[ir.Graph], folder: Path) -> None:
         value.const_value = stored.external(name)
 
 
-def boundary(spec: ProgramSpec) -> dict[str, Any]:
+def boundary(spec: ProgramSpec) -> Graph:
     """A graph's file, and its inputs and outputs in order, with the names that the rest of the manifest uses."""
 
-    def entries(specs: tuple[TensorSpec, ...], name: Callable[[str], str]) -> list[dict[str, Any]]:
-        return [{"name": name(s.name), "tensor": s.name, "dims": list(s.dims), "dtype": s.dtype} for s in specs]
+    def entries(specs: tuple[TensorSpec, ...], name: Callable[[str], str]) -> tuple[GraphTensor, ...]:
+        return tuple(GraphTensor(name(s.name), s.name, s.dims, s.dtype) for s in specs)
 
-    return {
-        "file": f"{spec.name}.onnx",
-        "inputs": entries(spec.inputs, past_name),
-        "outputs": entries(spec.outputs + spec.cache, present_name),
-    }
+    outputs = entries(spec.outputs + spec.cache, present_name)
+    return Graph(f"{spec.name}.onnx", entries(spec.inputs, past_name), outputs)
 
 
 def build_graph(
@@ -204,18 +201,16 @@ def build_graph(
     heads = {source: name for name, source in MegalodonForCausalLM._tied_weights_keys.items()}
 
     def run(stage: Stage, layer: int = 0) -> None:
-        def numbered(name: str) -> str:
-            return name.replace(LAYER_INDEX, str(layer))
-
         def weight(name: str) -> str:
             return heads.get(name, name) if stage is stages[END] else name
 
-        inputs = {
-            one.name: constant(weight(numbered(one.name))) if one.kind == "weight" else tensors[numbered(one.name)]
-            for one in stage.inputs
-        }
+        def operand(one: StageInput) -> Operand:
+            name = numbered(one.name, layer)
+            return constant(weight(name)) if one.kind == "weight" else tensors[name]
+
+        inputs = {one.name: operand(one) for one in stage.inputs}
         results = Translator(graph, stage, inputs).run()
-        tensors.update({numbered(name): tensor for name, tensor in results.items()})
+        tensors.update({numbered(name, layer): tensor for name, tensor in results.items()})
 
     run(stages[BEGIN])
     for layer in range(config.num_layers):

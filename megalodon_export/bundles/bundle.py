@@ -2,8 +2,7 @@
 
 A bundle is a folder with a `manifest.json` that lists every other file with its size and sha256. Two files are not
 listed: `manifest.json` itself, written last, and `parity.json`, which `verify` rewrites long after the export.
-The programs in a bundle are native code, so `read` comes before any of them is loaded. This module needs the standard
-library only.
+The programs in a bundle are native code, so `read` comes before any of them is loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-SCHEMA_VERSION = 3
+import msgspec
+
+from .manifest import SCHEMA_VERSION, FileEntry, Manifest
+
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 MAX_PROBLEMS = 10
@@ -69,11 +71,11 @@ def staged(destination: Path | str, overwrite: bool = True) -> Iterator[Path]:
         _active.difference_update((staging, retired))
 
 
-def seal(directory: Path | str, manifest: dict[str, Any]) -> dict[str, Any]:
+def seal(directory: Path | str, manifest: Manifest) -> Manifest:
     """List every file of `directory` with size and sha256 in `manifest`, write it as manifest.json, and return it.
 
-    Adds `schema_version` and `files`; the argument is not changed. Nothing may be written to the folder afterwards but
-    parity.json. Raises BundleError for symbolic links and for values that are not JSON (NaN included).
+    Nothing may be written to the folder afterwards but parity.json.
+    Raises BundleError for symbolic links and for values that are not JSON (NaN included).
     """
     root = Path(directory)
     files, irregular = _scan(root)
@@ -85,10 +87,9 @@ def seal(directory: Path | str, manifest: dict[str, Any]) -> dict[str, Any]:
     with _threads() as pool:
         digests = pool.map(_sha256, [files[name] for name in names])
         listed = {
-            name: {"size": files[name].stat().st_size, "sha256": digest}
-            for name, digest in zip(names, digests, strict=True)
+            name: FileEntry(files[name].stat().st_size, digest) for name, digest in zip(names, digests, strict=True)
         }
-    sealed = {**manifest, "schema_version": SCHEMA_VERSION, "files": listed}
+    sealed = manifest.replace(schema_version=SCHEMA_VERSION, files=listed)
     _write_json(root / MANIFEST, sealed)
     return sealed
 
@@ -104,12 +105,12 @@ def update_parity(directory: Path | str, parity: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read(directory: Path | str, check: Literal["full", "sizes"] = "full") -> dict[str, Any]:
+def read(directory: Path | str, check: Literal["full", "sizes"] = "full") -> Manifest:
     """Return the manifest after checking that the folder holds exactly the files it lists, unchanged.
 
     check: "full" hashes every file, "sizes" trusts contents of the right size. Call it before loading native code.
     Raises BundleError listing up to ten problems: missing, truncated, changed, unlisted or linked files, paths that
-    leave the folder, another schema version, a manifest that cannot be read.
+    leave the folder, another schema version, a manifest that cannot be read or contradicts itself.
     """
     if check not in ("full", "sizes"):
         raise ValueError(f'check is {check!r}; expected "full" or "sizes"')
@@ -141,7 +142,10 @@ def read(directory: Path | str, check: Literal["full", "sizes"] = "full") -> dic
         problems |= _changed(found, suspects)
     if problems:
         raise _problems(f"{root} is not the bundle that was exported", problems, _RENEW)
-    return manifest
+    try:
+        return Manifest.from_json(manifest)
+    except ValueError as error:
+        raise BundleError(f"{root / MANIFEST}: {error}. Export it again.") from error
 
 
 def is_bundle(directory: Path | str) -> bool:
@@ -242,9 +246,9 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: Any) -> None:
     try:
-        data = (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        data = (json.dumps(msgspec.to_builtins(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
         raise BundleError(f"{path.name}: only JSON values can be written, and finite numbers ({error}).") from error
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

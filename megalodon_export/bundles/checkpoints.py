@@ -7,18 +7,16 @@ from pathlib import Path
 import torch
 
 from ..model import MegalodonForCausalLM, check_dtype
+from .manifest import DTYPES, WEIGHTS
 
-WEIGHTS = "model.safetensors"
+__all__ = ["COMPANIONS", "DTYPES", "TOKENIZER", "WEIGHTS", "CheckpointError", "default_checkpoint", "load_model"]
+
 TOKENIZER = "tokenizer.json"
 # What transformers reads beside the weights; a bundle carries them along.
 COMPANIONS = (
     *("generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
     "chat_template.jinja",
 )
-DTYPES = {
-    **{"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64},
-    **{"float16": torch.float16},  # of ONNX programs alone
-}
 
 
 class CheckpointError(Exception):

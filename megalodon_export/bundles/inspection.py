@@ -6,59 +6,60 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from ..exporters.manifest_types import numbered
 from ..generation.snapshot import state_size
-from ..model import MegalodonConfig
 from . import bundle
-from .checkpoints import DTYPES
-from .weights import numbered
+from .manifest import Manifest
 
 
 def inspect(folder: Path) -> dict[str, Any]:
     """Facts about a bundle, from its manifest and parity.json; hashes are checked. Sizes in bytes."""
     manifest = bundle.read(folder)
-    config = MegalodonConfig(**manifest["config"])
+    config, aoti = manifest.model_config, manifest.programs.aoti
     parity = folder / bundle.PARITY
-    aoti = manifest["programs"].get("aoti", {})
-    graphs = manifest["programs"].get("onnx", {}).get("graphs", {})
     bound = {
         name: {
-            (one["file"], numbered(one["tensor"], layer))
-            for stage in stages.values()
-            for one in stage["inputs"]
+            (one.file, numbered(str(one.tensor), layer))
+            for stage in program.stages
+            for one in stage.weights
             for layer in range(config.num_layers)
-            if one["kind"] == "weight"
         }
-        for name, stages in aoti.get("stages", {}).items()
+        for name, program in (aoti.stages.items() if aoti is not None else ())
     }
     return {
         "folder": str(folder),
-        "created": manifest["created"],
+        "created": manifest.created,
         "layers": config.num_layers,
         "model_dim": config.model_dim,
         "chunk_size": config.chunk_size,
-        "dtype": manifest["dtype"],
+        "dtype": manifest.dtype,
         "weight_format": config.weight_format,
-        "state_bytes_per_stream": state_size(config, DTYPES[manifest["dtype"]]),
+        "state_bytes_per_stream": state_size(config, manifest.torch_dtype),
         "programs": {
-            name: {key: entry[key] for key in ("target", "limits")} for name, entry in manifest["programs"].items()
+            name: {"target": msgspec.to_builtins(entry.target), "limits": msgspec.to_builtins(entry.limits)}
+            for name, entry in manifest.programs.by_runtime().items()
         },
-        "weights": manifest["weights"],
+        "weights": manifest.weights,
         "tensors_bound_by_each_program": {name: len(tensors) for name, tensors in bound.items()},
         "distinct_tensors_bound": len(set().union(*bound.values())),
-        "weights_inside_programs": _weights_inside(folder, manifest["weights"], aoti, graphs),
-        "files": {name: entry["size"] for name, entry in manifest["files"].items()},
-        "versions": manifest["versions"],
+        "weights_inside_programs": _weights_inside(folder, manifest),
+        "files": {name: entry.size for name, entry in manifest.files.items()},
+        "versions": manifest.versions,
         "parity": json.loads(parity.read_text()) if parity.is_file() else None,
     }
 
 
-def _weights_inside(folder: Path, weights: str, aoti: dict[str, Any], graphs: dict[str, Any]) -> bool:
+def _weights_inside(folder: Path, manifest: Manifest) -> bool:
     """Whether a library or a graph holds a copy of bytes from the middle of the weights."""
-    with open(folder / weights, "rb") as file:
-        file.seek((folder / weights).stat().st_size // 2)
+    with open(folder / manifest.weights, "rb") as file:
+        file.seek((folder / manifest.weights).stat().st_size // 2)
         sample = file.read(256)
-    files = [f"aoti/{stage['library']}" for stages in aoti.get("stages", {}).values() for stage in stages.values()]
-    files += [graph["file"] for graph in graphs.values()]
+    aoti, onnx = manifest.programs.aoti, manifest.programs.onnx
+    compiled = aoti.stages.values() if aoti is not None else ()
+    files = [f"aoti/{stage.library}" for program in compiled for stage in program.stages]
+    files += [graph.file for graph in onnx.graphs.values()] if onnx is not None else []
     return any(sample in (folder / name).read_bytes() for name in files)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..model import MegalodonCache
 from ..runtimes import RUNTIMES, Runtime, open_runtime
 from . import bundle
+from .manifest import Manifest
 
 # Largest allowed |difference|, logits absolute and cache relative to each tensor's largest value. float32 programs
 # differ from eager in the order of sums alone; bfloat16 has 8 bits, and a rounding in one layer is seen by all after.
@@ -65,22 +66,20 @@ def verify(
     BundleError for a damaged bundle; VerificationError, after parity.json is written, for numbers out of bounds.
     """
     manifest = bundle.read(folder)
-    available = [name for name in RUNTIMES if name in manifest["programs"]]
+    available = [name for name in RUNTIMES if name in manifest.programs.by_runtime()]
     parity = measure(folder, manifest, runtimes or available, report or (lambda message: None))
     bundle.update_parity(folder, parity)
     return require(parity)
 
 
 def verify_folder(
-    folder: Path, manifest: dict[str, Any], runtimes: list[str], report: Callable[[str], None]
+    folder: Path, manifest: Manifest, runtimes: list[str], report: Callable[[str], None]
 ) -> dict[str, Any]:
     """As `verify`, for a folder that is not sealed yet; writes nothing."""
     return require(measure(folder, manifest, runtimes, report))
 
 
-def measure(
-    folder: Path, manifest: dict[str, Any], runtimes: list[str], report: Callable[[str], None]
-) -> dict[str, Any]:
+def measure(folder: Path, manifest: Manifest, runtimes: list[str], report: Callable[[str], None]) -> dict[str, Any]:
     """Largest differences per runtime and case."""
     results = []
     for name in runtimes:
@@ -95,13 +94,13 @@ def measure(
                     "logits": logits,
                     "cache": cache,
                     "same_greedy_token": agreement,
-                    "bound": BOUNDS[manifest["dtype"]],
+                    "bound": BOUNDS[manifest.dtype],
                 }
             )
             report(f"{name}: {case.name}: logits {logits:.1e}, cache {cache:.1e}")
     return {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "dtype": manifest["dtype"],
+        "dtype": manifest.dtype,
         "against": "eager",
         "results": results,
     }

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
+from msgspec.structs import replace
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..exporters.programs import LAYER_INDEX, dtype_name
+from ..exporters.manifest_types import CompiledProgram, CompiledStage, StageInput, numbered
+from ..exporters.programs import ProgramName, dtype_name
 from ..model import MegalodonForCausalLM
-from .checkpoints import WEIGHTS
-
-CONSTANTS = "constants.safetensors"
+from .manifest import CONSTANTS, WEIGHTS
 
 
 def save_constants(model: MegalodonForCausalLM, folder: Path) -> None:
@@ -28,35 +27,40 @@ def save_constants(model: MegalodonForCausalLM, folder: Path) -> None:
     save_file(buffers, folder / CONSTANTS)
 
 
-def add_sources(programs: dict[str, dict[str, Any]], layers: int, folder: Path) -> None:
-    """Say, for each weight among the inputs of a manifest's stages, where it is: `file`, and `tensor` in it.
+def with_sources(
+    stages: dict[ProgramName, CompiledProgram], layers: int, folder: Path
+) -> dict[ProgramName, CompiledProgram]:
+    """The same programs, whose weights say where they are: `file`, and `tensor` in it.
 
-    KeyError if it is nowhere, ValueError if it is not what the stage was compiled for, in any layer.
+    KeyError if a weight is nowhere, ValueError if it is not what the stage was compiled for, in any layer.
     """
     stored = {file: _headers(folder / file) for file in (WEIGHTS, CONSTANTS)}
     tied = dict(MegalodonForCausalLM._tied_weights_keys)
     tied |= {source: name for name, source in tied.items()}  # a file holds one of the two names
-    for stage in (stage for program in programs.values() for stage in program.values()):
-        for one in (one for one in stage["inputs"] if one["kind"] == "weight"):
-            names = [alias for alias in (one["name"], tied.get(one["name"])) if alias is not None]
-            found = [(file, name) for name in names for file in stored if numbered(name, 0) in stored[file]]
-            if not found:
-                raise KeyError(f"the program's input {one['name']} is in neither {WEIGHTS} nor {CONSTANTS}")
-            one["file"], one["tensor"] = found[0]
-            for layer in range(layers):
-                name = numbered(one["tensor"], layer)
-                _require(one, stored[one["file"]][name], name)
+
+    def found(one: StageInput) -> StageInput:
+        if one.kind != "weight":
+            return one
+        names = [alias for alias in (one.name, tied.get(one.name)) if alias is not None]
+        places = [(file, name) for name in names for file in stored if numbered(name, 0) in stored[file]]
+        if not places:
+            raise KeyError(f"the program's input {one.name} is in neither {WEIGHTS} nor {CONSTANTS}")
+        file, tensor = places[0]
+        for name in (numbered(tensor, layer) for layer in range(layers)):
+            _require(one, stored[file][name], file, name)
+        return replace(one, file=file, tensor=tensor)
+
+    def complete(stage: CompiledStage) -> CompiledStage:
+        return replace(stage, inputs=tuple(found(one) for one in stage.inputs))
+
+    return {name: CompiledProgram(*map(complete, program.stages)) for name, program in stages.items()}
 
 
-def numbered(name: str, layer: int) -> str:
-    """The name of a tensor of a layer, from that for all layers."""
-    return name.replace(LAYER_INDEX, str(layer))
-
-
-def _require(one: dict[str, Any], found: tuple[str, list[int]], name: str) -> None:
-    if found != (one["dtype"], one["shape"]):
+def _require(one: StageInput, found: tuple[str, list[int]], file: str, name: str) -> None:
+    expected = one.dtype, list(one.shape or ())
+    if found != expected:
         raise ValueError(
-            f"{one['file']}: {name} is {found[0]} {found[1]}, but the manifest says {one['dtype']} {one['shape']}; "
+            f"{file}: {name} is {found[0]} {found[1]}, but the manifest says {expected[0]} {expected[1]}; "
             "export the bundle again"
         )
 
@@ -72,19 +76,21 @@ class WeightStore:
         }
         self._tensors: dict[tuple[str, str], Tensor] = {}
 
-    def bind(self, inputs: Iterable[dict[str, Any]], layer: int = 0) -> dict[str, Tensor]:
+    def bind(self, inputs: Iterable[StageInput], layer: int = 0) -> dict[str, Tensor]:
         """The tensors of a layer for the weights among a stage's inputs, by the input's name.
 
         ValueError if one is not as the manifest says.
         """
-        return {one["name"]: self._tensor(one, layer) for one in inputs if one["kind"] == "weight"}
+        return {one.name: self._tensor(one, layer) for one in inputs if one.kind == "weight"}
 
-    def _tensor(self, one: dict[str, Any], layer: int) -> Tensor:
-        key = one["file"], numbered(one["tensor"], layer)
+    def _tensor(self, one: StageInput, layer: int) -> Tensor:
+        assert one.file is not None
+        assert one.tensor is not None
+        key = one.file, numbered(one.tensor, layer)
         if key not in self._tensors:
-            self._tensors[key] = self._files[one["file"]].get_tensor(key[1]).to(self._device)
+            self._tensors[key] = self._files[one.file].get_tensor(key[1]).to(self._device)
         tensor = self._tensors[key]
-        _require(one, (dtype_name(tensor.dtype), list(tensor.shape)), key[1])
+        _require(one, (dtype_name(tensor.dtype), list(tensor.shape)), *key)
         return tensor
 
 

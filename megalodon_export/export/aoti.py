@@ -8,20 +8,21 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from ..bundles import bundle
-from ..bundles.checkpoints import COMPANIONS, DTYPES, WEIGHTS, load_model
-from ..bundles.weights import CONSTANTS, add_sources, save_constants
+from ..bundles.checkpoints import COMPANIONS, load_model
+from ..bundles.manifest import CONSTANTS, DTYPES, WEIGHTS, Manifest, ModelDtype
+from ..bundles.weights import save_constants, with_sources
 from ..exporters import exporter
-from ..exporters.programs import Limits, ProgramSpec, dtype_name, program_specs, static_sizes
-from ..generation.snapshot import layout_id
-from ..model import MegalodonConfig, MegalodonForCausalLM, cache_layout, dimension_sizes, freeze_constants, quantize
+from ..exporters.manifest_types import AotiPrograms, Programs
+from ..exporters.programs import Limits
+from ..model import MegalodonForCausalLM, freeze_constants, quantize
 from ..model.config import WeightFormat
 
 Report = Callable[[str], None]
@@ -53,7 +54,7 @@ def export_aoti(
     checkpoint: Path,
     destination: Path,
     device: str | None = None,
-    dtype: str | None = None,
+    dtype: ModelDtype | None = None,
     max_batch: int = 64,
     max_length: int | None = None,
     all_logits: bool = False,
@@ -61,7 +62,7 @@ def export_aoti(
     report: Report | None = None,
     weight_format: WeightFormat = "float",
     group_size: int | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Export a checkpoint with AOTInductor to a bundle folder, and verify it; returns its manifest.
 
     `dtype` "float32" or "bfloat16" (default: bfloat16 on CUDA, float32 on a CPU). `weight_format` "int8" or "int4"
@@ -81,21 +82,26 @@ def export_aoti(
     limits = Limits.of(model.config, max_batch, max_length)
     with bundle.staged(destination) as staging:
         write_checkpoint(model, checkpoint, staging)
-        specs = program_specs(model.config, DTYPES[dtype], all_logits)
-        entry = exporter("aoti").build(staging, staging / "aoti", device, dtype, limits, report, all_logits, portable)
-        add_sources(entry["stages"], model.config.num_layers, staging)
-        sealed = finish(staging, checkpoint, describe(model.config, dtype, specs, {"aoti": entry}), "aoti", report)
+        entry = build_aoti(staging, model.config.num_layers, device, dtype, limits, report, all_logits, portable)
+        manifest = Manifest.of(model.config, dtype, Programs(aoti=entry), versions())
+        sealed = finish(staging, checkpoint, manifest, "aoti", report)
     report(f"wrote {destination}")
     return sealed
 
 
-def finish(staging: Path, source: Path, manifest: dict[str, Any], kind: str, report: Report) -> dict[str, Any]:
+def build_aoti(staging: Path, layers: int, *options: Any) -> AotiPrograms:
+    """Compile programs for the checkpoint in a bundle's folder, and say where their weights are in its files."""
+    entry: AotiPrograms = exporter("aoti").build(staging, staging / "aoti", *options)
+    return replace(entry, stages=with_sources(entry.stages, layers, staging))
+
+
+def finish(staging: Path, source: Path, manifest: Manifest, kind: str, report: Report) -> Manifest:
     """Verify the new programs of a staged bundle, then write its card, its manifest and what was measured."""
     from ..bundles.verify import verify_folder
 
     report("checking the programs against the model in eager mode")
     parity = verify_folder(staging, manifest, [kind], report=report)
-    others = manifest["programs"].keys() - {kind}
+    others = manifest.programs.by_runtime().keys() - {kind}
     if others and (source / bundle.PARITY).is_file():  # were in the bundle already, with what was measured of them
         earlier = json.loads((source / bundle.PARITY).read_text())["results"]
         parity["results"] = [row for row in earlier if row["runtime"] in others] + parity["results"]
@@ -117,45 +123,6 @@ def write_checkpoint(model: MegalodonForCausalLM, checkpoint: Path, folder: Path
         shutil.copymode(folder / "config.json", folder / name)
 
 
-def describe(
-    config: MegalodonConfig, dtype: str, specs: dict[str, ProgramSpec], programs: dict[str, Any]
-) -> dict[str, Any]:
-    """The manifest, without the files: config, the cache, every program's boundary, versions."""
-    model_dtype, sizes = DTYPES[dtype], dimension_sizes(config)
-    return {
-        "format": "megalodon-export",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": config.to_diff_dict(),
-        "dtype": dtype,
-        "weight_format": config.weight_format,
-        "dimensions": static_sizes(config),
-        "cache": [
-            {
-                "name": t.name,
-                "dims": list(t.dims),
-                "row_shape": list(t.shape(sizes, 1)[1:]),
-                "dtype": dtype_name(t.torch_dtype(model_dtype)),
-                "initial_value": t.fill,
-                "meaning": t.meaning,
-            }
-            for t in cache_layout(config)
-        ],
-        "layout_id": layout_id(config),
-        "boundary": {
-            name: {
-                "inputs": [[s.name, list(s.dims), s.dtype] for s in spec.arguments] + ["cache"],
-                "updated_in_place": ["cache"],
-                "outputs": [[s.name, list(s.dims), s.dtype] for s in spec.outputs],
-            }
-            for name, spec in specs.items()
-        },
-        "weights": WEIGHTS,
-        "derived_constants": CONSTANTS,
-        "programs": programs,
-        "versions": versions(),
-    }
-
-
 def versions() -> dict[str, str]:
     """What made a bundle: this package, its dependencies, Python, CUDA."""
     found = {"megalodon-export": version("megalodon-export"), "python": platform.python_version()}
@@ -164,19 +131,19 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    found["torch"] = torch.__version__
+    found["torch"] = str(torch.__version__)
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
 
 
-def model_card(manifest: dict[str, Any], checkpoint: Path, parity: dict[str, Any]) -> str:
+def model_card(manifest: Manifest, checkpoint: Path, parity: dict[str, Any]) -> str:
     """The bundle's README: the checkpoint's own card, then what this bundle is and how exact it is."""
     card = checkpoint / "README.md"
     own = card.read_text() if card.is_file() else f"# {checkpoint.name}\n\nNo model card came with the weights."
     own = own.split(_CARD_SECTION)[0].rstrip()  # where the checkpoint is a bundle
-    targets = {name: entry["target"] for name, entry in manifest["programs"].items()}
-    programs = ", ".join(f"{name} for {t['device']} ({t['architecture']})" for name, t in targets.items())
+    targets = {name: entry.target for name, entry in manifest.programs.by_runtime().items()}
+    programs = ", ".join(f"{name} for {t.device} ({t.architecture})" for name, t in targets.items())
     rows = "\n".join(
         f"| {row['runtime']} | {row['case']} | {row['logits']:.1e} | {row['cache']:.1e} | {row['bound']:.0e} |"
         for row in parity["results"]
@@ -185,8 +152,8 @@ def model_card(manifest: dict[str, Any], checkpoint: Path, parity: dict[str, Any
 
 {_CARD_SECTION}
 
-Exported with megalodon-export {manifest["versions"]["megalodon-export"]} and torch {manifest["versions"]["torch"]}:
-{programs}; {manifest["dtype"]}{_weights_in_words(manifest)}.
+Exported with megalodon-export {manifest.versions["megalodon-export"]} and torch {manifest.versions["torch"]}:
+{programs}; {manifest.dtype}{_weights_in_words(manifest)}.
 Run it with `megalodon-export generate BUNDLE --prompt TEXT`.
 It holds native code: load bundles only from those you trust. Largest differences from the eager model at export:
 
@@ -196,9 +163,9 @@ It holds native code: load bundles only from those you trust. Largest difference
 """
 
 
-def _weights_in_words(manifest: dict[str, Any]) -> str:
+def _weights_in_words(manifest: Manifest) -> str:
     """What the card adds about quantised weights, and how transformers reads them."""
-    if manifest["weight_format"] == "float":
+    if manifest.weight_format == "float":
         return ""
-    words = f", linear layers in {manifest['weight_format']}"
+    words = f", linear layers in {manifest.weight_format}"
     return f"{words}.\ntransformers loads this folder too, quantised as it is, after `import megalodon_export`"

@@ -6,30 +6,31 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from ..bundles import bundle
-from ..bundles.checkpoints import DTYPES, WEIGHTS, load_model
-from ..bundles.weights import CONSTANTS, add_sources
+from ..bundles.checkpoints import load_model
+from ..bundles.manifest import CONSTANTS, DTYPES, WEIGHTS, Manifest, ModelDtype
 from ..exporters import exporter
-from ..exporters.programs import Limits, program_specs
-from ..model import MegalodonConfig, MegalodonForCausalLM
-from .aoti import Report, describe, finish, progress, versions, write_checkpoint
+from ..exporters.manifest_types import OnnxPrograms, Programs
+from ..exporters.programs import Limits
+from ..model import MegalodonForCausalLM
+from .aoti import Report, build_aoti, finish, progress, versions, write_checkpoint
 
-Build = Callable[[Path, dict[str, Any], bool], dict[str, Any]]
+Build = Callable[[Path, Manifest], Manifest]
 
 
 def export_onnx(
     checkpoint: Path,
     destination: Path,
-    dtype: str | None = None,
+    dtype: ModelDtype | None = None,
     max_batch: int = 64,
     max_length: int | None = None,
     all_logits: bool = False,
     report: Report | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Export a checkpoint's graphs for ONNX Runtime to a bundle folder, and verify them; returns its manifest.
 
     `dtype` "float32" (default), "float16" (weights, keys and values alone) or "bfloat16", which ONNX Runtime has on
@@ -49,8 +50,8 @@ def export_onnx(
     limits = Limits.of(model.config, max_batch, max_length)
     with bundle.staged(destination) as staging:
         write_checkpoint(model, checkpoint, staging)
-        specs = program_specs(model.config, DTYPES[dtype], all_logits)
-        manifest = describe(model.config, dtype, specs, {"onnx": _build(staging, dtype, limits, all_logits, report)})
+        entry = _build(staging, dtype, limits, all_logits, report)
+        manifest = Manifest.of(model.config, dtype, Programs(onnx=entry), versions())
         sealed = finish(staging, checkpoint, manifest, "onnx", report)
     report(f"wrote {destination}")
     return sealed
@@ -65,14 +66,15 @@ def halve(model: MegalodonForCausalLM) -> None:
 
 def add_onnx(
     folder: Path, max_batch: int = 64, max_length: int | None = None, report: Report | None = None
-) -> dict[str, Any]:
+) -> Manifest:
     """Add ONNX programs to a bundle, beside those that it has; returns its manifest. Errors as `export_onnx`."""
     report = report or progress(time.monotonic())
 
-    def build(staging: Path, manifest: dict[str, Any], all_logits: bool) -> dict[str, Any]:
-        _check_can_run(manifest["dtype"])
-        limits = Limits.of(MegalodonConfig(**manifest["config"]), max_batch, max_length)
-        return _build(staging, manifest["dtype"], limits, all_logits, report)
+    def build(staging: Path, manifest: Manifest) -> Manifest:
+        _check_can_run(manifest.dtype)
+        limits = Limits.of(manifest.model_config, max_batch, max_length)
+        entry = _build(staging, manifest.dtype, limits, manifest.programs.all_logits, report)
+        return manifest.replace(programs=manifest.programs.including("onnx", entry))
 
     return _add(folder, "onnx", build, report)
 
@@ -84,47 +86,45 @@ def add_aoti(
     max_length: int | None = None,
     portable: bool = False,
     report: Report | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Add AOTInductor programs for this machine to a bundle, beside those that it has; returns its manifest."""
     report = report or progress(time.monotonic())
 
-    def build(staging: Path, manifest: dict[str, Any], all_logits: bool) -> dict[str, Any]:
-        config, dtype = MegalodonConfig(**manifest["config"]), manifest["dtype"]
-        if dtype == "float16":
+    def build(staging: Path, manifest: Manifest) -> Manifest:
+        config, programs = manifest.model_config, manifest.programs
+        if manifest.dtype == "float16":
             raise ValueError("the bundle is float16, which AOTInductor programs are not made for; export another one")
         limits = Limits.of(config, max_batch, max_length)
-        entry = exporter("aoti").build(staging, staging / "aoti", device, dtype, limits, report, all_logits, portable)
-        add_sources(entry["stages"], config.num_layers, staging)
-        manifest["versions"] = versions()  # of torch, which must be the one that runs them
-        return entry
+        options = device, manifest.dtype, limits, report, programs.all_logits, portable
+        entry = build_aoti(staging, config.num_layers, *options)
+        # The versions name the torch that must run the new programs.
+        return manifest.replace(programs=programs.including("aoti", entry), versions=versions())
 
     return _add(folder, "aoti", build, report)
 
 
-def _add(folder: Path, kind: str, build: Build, report: Report) -> dict[str, Any]:
+def _add(folder: Path, kind: str, build: Build, report: Report) -> Manifest:
     """Build programs in a copy of a bundle, which replaces it when they are verified."""
     report(f"checking {folder}")
     manifest = bundle.read(folder)
-    if kind in manifest["programs"]:
+    if kind in manifest.programs.by_runtime():
         raise bundle.BundleError(
             f"{folder} has {kind} programs already; export to another folder, or replace it whole."
         )
-    all_logits = any(entry["all_logits"] for entry in manifest["programs"].values())
     with bundle.staged(folder) as staging:
-        for name in manifest["files"]:
+        for name in manifest.files:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, staging / name)
-        manifest["programs"][kind] = build(staging, manifest, all_logits)
-        sealed = finish(staging, folder, manifest, kind, report)
+        sealed = finish(staging, folder, build(staging, manifest), kind, report)
     report(f"added {kind} programs to {folder}")
     return sealed
 
 
-def _build(staging: Path, dtype: str, limits: Limits, all_logits: bool, report: Report) -> dict[str, Any]:
-    entry = exporter("onnx").build(staging, (WEIGHTS, CONSTANTS), dtype, limits, report, all_logits)
-    for name in entry["files"]:  # safetensors lets only their owner read them
+def _build(staging: Path, dtype: str, limits: Limits, all_logits: bool, report: Report) -> OnnxPrograms:
+    entry: OnnxPrograms = exporter("onnx").build(staging, (WEIGHTS, CONSTANTS), dtype, limits, report, all_logits)
+    for name in entry.files:  # safetensors lets only their owner read them
         shutil.copymode(staging / "config.json", staging / name)
-    return {"target": {"device": "cpu or cuda", "architecture": "any"}, **entry, "versions": versions()}
+    return replace(entry, versions=versions())
 
 
 def _check_can_run(dtype: str) -> None:

@@ -82,7 +82,7 @@ def bench(
             results.append({"runtime": name, "batch": batch, "load_seconds": load_seconds, **timed})
     return {
         "folder": str(folder),
-        "dtype": manifest["dtype"],
+        "dtype": manifest.dtype,
         "machine": machine(device),
         "threads": torch.get_num_threads(),
         "prompt_tokens": prompt_tokens,

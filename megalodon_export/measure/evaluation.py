@@ -189,7 +189,7 @@ class Target:
             return cls(ModelRuntime(load_model(folder, chosen, device), all_logits=True), tokenizer, "eager")
         manifest = bundle.read(folder)
         if dtype is not None:
-            raise ValueError(f"{folder} is a bundle in {manifest['dtype']}; leave out the dtype, or give a checkpoint")
+            raise ValueError(f"{folder} is a bundle in {manifest.dtype}; leave out the dtype, or give a checkpoint")
         name = runtime or default_runtime(manifest)
         opened = open_runtime(name, folder, manifest, device)
         opened.all_logits = opened.all_logits or name == "eager"

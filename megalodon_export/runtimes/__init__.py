@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+from ..bundles.manifest import Manifest
 from .base import Runtime, RuntimeUnavailable
 
 __all__ = ["RUNTIMES", "Runtime", "RuntimeUnavailable", "default_runtime", "open_runtime"]
@@ -17,12 +17,12 @@ __all__ = ["RUNTIMES", "Runtime", "RuntimeUnavailable", "default_runtime", "open
 RUNTIMES = {"eager": ".eager:EagerRuntime", "aoti": ".aoti:AotiRuntime", "onnx": ".onnx:OnnxRuntime"}
 
 
-def default_runtime(manifest: dict[str, Any]) -> str:
+def default_runtime(manifest: Manifest) -> str:
     """The runtime of a bundle's own programs, AOTInductor's first; for one that has none, the one that says so."""
-    return "onnx" if set(manifest["programs"]) == {"onnx"} else "aoti"
+    return "onnx" if list(manifest.programs.by_runtime()) == ["onnx"] else "aoti"
 
 
-def open_runtime(name: str, folder: Path, manifest: dict[str, Any], device: str | None = None) -> Runtime:
+def open_runtime(name: str, folder: Path, manifest: Manifest, device: str | None = None) -> Runtime:
     """Open a checked bundle in a runtime; ValueError for an unknown one, RuntimeUnavailable if it cannot run here."""
     if name not in RUNTIMES:
         raise ValueError(f"no runtime {name!r}; there are {', '.join(RUNTIMES)}")

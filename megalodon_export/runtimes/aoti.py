@@ -6,17 +6,17 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bundles.checkpoints import DTYPES
+from ..bundles.manifest import Manifest
 from ..bundles.weights import WeightStore
-from ..exporters.programs import DECODE, DECODE_ONE, LAYER_INDEX, NEXT_TOKENS, PREFILL, STAGES, Limits
+from ..exporters.manifest_types import CompiledProgram, CompiledStage, StageInput, Target
+from ..exporters.programs import DECODE, DECODE_ONE, LAYER_INDEX, NEXT_TOKENS, PREFILL, ProgramName
 from ..exporters.target import cpu_features
 from ..exporters.torch_internals import load_program
-from ..model import MegalodonCache, MegalodonConfig
+from ..model import MegalodonCache
 from ..model.cache import LayerCache
 from .base import Runtime, RuntimeUnavailable
 
@@ -24,30 +24,29 @@ from .base import Runtime, RuntimeUnavailable
 class AotiRuntime(Runtime):
     """Runs `aoti/model.pt2`. The bundle's hashes must have been checked: this loads native code."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], device: str | None = None) -> None:
-        entry = manifest["programs"].get("aoti")
+    def __init__(self, folder: Path, manifest: Manifest, device: str | None = None) -> None:
+        entry = manifest.programs.aoti
         if entry is None:
             raise RuntimeUnavailable(f"{folder} has no AOTInductor programs; make them: megalodon-export aoti")
-        chosen = _check_target(entry["target"], manifest["versions"], device)
-        config = MegalodonConfig(**manifest["config"])
-        super().__init__(config, DTYPES[manifest["dtype"]], chosen, Limits(**entry["limits"]), entry["all_logits"])
-        self._load(folder / "aoti" / entry["package"], entry["stages"], WeightStore(folder, chosen).bind)
+        chosen = _check_target(entry.target, manifest.versions, device)
+        super().__init__(manifest.model_config, manifest.torch_dtype, chosen, entry.limits, entry.all_logits)
+        self._load(folder / "aoti" / entry.package, entry.stages, WeightStore(folder, chosen).bind)
 
     def _load(
         self,
         package: Path,
-        stages: dict[str, dict[str, Any]],
-        bind: Callable[[list[dict[str, Any]], int], dict[str, Tensor]],
+        stages: dict[ProgramName, CompiledProgram],
+        bind: Callable[[tuple[StageInput, ...], int], dict[str, Tensor]],
     ) -> None:
         """Load the stages of both programs; `bind` finds the weights among a stage's inputs, for a layer."""
         index = -1 if self.device.type != "cuda" or self.device.index is None else self.device.index
         layers = range(self.config.num_layers)
 
-        def stage(entry: dict[str, Any]) -> _Stage:
-            run = load_program(package, entry["name"], index)
-            return _Stage(run, entry, [bind(entry["inputs"], layer) for layer in layers])
+        def stage(entry: CompiledStage) -> _Stage:
+            run = load_program(package, entry.name, index)
+            return _Stage(run, entry, [bind(entry.inputs, layer) for layer in layers])
 
-        self._programs = {name: _Program(*(stage(parts[part]) for part in STAGES)) for name, parts in stages.items()}
+        self._programs = {name: _Program(*map(stage, program.stages)) for name, program in stages.items()}
 
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
         """One call of the compiled prefill."""
@@ -74,15 +73,15 @@ class _Stage:
     """A compiled stage and, for every layer, its list of inputs with the weights in their places."""
 
     def __init__(
-        self, run: Callable[[list[Tensor]], list[Tensor]], entry: dict[str, Any], weights: list[dict[str, Tensor]]
+        self, run: Callable[[list[Tensor]], list[Tensor]], entry: CompiledStage, weights: list[dict[str, Tensor]]
     ) -> None:
-        self._run, self._outputs = run, entry["outputs"]
-        names = [one["name"] for one in entry["inputs"]]
+        self._run, self._outputs = run, entry.outputs
+        names = [one.name for one in entry.inputs]
         self._inputs = [[bound.get(name) for name in names] for bound in weights]
         prefix = f"layers.{LAYER_INDEX}."
         of_layer = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
         self._of_layer = [(names.index(name), field) for name, field in of_layer.items()]
-        others = [one["name"] for one in entry["inputs"] if one["kind"] != "weight" and one["name"] not in of_layer]
+        others = [one.name for one in entry.inputs if one.kind != "weight" and one.name not in of_layer]
         self._others = [(names.index(name), name) for name in others]
 
     @property
@@ -123,11 +122,11 @@ class _Program:
         return tensors["logits"]
 
 
-def _check_target(target: dict[str, Any], versions: dict[str, str], device: str | None) -> torch.device:
+def _check_target(target: Target, versions: dict[str, str], device: str | None) -> torch.device:
     """The device to run on; RuntimeUnavailable, before any native code is loaded, if this machine is another one."""
-    wanted = torch.device(device or target["device"])
+    wanted = torch.device(device or target.device)
     again = "export it again on this machine: megalodon-export aoti"
-    if wanted.type != target["device"]:
+    if wanted.type != target.device:
         raise RuntimeUnavailable(f"the AOTInductor programs are for {target['device']}, not {wanted.type}; {again}")
     compiled, here = versions["torch"].split("+")[0], torch.__version__.split("+")[0]
     if compiled.split(".")[:2] != here.split(".")[:2]:
@@ -138,16 +137,16 @@ def _check_target(target: dict[str, Any], versions: dict[str, str], device: str 
         if not torch.cuda.is_available():
             raise RuntimeUnavailable(f"the AOTInductor programs are for CUDA and this machine has none; {again}")
         major, minor = torch.cuda.get_device_capability(wanted)
-        if target["architecture"] != f"sm_{major}{minor}":
+        if target.architecture != f"sm_{major}{minor}":
             raise RuntimeUnavailable(
                 f"the AOTInductor programs are for {target['architecture']}, this GPU is sm_{major}{minor}; {again}"
             )
         return wanted
-    if target["architecture"] != platform.machine():
+    if target.architecture != platform.machine():
         raise RuntimeUnavailable(
             f"the AOTInductor programs are for {target['architecture']}, this is {platform.machine()}; {again}"
         )
-    missing = sorted(set(target["cpu_features"]) - set(cpu_features()))
+    missing = sorted(set(target.cpu_features or ()) - set(cpu_features()))
     if missing:
         raise RuntimeUnavailable(
             f"the AOTInductor programs use CPU instructions that this machine lacks ({', '.join(missing)}); {again}, "

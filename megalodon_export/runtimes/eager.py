@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bundles.checkpoints import DTYPES, load_model
+from ..bundles.checkpoints import load_model
+from ..bundles.manifest import Manifest
 from ..exporters.programs import Limits
 from ..model import MegalodonCache, MegalodonForCausalLM, freeze_constants
 from .base import Runtime
@@ -39,7 +39,7 @@ class ModelRuntime(Runtime):
 class EagerRuntime(ModelRuntime):
     """Runs the modules on a bundle's weights; float16 ones in float32."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], device: str | None = None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, device: str | None = None) -> None:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = DTYPES[manifest["dtype"]]
+        dtype = manifest.torch_dtype
         super().__init__(load_model(folder, torch.float32 if dtype == torch.float16 else dtype, chosen))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import torch  # before onnxruntime, which finds CUDA's libraries among those that torch has loaded
 from torch import Tensor
 
-from ..bundles.checkpoints import DTYPES
-from ..exporters.programs import DECODE, PREFILL, Limits
-from ..model import MegalodonCache, MegalodonConfig
+from ..bundles.manifest import Manifest
+from ..exporters.programs import DECODE, PREFILL, ProgramName
+from ..model import MegalodonCache
 from ..model.cache import copy_in_place
 from .base import Runtime, RuntimeUnavailable
 from .onnx_session import OnnxSession, bind, open_session, require_cuda, shared_weights
@@ -29,24 +28,21 @@ class OnnxRuntime(Runtime):
 
     capturable = False  # ONNX Runtime captures the graphs itself
 
-    def __init__(
-        self, folder: Path, manifest: dict[str, Any], device: str | None = None, prepack: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, device: str | None = None, prepack: bool = False) -> None:
         """`prepack` (CPU): each session keeps a copy of the weights, arranged for its products.
 
         Without, both read the one file that is mapped. RuntimeUnavailable where a node would not run on the device.
         """
-        entry = manifest["programs"].get("onnx")
+        entry = manifest.programs.onnx
         if entry is None:
             raise RuntimeUnavailable(f"{folder} has no ONNX programs; make them: megalodon-export onnx --add {folder}")
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda":
             require_cuda(chosen)
             chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
-        config = MegalodonConfig(**manifest["config"])
-        super().__init__(config, DTYPES[manifest["dtype"]], chosen, Limits(**entry["limits"]), entry["all_logits"])
-        self._entries = entry["graphs"]
-        paths = {name: folder / one["file"] for name, one in self._entries.items()}
+        super().__init__(manifest.model_config, manifest.torch_dtype, chosen, entry.limits, entry.all_logits)
+        self._entries = entry.graphs
+        paths = {name: folder / one.file for name, one in self._entries.items()}
         weights = shared_weights(list(paths.values()), chosen) if chosen.type == "cuda" else {}
         self._sessions = {
             name: open_session(path, chosen, weights.get(path, {}), prepack, capture=name == DECODE)
@@ -98,7 +94,7 @@ class BoundStep:
     def __init__(
         self,
         runtime: OnnxRuntime,
-        program: str,
+        program: ProgramName,
         arguments: dict[str, Tensor],
         cache: MegalodonCache,
         logits: Tensor,

@@ -11,6 +11,7 @@ import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor
 
+from ..exporters.manifest_types import Graph
 from .base import RuntimeUnavailable
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -129,17 +130,17 @@ _TORCH_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, to
 
 
 def bind(
-    session: OnnxSession, entry: dict[str, Any], inputs: dict[str, Tensor], outputs: dict[str, Tensor]
+    session: OnnxSession, entry: Graph, inputs: dict[str, Tensor], outputs: dict[str, Tensor]
 ) -> onnxruntime.IOBinding:
     """Bind tensors, by the manifest's names, to a graph's inputs and outputs; by address, so they must stay alive."""
     binding = session.onnx.io_binding()
     index = session.device.index or 0
-    for one in entry["inputs"]:
-        tensor = inputs[one["tensor"]]
+    for one in entry.inputs:
+        tensor = inputs[one.tensor]
         place = (session.device.type, index, int(from_torch_dtype(tensor.dtype)), tensor.shape, tensor.data_ptr())
-        binding.bind_input(one["name"], *place)
-    for one in entry["outputs"]:
-        tensor = outputs[one["tensor"]]
+        binding.bind_input(one.name, *place)
+    for one in entry.outputs:
+        tensor = outputs[one.tensor]
         place = (session.device.type, index, int(from_torch_dtype(tensor.dtype)), tensor.shape, tensor.data_ptr())
-        binding.bind_output(one["name"], *place)
+        binding.bind_output(one.name, *place)
     return binding

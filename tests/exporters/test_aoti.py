@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import megalodon_export.model as m
 from megalodon_export.bundles import bundle
-from megalodon_export.bundles.weights import WeightStore, add_sources, save_constants
+from megalodon_export.bundles.weights import WeightStore, save_constants, with_sources
 from megalodon_export.exporters.aoti import CompileRequest, compile_stage, inductor_options, one_layer_model
+from megalodon_export.exporters.manifest_types import CompiledProgram, CompiledStage
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.exporters.stages import Stage, export_stages
 from megalodon_export.model import MegalodonCache, MegalodonConfig
@@ -104,20 +103,21 @@ def test_programs_hold_no_weights(folder: Path) -> None:
     parameters = {name for name, _ in AutoModelForCausalLM.from_pretrained(folder).named_parameters()}
     programs = [path.read_bytes() for path in (folder / "aoti").iterdir()]
     for _, stage in stages_of(folder):
-        weights = [one for one in stage["inputs"] if one["kind"] == "weight"]
-        assert {w["file"] for w in weights} <= {"model.safetensors", "constants.safetensors"}
-        assert {w["tensor"].format(layer=0) for w in weights if w["file"] == "model.safetensors"} <= parameters
-        for layer in range(manifest["config"]["num_layers"]):
+        weights = stage.weights
+        assert {w.file for w in weights} <= {"model.safetensors", "constants.safetensors"}
+        assert {str(w.tensor).format(layer=0) for w in weights if w.file == "model.safetensors"} <= parameters
+        for layer in range(manifest.model_config.num_layers):
             for name, tensor in store.bind(weights, layer).items():
                 start = tensor.flatten()[-16:].numpy().tobytes()
                 if tensor.numel() >= 16 and len(set(start)) > 16:
                     assert not any(start in program for program in programs), name
 
 
-def stages_of(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+def stages_of(folder: Path) -> list[tuple[str, CompiledStage]]:
     """Every stage of a bundle, with the name of its program."""
-    programs = json.loads(json.dumps(bundle.read(folder)["programs"]["aoti"]["stages"]))
-    return [(name, stage) for name, stages in programs.items() for stage in stages.values()]
+    aoti = bundle.read(folder).programs.aoti
+    assert aoti is not None
+    return [(name, stage) for name, program in aoti.stages.items() for stage in program.stages]
 
 
 def test_all_programs_use_the_same_tensors(tiny_bundle: Path) -> None:
@@ -125,7 +125,7 @@ def test_all_programs_use_the_same_tensors(tiny_bundle: Path) -> None:
     bound: dict[str, dict[tuple[str, int], Tensor]] = {name: {} for name in PROGRAMS}
     for program, stage in stages_of(tiny_bundle):
         for layer in range(2):
-            tensors = store.bind(stage["inputs"], layer)
+            tensors = store.bind(stage.inputs, layer)
             bound[program] |= {(name, layer): tensor for name, tensor in tensors.items()}
     shared = set.intersection(*(set(tensors) for tensors in bound.values()))
     assert {("lm_head.weight", 0), ("model.layers.{layer}.attn.wz.weight", 1)} <= shared
@@ -136,8 +136,8 @@ def test_all_programs_use_the_same_tensors(tiny_bundle: Path) -> None:
 def test_every_layer_has_its_own_weights_and_cache(tiny_bundle: Path) -> None:
     store = WeightStore(tiny_bundle, torch.device("cpu"))
     for _, stage in stages_of(tiny_bundle):
-        names = [one["name"] for one in stage["inputs"]]
-        first, second = (store.bind(stage["inputs"], layer) for layer in range(2))
+        names = [one.name for one in stage.inputs]
+        first, second = (store.bind(stage.inputs, layer) for layer in range(2))
         own = {name for name in first if first[name].data_ptr() != second[name].data_ptr()}
         assert own == {name for name in first if "{layer}" in name}
         if own:
@@ -145,8 +145,8 @@ def test_every_layer_has_its_own_weights_and_cache(tiny_bundle: Path) -> None:
 
 
 def test_weights_of_another_shape_are_refused(tiny_bundle: Path) -> None:
-    weights = [one for _, stage in stages_of(tiny_bundle) for one in stage["inputs"] if one["kind"] == "weight"]
-    weights[0]["shape"] = [1, 2, 3]
+    weights = [one for _, stage in stages_of(tiny_bundle) for one in stage.weights]
+    weights[0] = replace(weights[0], shape=(1, 2, 3))
     with pytest.raises(ValueError, match=r"manifest says .*\[1, 2, 3\]"):
         WeightStore(tiny_bundle, torch.device("cpu")).bind(weights)
 
@@ -173,7 +173,7 @@ def test_what_is_compiled_does_not_depend_on_the_number_of_layers(program: str, 
 
 def test_a_bundle_has_three_libraries_a_program_however_deep(bundles: dict[str, Path]) -> None:
     for folder in bundles.values():  # of two layers, and of one
-        libraries = {stage["library"] for _, stage in stages_of(folder)}
+        libraries = {stage.library for _, stage in stages_of(folder)}
         assert libraries == {f"{p}_{s}.so" for p in PROGRAMS for s in ("begin", "layer", "end")}
         assert {path.name for path in (folder / "aoti").iterdir()} == {"model.pt2", *libraries}
 
@@ -201,7 +201,7 @@ def test_kernels_of_other_sizes_are_not_taken_from_a_cache(tmp_path: Path) -> No
             str(folder), "decode", "cpu", "float32", Limits.of(config), False, False, str(folder / "out")
         )
         stage = export_stages(one_layer_model(request), "decode", request.limits)["begin"]
-        files = compile_stage(stage, inductor_options(request, stage.name))["files"]
+        files = compile_stage(stage, inductor_options(request, stage.name)).files
         (library,) = (Path(file).read_bytes() for file in files if file.endswith(".so"))
         embeddings.append(f"< {vocabulary}L".encode() in library)  # the bound that ids are checked against
     assert embeddings == [True, True]
@@ -221,14 +221,14 @@ def test_a_tied_head_is_bound_to_the_embedding(tmp_path: Path) -> None:
     limits = Limits.of(model.config)
     request = CompileRequest(str(tmp_path), "decode", "cpu", "float32", limits, False, False, "")
     stages = export_stages(one_layer_model(request), "decode", limits)
-    entries = {name: {"inputs": [asdict(one) for one in stage.inputs]} for name, stage in stages.items()}
-    add_sources({"decode": entries}, 2, tmp_path)
+    compiled = CompiledProgram(*(CompiledStage(s.name, "", s.inputs, s.outputs) for s in stages.values()))
+    program = with_sources({"decode": compiled}, 2, tmp_path)["decode"]
     store = WeightStore(tmp_path, torch.device("cpu"))
-    begin, end = ({t.data_ptr() for t in store.bind(entries[name]["inputs"]).values()} for name in ("begin", "end"))
+    begin, end = ({t.data_ptr() for t in store.bind(s.inputs).values()} for s in (program.begin, program.end))
     assert len(begin & end) == 1
-    entries["layer"]["inputs"] = [one | {"dtype": "bfloat16"} for one in entries["layer"]["inputs"]]
+    layer = replace(program.layer, inputs=tuple(replace(one, dtype="bfloat16") for one in program.layer.inputs))
     with pytest.raises(ValueError, match=r"attn\.gamma is float32 .* the manifest says bfloat16"):
-        add_sources({"decode": entries}, 2, tmp_path)
+        with_sources({"decode": replace(program, layer=layer)}, 2, tmp_path)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def test_programs_for_two_rows_run_one(tmp_path: Path) -> None:
     limits, found = stages("prefill", 2, 2)
     stage = found["layer"]
     request = CompileRequest("", "prefill", "cpu", "float32", limits, False, False, str(tmp_path / "out"))
-    files = compile_stage(stage, inductor_options(request, stage.name))["files"]
-    package_programs(tmp_path / "model.pt2", {stage.name: files})
+    files = compile_stage(stage, inductor_options(request, stage.name)).files
+    package_programs(tmp_path / "model.pt2", {stage.name: list(files)})
     run = load_program(tmp_path / "model.pt2", stage.name)
     per_row = [
         one.kind != "weight" and len(example) == 2 for one, example in zip(stage.inputs, stage.examples, strict=True)

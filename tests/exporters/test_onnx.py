@@ -19,12 +19,14 @@ from safetensors import safe_open
 
 import megalodon_export
 from megalodon_export.bundles import bundle
+from megalodon_export.bundles.manifest import Manifest, ModelDtype
 from megalodon_export.bundles.verify import BOUNDS, cases, compare
-from megalodon_export.export.aoti import describe, write_checkpoint
+from megalodon_export.export.aoti import write_checkpoint
 from megalodon_export.export.onnx import add_onnx, export_onnx, halve
+from megalodon_export.exporters.manifest_types import Programs
 from megalodon_export.exporters.onnx import check as onnx_check
 from megalodon_export.exporters.onnx import graphs as exporter
-from megalodon_export.exporters.programs import Limits, program_specs
+from megalodon_export.exporters.programs import Limits, ProgramName
 from megalodon_export.model import MegalodonForCausalLM
 from megalodon_export.runtimes import Runtime, RuntimeUnavailable, open_runtime
 from megalodon_export.runtimes.onnx import OnnxRuntime
@@ -33,16 +35,15 @@ from support.small_models import VARIANTS, make_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FILES = ("model.safetensors", "constants.safetensors")
-GRAPHS = ("prefill", "decode")
+GRAPHS: tuple[ProgramName, ...] = ("prefill", "decode")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_numpy.py"
 
 
-def built(model: MegalodonForCausalLM, folder: Path, dtype: str = "float32", **limits: Any) -> dict[str, Any]:
+def built(model: MegalodonForCausalLM, folder: Path, dtype: ModelDtype = "float32", **limits: Any) -> Manifest:
     """The graphs of a model in a folder, and their manifest."""
     write_checkpoint(model, Path("nowhere"), folder)
-    torch_dtype = getattr(torch, dtype)
     entry = exporter.build(folder, FILES, dtype, Limits.of(model.config, **limits), lambda message: None)
-    return describe(model.config, dtype, program_specs(model.config, torch_dtype), {"onnx": entry})
+    return Manifest.of(model.config, dtype, Programs(onnx=entry), {})
 
 
 def graph(folder: Path, name: str) -> ir.Graph:
@@ -251,11 +252,12 @@ def test_graphs_refer_to_the_bundles_own_weights(onnx_bundles: dict[str, Path]) 
 
 def test_names_are_those_of_the_ecosystem_and_in_the_manifest(onnx_bundles: dict[str, Path]) -> None:
     folder = onnx_bundles["tiny"]
-    entry = bundle.read(folder)["programs"]["onnx"]
+    entry = bundle.read(folder).programs.onnx
+    assert entry is not None
     for program in GRAPHS:
         found = graph(folder, program)
-        assert [v.name for v in found.inputs] == [one["name"] for one in entry["graphs"][program]["inputs"]]
-        assert [v.name for v in found.outputs] == [one["name"] for one in entry["graphs"][program]["outputs"]]
+        assert [v.name for v in found.inputs] == [one.name for one in entry.graphs[program].inputs]
+        assert [v.name for v in found.outputs] == [one.name for one in entry.graphs[program].outputs]
         names = [v.name for v in found.inputs]
         assert names[0] == "input_ids"
         assert {"past_key_values.1.key", "past_key_values.1.value", "past_key_values.0.ema_state"} <= set(names)
@@ -298,11 +300,11 @@ def test_onnx_is_added_to_a_bundle_that_has_other_programs(bundles: dict[str, Pa
     folder = Path(shutil.copytree(bundles["short-chunk"], tmp_path / "b"))
     before = bundle.read(folder)
     manifest = add_onnx(folder, max_batch=4)
-    assert set(manifest["programs"]) == {"aoti", "onnx"}
-    assert manifest["programs"]["aoti"] == before["programs"]["aoti"]
-    assert manifest["versions"] == before["versions"]
-    kept = {name: entry for name, entry in before["files"].items() if name != "README.md"}
-    assert {name: manifest["files"][name] for name in kept} == kept
+    assert set(manifest.programs.by_runtime()) == {"aoti", "onnx"}
+    assert manifest.programs.aoti == before.programs.aoti
+    assert manifest.versions == before.versions
+    kept = {name: entry for name, entry in before.files.items() if name != "README.md"}
+    assert {name: manifest.files[name] for name in kept} == kept
     runtimes: list[Runtime] = [open_runtime(name, folder, bundle.read(folder), "cpu") for name in ("aoti", "onnx")]
     assert max(compare(*runtimes, case)[0] for case in cases(8, 4)) < 1e-4
     rows = json.loads((folder / "parity.json").read_text())["results"]

@@ -232,7 +232,7 @@ def test_programs_equal_the_quantised_model(
 ) -> None:
     folder = quantized_bundles[name]
     manifest = bundle.read(folder)
-    assert manifest["weight_format"] == name
+    assert manifest.weight_format == name
     pair = open_runtime("aoti", folder, manifest), open_runtime("eager", folder, manifest)
     calls = ((5,), *(None,) * 8, (64,), (90,), *(None,) * 3)
     logits, cache, _ = compare(*pair, Case("one stream", 1, calls))
@@ -243,8 +243,9 @@ def test_programs_equal_the_quantised_model(
     weight = stored["model.layers.0.attn.wz.weight"]
     assert (weight.dtype, weight.shape) == ((torch.int8, (16, 32)) if name == "int8" else (torch.uint8, (16, 16)))
     assert (folder / "model.safetensors").stat().st_size < (checkpoints["tiny"] / "model.safetensors").stat().st_size
-    inputs = [one for stage in manifest["programs"]["aoti"]["stages"]["decode_one"].values() for one in stage["inputs"]]
-    assert {one["dtype"] for one in inputs if one["name"].endswith("attn.wz.weight")} == {dtype_of(weight)}
+    assert manifest.programs.aoti is not None
+    inputs = [one for stage in manifest.programs.aoti.stages["decode_one"].stages for one in stage.inputs]
+    assert {one.dtype for one in inputs if one.name.endswith("attn.wz.weight")} == {dtype_of(weight)}
 
 
 def dtype_of(tensor: Tensor) -> str:

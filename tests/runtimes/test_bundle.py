@@ -13,7 +13,7 @@ import pytest
 
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.bundle import BundleError, read, seal, staged, update_parity
-from support.damaged_bundles import SMALL_DAMAGE, WEIGHTS, edit, flip, write
+from support.damaged_bundles import SMALL_DAMAGE, WEIGHTS, edit, flip, small_manifest, write
 
 
 def siblings(destination: Path) -> list[str]:
@@ -28,18 +28,18 @@ def sound(tmp_path: Path) -> Path:
 
 def test_round_trip(sound: Path) -> None:
     manifest = read(sound)
-    assert manifest["schema_version"] == bundle.SCHEMA_VERSION
-    assert manifest["dtype"] == "float32"
-    assert list(manifest["files"]) == ["aoti/programs.pt2", "model.safetensors"]
-    assert manifest["files"]["model.safetensors"]["size"] == len(WEIGHTS)
+    assert manifest.schema_version == bundle.SCHEMA_VERSION
+    assert manifest.dtype == "float32"
+    assert list(manifest.files) == ["aoti/programs.pt2", "model.safetensors"]
+    assert manifest.files["model.safetensors"].size == len(WEIGHTS)
     assert siblings(sound) == []
 
 
 def test_seal_returns_what_it_writes_and_leaves_its_argument(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"a")
-    given = {"dtype": "bfloat16"}
+    given = small_manifest("bfloat16")
     assert seal(tmp_path, given) == read(tmp_path)
-    assert given == {"dtype": "bfloat16"}
+    assert given.files == {}
 
 
 def test_parity_changes_after_the_export(sound: Path) -> None:
@@ -48,7 +48,7 @@ def test_parity_changes_after_the_export(sound: Path) -> None:
     update_parity(sound, {"decode": 2e-6})
     assert json.loads((sound / "parity.json").read_text()) == {"decode": 2e-6}
     (sound / ".parity.json.4711").write_text("{")  # killed inside update_parity
-    assert "parity.json" not in read(sound)["files"]
+    assert "parity.json" not in read(sound).files
 
 
 def test_parity_needs_a_bundle_and_json(tmp_path: Path, sound: Path) -> None:
@@ -62,11 +62,11 @@ def test_parity_needs_a_bundle_and_json(tmp_path: Path, sound: Path) -> None:
 
 def test_seal_refuses_links_and_values_that_are_not_json(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="JSON"):
-        seal(tmp_path, {"path": tmp_path})
+        seal(tmp_path, small_manifest().replace(config={"path": tmp_path}))
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(BundleError, match=r"b: .*symbolic link"):
-        seal(tmp_path, {})
+        seal(tmp_path, small_manifest())
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -130,9 +130,9 @@ def test_what_is_no_folder(tmp_path: Path) -> None:
 def test_overwriting_replaces_the_whole_folder(sound: Path) -> None:
     with staged(sound) as staging:
         (staging / "only").write_bytes(b"new")
-        seal(staging, {})
-        assert read(sound)["dtype"] == "float32"  # the old one stays until the end
-    assert list(read(sound)["files"]) == ["only"]
+        seal(staging, small_manifest())
+        assert read(sound).dtype == "float32"  # the old one stays until the end
+    assert list(read(sound).files) == ["only"]
     assert siblings(sound) == []
 
 
@@ -149,7 +149,7 @@ def test_a_link_to_a_bundle_stays_a_link(sound: Path) -> None:
     link.symlink_to(sound)
     write(link, b"new")
     assert link.is_symlink()
-    assert read(sound)["files"]["model.safetensors"]["size"] == 3
+    assert read(sound).files["model.safetensors"].size == 3
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
@@ -177,7 +177,7 @@ def test_a_failed_rename_restores_the_old_bundle(sound: Path, monkeypatch: pytes
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="no"):
         write(sound, b"new")
-    assert read(sound)["files"]["model.safetensors"]["size"] == len(WEIGHTS)
+    assert read(sound).files["model.safetensors"].size == len(WEIGHTS)
     assert siblings(sound) == []
 
 
@@ -209,8 +209,8 @@ def test_two_exports_to_one_place(sound: Path) -> None:
     with staged(sound) as staging:
         with pytest.raises(BundleError, match=rf"is running \(pid {os.getpid()}\)"), staged(sound):
             pytest.fail("entered")
-        seal(staging, {})
-    assert read(sound)["files"] == {}
+        seal(staging, small_manifest())
+    assert read(sound).files == {}
 
 
 EXPORT = """
@@ -243,7 +243,7 @@ def test_a_killed_export_leaves_the_old_bundle(sound: Path) -> None:
     read(sound)
     assert siblings(sound) == [f".sound.staging-{process.pid}"]
     write(sound, b"new")
-    assert read(sound)["files"]["model.safetensors"]["size"] == 3
+    assert read(sound).files["model.safetensors"].size == 3
     assert siblings(sound) == []
 
 

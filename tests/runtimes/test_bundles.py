@@ -113,10 +113,9 @@ def test_others_may_read_a_bundle(tiny_bundle: Path) -> None:
 
 def spoil(folder: Path, factor: float) -> None:
     """Change the constants of the compiled programs; the eager model derives its own."""
-    path = folder / "constants.safetensors"
+    path, manifest = folder / "constants.safetensors", bundle.read(folder)
     tensors = load_file(path)
     save_file({name: t * factor if t.is_floating_point() else t for name, t in tensors.items()}, path)
-    manifest = json.loads((folder / "manifest.json").read_text())
     bundle.seal(folder, manifest)
 
 

@@ -61,7 +61,7 @@ def test_the_gpu_gives_what_the_model_gives(folder: Path) -> None:
     eager = open_runtime("eager", folder, manifest, "cuda")
     runtime = opened(folder)
     for case in cases(64, 8):
-        assert max(compare(runtime, eager, case)[:2]) < BOUNDS[manifest["dtype"]]
+        assert max(compare(runtime, eager, case)[:2]) < BOUNDS[manifest.dtype]
 
 
 def test_ten_thousand_captured_steps_are_those_without_a_graph(folder: Path) -> None:

@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from megalodon_export.bundles.bundle import seal, staged
+from megalodon_export.bundles.manifest import Manifest, ModelDtype
+from megalodon_export.exporters.manifest_types import Programs
+from megalodon_export.model import MegalodonConfig
 
 WEIGHTS = bytes(range(256)) * 8192  # 2 MiB: more than one read of the hash function
 Damage = tuple[Callable[[Path], object], str]
 Change = tuple[Callable[[dict[str, Any]], object], str]
+
+
+def small_manifest(dtype: ModelDtype = "float32") -> Manifest:
+    """The manifest of a bundle without programs."""
+    return Manifest.of(MegalodonConfig(num_layers=1), dtype, Programs(), {})
 
 
 def write(destination: Path, weights: bytes = WEIGHTS) -> None:
@@ -22,7 +30,7 @@ def write(destination: Path, weights: bytes = WEIGHTS) -> None:
         (staging / "aoti").mkdir()
         (staging / "aoti" / "programs.pt2").write_bytes(b"native")
         (staging / "model.safetensors").write_bytes(weights)
-        seal(staging, {"dtype": "float32"})
+        seal(staging, small_manifest())
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -1,0 +1,218 @@
+"""The manifest of a bundle: everything that manifest.json says, as one typed record.
+
+Exporters write it; every runtime, `inspect` and `verify` read it. A Struct's fields are the JSON's keys, in the order
+of the file. The records about programs are in `exporters/manifest_types.py`, which exporters may import.
+
+The facts are `config`, `dtype`, `programs`, `versions` and `files`. Everything else follows from them, and stands in
+the file for readers without this package. `Manifest.of` derives it, and `from_json` derives it again and compares.
+
+The C++ library reads the same file (`cpp/src/bundle/manifest.hpp`). Its structs and these:
+
+    C++ Manifest         Manifest: config (vocab_size, num_layers, ids of special tokens), dimensions (V, C), layout_id;
+                         AotiPrograms: limits, all_logits; files, of which it keeps the sizes alone
+    C++ CacheTensor      CacheEntry (fill is initial_value, ring is "C" among dims)
+    C++ Target           Target, with the torch of versions
+    C++ ProgramEntry     CompiledProgram
+    C++ Stage            CompiledStage (file is library)
+    C++ StageInput       StageInput
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import msgspec
+import torch
+
+from ..exporters.manifest_types import Programs, Record
+from ..exporters.programs import (
+    DtypeName,
+    Limits,
+    ProgramName,
+    ProgramSpec,
+    TensorSpec,
+    dtype_name,
+    program_specs,
+    static_sizes,
+)
+from ..generation.snapshot import layout_id
+from ..model import CacheTensor, MegalodonConfig, cache_layout, dimension_sizes
+from ..model.config import WeightFormat
+
+SCHEMA_VERSION = 3
+WEIGHTS, CONSTANTS = "model.safetensors", "constants.safetensors"
+
+ModelDtype = Literal["float32", "bfloat16", "float64", "float16"]
+# float16 is for ONNX programs alone, float64 for tests.
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(ModelDtype)}
+
+
+class CacheEntry(Record, frozen=True):
+    """One tensor of the cache. `row_shape` is its shape for one stream, `initial_value` that of every element."""
+
+    name: str
+    dims: tuple[str, ...]
+    row_shape: tuple[int, ...]
+    dtype: DtypeName
+    initial_value: float
+    meaning: str
+
+
+class BoundaryTensor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A tensor at a program's boundary, in JSON a list: ["token_ids", ["B", "L"], "int64"]."""
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: DtypeName
+
+
+class Boundary(Record, frozen=True):
+    """What a program takes and gives. "cache" stands for all tensors of the cache, in the order of the manifest's."""
+
+    inputs: tuple[BoundaryTensor | Literal["cache"], ...]
+    updated_in_place: tuple[Literal["cache"], ...]
+    outputs: tuple[BoundaryTensor, ...]
+
+
+class FileEntry(Record, frozen=True):
+    """Size in bytes and sha256, in hexadecimal digits, of one file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(Record, frozen=True, kw_only=True, dict=True):
+    """All of manifest.json.
+
+    `created` is a time in UTC. `dimensions`: sizes by the letters of `dims`, but for B (rows) and L (tokens of a call).
+    `layout_id` is equal for models that can exchange snapshots. `weights` and `derived_constants` are names of files.
+    """
+
+    format: Literal["megalodon-export"] = "megalodon-export"
+    created: str
+    config: dict[str, Any]
+    dtype: ModelDtype
+    weight_format: WeightFormat
+    dimensions: dict[str, int]
+    cache: tuple[CacheEntry, ...]
+    layout_id: str
+    boundary: dict[ProgramName, Boundary]
+    weights: str = WEIGHTS
+    derived_constants: str = CONSTANTS
+    programs: Programs
+    versions: dict[str, str]
+    schema_version: int = SCHEMA_VERSION
+    files: dict[str, FileEntry] = msgspec.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: MegalodonConfig, dtype: ModelDtype, programs: Programs, versions: dict[str, str]) -> Manifest:
+        """The manifest of a bundle made now, without its files, which `seal` adds."""
+        sizes = dimension_sizes(config)
+        return cls(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            config=config.to_diff_dict(),
+            dtype=dtype,
+            weight_format=config.weight_format,
+            dimensions=static_sizes(config),
+            cache=tuple(_cache_entry(tensor, sizes, DTYPES[dtype]) for tensor in cache_layout(config)),
+            layout_id=layout_id(config),
+            boundary={
+                name: _boundary(spec)
+                for name, spec in program_specs(config, DTYPES[dtype], programs.all_logits).items()
+            },
+            programs=programs,
+            versions=versions,
+        )
+
+    @cached_property
+    def model_config(self) -> MegalodonConfig:
+        """The config, validated; ValueError names every field that makes no sense."""
+        return MegalodonConfig(**self.config)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the model's weights and of the cache's rings."""
+        return DTYPES[self.dtype]
+
+    def replace(self, **changes: Any) -> Manifest:
+        """The same manifest with other values in some fields."""
+        return msgspec.structs.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that stands in the file."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return found
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Manifest:
+        """Check the type of every field, then that everything derived follows from the facts.
+
+        ValueError names the first field that is wrong.
+        """
+        try:
+            manifest = msgspec.convert(found, cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(str(error)) from error
+        expected = json.loads(json.dumps(manifest._derived_again().to_json()))
+        for where, wanted, there in _differences(expected, found, ""):
+            raise ValueError(f"{where}: {wanted} expected, {there} found")
+        for where, name in manifest._files_named():
+            if name not in manifest.files:
+                raise ValueError(f"{where}: one of the files listed expected, {name} found")
+        return manifest
+
+    def _derived_again(self) -> Manifest:
+        config, programs = self.model_config, self.programs
+        for name, entry in programs.by_runtime().items():
+            limits = Limits.of(config, entry.limits.max_batch, entry.limits.max_length)
+            programs = programs.including(name, msgspec.structs.replace(entry, limits=limits))
+        again = Manifest.of(config, self.dtype, programs, self.versions)
+        return again.replace(created=self.created, config=self.config, files=self.files)
+
+    def _files_named(self) -> Iterator[tuple[str, str]]:
+        """Places in the manifest, and the files that they name."""
+        if (aoti := self.programs.aoti) is not None:
+            yield "programs.aoti.package", f"aoti/{aoti.package}"
+            for stage in (stage for program in aoti.stages.values() for stage in program.stages):
+                yield f"programs.aoti.stages: {stage.name}", f"aoti/{stage.library}"
+                yield from ((f"programs.aoti.stages: {stage.name}: {one.name}", str(one.file)) for one in stage.weights)
+        if (onnx := self.programs.onnx) is not None:
+            yield from (("programs.onnx.files", name) for name in onnx.files)
+            yield from ((f"programs.onnx.graphs.{name}", graph.file) for name, graph in onnx.graphs.items())
+
+
+def _cache_entry(tensor: CacheTensor, sizes: dict[str, int], dtype: torch.dtype) -> CacheEntry:
+    return CacheEntry(
+        name=tensor.name,
+        dims=tensor.dims,
+        row_shape=tensor.shape(sizes, 1)[1:],
+        dtype=dtype_name(tensor.torch_dtype(dtype)),
+        initial_value=tensor.fill,
+        meaning=tensor.meaning,
+    )
+
+
+def _boundary(spec: ProgramSpec) -> Boundary:
+    def tensors(specs: tuple[TensorSpec, ...]) -> Iterator[BoundaryTensor]:
+        return (BoundaryTensor(one.name, one.dims, one.dtype) for one in specs)
+
+    return Boundary((*tensors(spec.arguments), "cache"), ("cache",), tuple(tensors(spec.outputs)))
+
+
+def _differences(expected: Any, found: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ, and both values there; a key that is missing has the value "nothing"."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in expected | found:
+            place = f"{where}.{key}" if where else str(key)
+            yield from _differences(expected.get(key, "nothing"), found.get(key, "nothing"), place)
+    elif isinstance(expected, list) and isinstance(found, list):
+        if len(expected) != len(found):
+            yield where, f"a list of {len(expected)}", f"one of {len(found)}"
+        for index, (one, other) in enumerate(zip(expected, found, strict=False)):
+            yield from _differences(one, other, f"{where}[{index}]")
+    elif expected != found:
+        yield where, expected, found
