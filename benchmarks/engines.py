@@ -14,7 +14,6 @@ from pathlib import Path
 import msgspec
 import torch
 from torch import Tensor
-from torch.fx.experimental import _config as symbolic_shapes
 
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.checkpoints import DTYPES
@@ -23,6 +22,7 @@ from megalodon_export.export.onnx import add_onnx, export_onnx
 from megalodon_export.exporters import aoti
 from megalodon_export.exporters.manifest_types import AotiPrograms, StageInput, numbered
 from megalodon_export.exporters.programs import Limits
+from megalodon_export.exporters.torch_internals import sizes_from_one
 from megalodon_export.model import (
     MegalodonCache,
     MegalodonConfig,
@@ -125,14 +125,14 @@ class CompiledRuntime(ModelRuntime):
         token_ids = token_ids.clone(memory_format=torch.contiguous_format)
         _vary(token_ids, lengths, cache=cache)
         torch._dynamo.maybe_mark_dynamic(token_ids, 1)
-        with symbolic_shapes.patch(backed_size_oblivious=True):  # batch 1 and one block are sizes like any
+        with sizes_from_one():  # batch 1 and one block are sizes like any
             return self._prefill(token_ids, lengths, cache, self.limits.max_length)
 
     @torch.no_grad()
     def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
         """Compiled on the first call."""
         _vary(token_ids, cache=cache)
-        with symbolic_shapes.patch(backed_size_oblivious=True):
+        with sizes_from_one():
             return self._decode(token_ids, cache)
 
 

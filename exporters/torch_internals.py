@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,21 +47,26 @@ def _private(module: Any, name: str, without_it: str) -> Any:
 # ---- torch.export ----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def symbolic_sizes() -> Iterator[None]:
-    """Trace and compile with a batch of 1 and a length of one block in range.
+def sizes_from_one() -> AbstractContextManager[None]:
+    """Trace with a batch of 1 and a length of one block in range.
 
-    Without `backed_size_oblivious`, torch takes sizes of 0 and 1 for constants (0/1 specialisation): a program refuses
-    a batch of 1. Without the second setting, export takes longer: where sizes are symbols, computing the keys of the
-    cache of fake tensors costs more than the cache saves.
+    Without it, torch takes sizes of 0 and 1 for constants (0/1 specialisation), and a program refuses a batch of 1.
     """
-    import torch._dynamo.config as dynamo_config
     import torch.fx.experimental._config as fx_config
 
-    with (
-        fx_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-        dynamo_config.patch(fake_tensor_cache_enabled=False),  # type: ignore[attr-defined]
-    ):
+    patch: AbstractContextManager[None] = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    return patch
+
+
+@contextmanager
+def symbolic_sizes() -> Iterator[None]:
+    """Export and compile with `sizes_from_one`, and without torch's cache of fake tensors.
+
+    With that cache, export takes longer: where sizes are symbols, computing its keys costs more than it saves.
+    """
+    import torch._dynamo.config as dynamo_config
+
+    with sizes_from_one(), dynamo_config.patch(fake_tensor_cache_enabled=False):  # type: ignore[attr-defined]
         yield
 
 
@@ -129,8 +134,9 @@ def pdl_understood() -> Iterator[None]:
     """Let torch see which tensors this package's kernels write.
 
     torch reads a kernel's code for that, and gives up at the instructions of programmatic dependent launch (PDL), which
-    are inline assembly. It then takes all of the kernel's tensors as written, and Inductor copies each of them before
-    the kernel: every weight at every step. The kernel without PDL writes the same tensors, so torch is shown that one.
+    are inline assembly in the Triton that torch 2.11 comes with. It then takes all of the kernel's tensors as written,
+    and Inductor copies each of them before the kernel: every weight at every step. The kernel without PDL writes the
+    same tensors, so torch is shown that one.
 
     TorchChangedError if torch has no such function, if a kernel has no constant of that name, or if torch still takes
     all tensors of a kernel as written.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from .blocking import batched_matmul, first, from_blocks, to_blocks
+from .blocking import batched_matmul, first, from_blocks, guard_or_false, to_blocks
 from .cache import LayerCache
 from .norm import accumulation_dtype, cast
 from .plan import PrefillPlan

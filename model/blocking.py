@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# A private interface of torch, and the core's only one. Without it, a comparison of symbolic sizes that torch cannot
+# decide would become a condition of the exported program, which some batch or length then breaks.
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 
