@@ -14,11 +14,11 @@ from megalodon_export.runtimes import Runtime
 
 _CALLS = 5
 
-# Parts of kernels' names -> what they are for; the first that fits.
+# What a kernel is for -> parts of the names of such kernels; the first that fits.
 GROUPS = {
-    "EMA and norms": ("moments", "megalodon_norm", "local", "carry", "scan", "rms", "layer_norm", "ema_step"),
-    "attention": ("rotate", "scores", "softmax", "weigh", "store", "attend", "combine"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "project", "linear", "feed_up"),
+    "EMA and norms": ("moments", "timestep_norm", "rms_norm", "layer_norm", "final_norm", "megalodon_ema"),
+    "attention": ("rotate", "scores", "softmax", "pv_matmul", "store_ring", "attend", "combine_splits"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "gemv", "splitk"),
 }
 OTHERS = "element by element, copies"
 
@@ -26,7 +26,8 @@ OTHERS = "element by element, copies"
 def kernel_times(runtime: Runtime, batch: int, tokens: int) -> Iterator[dict[str, Any]]:
     """Per pass: microseconds on the device by group and by kernel, and each group's share of their sum.
 
-    In stream order, without a captured graph, so kernels do not overlap and gaps between them are not counted.
+    Kernels run one after the other, without a captured CUDA graph: they do not overlap, and gaps between them are not
+    counted.
     """
     cache, lengths = runtime.new_cache(batch), torch.full((batch,), tokens)
     prompt = random_tokens(runtime, batch, tokens).to(runtime.device)

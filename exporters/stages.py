@@ -81,10 +81,10 @@ def decode_stages(model: MegalodonForCausalLM) -> dict[str, Run]:
         return {"logits": model.logits(body.end_decode(x, final))}
 
     def end_and_choose(x: Tensor, final: FinalCache, next_tokens: Tensor) -> dict[str, Any]:
-        from ..model.kernels.greedy import choose_greedy
+        from ..model.kernels.decode.argmax import argmax
 
         logits = model.logits(body.end_decode(x, final))
-        choose_greedy(logits, next_tokens)
+        argmax(logits, next_tokens)
         return {"logits": logits}
 
     return {BEGIN: begin, LAYER: layer, END: end_and_choose if body.kernels else end}

@@ -40,7 +40,7 @@ class MegalodonBlock(nn.Module):
         `relay` passes the state on between processes that have pieces of one sequence.
         """
         if on_kernels(self) and cache is not None:
-            from .kernels.prefill import layer_prefill
+            from .kernels.prefill.layer import layer_prefill
 
             return layer_prefill(self.attn, self.ffn, x, plan.lengths, plan.position, rotary, cache)
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
@@ -68,7 +68,7 @@ class MegalodonBlock(nn.Module):
     def step(self, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> Tensor:
         """One token, x (B, D) -> (B, D); otherwise as `forward`."""
         if on_kernels(self):
-            from .kernels.step import layer_step
+            from .kernels.decode.layer import layer_step
 
             return layer_step(self.attn, self.ffn, x, position, rotary, cache)
         h, norm, ema = self.attn.step(x, position, rotary, cache)

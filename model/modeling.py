@@ -187,9 +187,9 @@ class MegalodonModel(MegalodonPreTrainedModel):
             x, state = self.norm(x, plan, NormState(*relay.receive(self.norm, state, x, self.norm)))
             return relay.send(self.norm, x, state)
         if on_kernels(self):
-            from .kernels.prefill import normed
+            from .kernels.prefill.norms import timestep_norm_
 
-            x = normed(self.norm, x, plan.lengths, plan.position, cache.norm_mean, cache.norm_var)
+            x = timestep_norm_(self.norm, x, plan.lengths, plan.position, cache.norm_mean, cache.norm_var)
         else:
             x, state = self.norm(x, plan, NormState(cache.norm_mean, cache.norm_var))
             state.store(cache)
@@ -200,21 +200,21 @@ class MegalodonModel(MegalodonPreTrainedModel):
         """As `begin_prefill`, for one token of each row: x (B, D)."""
         check_dtype(self.dtype_of_weights, self.supported_dtypes)
         if on_kernels(self):
-            from .kernels.ends import begin
+            from .kernels.decode.embedding import embed_tokens
 
             angles = self.rotary.constants()
             tables = self.embed.weight, angles["cos"], angles["sin"]
-            x, cos, sin = begin(token_ids, position, *tables, self._embedding_scale)
+            x, cos, sin = embed_tokens(token_ids, position, *tables, self._embedding_scale)
             return x, Rotary(cos, sin)
         return self._embed(token_ids), self.rotary(position)
 
     def end_decode(self, x: Tensor, cache: FinalCache) -> Tensor:
         """As `end_prefill`, for one token of each row: x (B, D) -> hidden states (B, D)."""
         if on_kernels(self):
-            from .kernels.ends import end
+            from .kernels.decode.final_norm import final_norm
 
             norm, states = self.norm, (cache.position, cache.norm_mean, cache.norm_var)
-            return end(x, *states, norm.weight, norm.bias, norm.eps, norm.statistics == "megalodon-hf")
+            return final_norm(x, *states, norm.weight, norm.bias, norm.eps, norm.statistics == "megalodon-hf")
         x, state = self.norm.step(x, cache.position, NormState(cache.norm_mean, cache.norm_var))
         state.store(cache)
         cache.position.add_(1)
@@ -352,9 +352,10 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: hidden states (..., D) -> float32 logits (..., V) (float64 of a float64 model)."""
         if on_kernels(self.model) and hidden.dim() == 2:  # a few rows: as fast as it can be read
-            from .kernels.step import linear, parts
+            from .kernels.decode.linear import linear
+            from .kernels.decode.weights import linear_tensors
 
-            return linear(hidden, *parts(self.lm_head), None, None, None, torch.float32)
+            return linear(hidden, *linear_tensors(self.lm_head), None, None, None, torch.float32)
         logits = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -1,4 +1,9 @@
-"""The layer on a GPU: Triton kernels behind torch operators, which torch.export traces and AOTInductor compiles.
+"""The model on a GPU: Triton kernels behind torch operators, which torch.export traces and AOTInductor compiles.
+
+    decode/             one decode step, per operation: reference, kernels, launch
+    prefill/            new tokens of every row, likewise
+    launch.py           how kernels are launched; programmatic dependent launch
+    layer_norm.py, timestep_norm.py, rotary.py, elementwise.py      what both folders use
 
 The plain form in `model/` stays the reference, the form for training, and the one for every other device.
 `use_kernels` switches a model from one to the other.
@@ -11,17 +16,17 @@ from torch import nn
 
 from ..quantized import QuantizedLinear
 
-KERNEL_PREFIX = "megalodon_"  # of every kernel here: by it a captured graph tells those that wait from others
+KERNEL_PREFIX = "megalodon_"  # of every kernel's name: in a captured CUDA graph it marks kernels that call PDL's wait
 PDL_CONSTEXPR = "PDL"  # the kernels' constant that switches programmatic dependent launch on
-FEW = 4  # rows of a batch up to which a decode step holds weights in registers and the rows take turns
+MAX_GEMV_BATCH = 4  # rows of a batch up to which a decode step takes the GEMV path; above, the GEMM path
 
 
 def use_kernels(model: nn.Module, enabled: bool = True) -> None:
     """Run a model's inference on these kernels, or in its plain form again. They need a CUDA GPU and Triton.
 
-    Passes without a cache, and training, keep the plain form. ImportError without Triton, TypeError for a model that is
-    not in float32 or bfloat16 (beside int8 and int4 weights), whose int4 groups are no power of two, or that attends
-    beyond its chunks.
+    Passes without a cache, and training, keep the plain form. Raises ImportError without Triton. Raises TypeError for a
+    model that is not in float32 or bfloat16 (beside int8 and int4 weights), whose int4 groups are no power of two, or
+    that attends beyond its chunks.
     """
     if enabled:
         if any(getattr(module, "horizon", None) is not None for module in model.modules()):

@@ -1,10 +1,20 @@
-"""How the Triton kernels are launched: traceable by torch.export, and on a CPU under Triton's interpreter.
+"""How Triton kernels are launched: traceable by torch.export, and on a CPU under Triton's interpreter.
 
-No kernel of this folder touches what an earlier kernel of the stream wrote before its `wait`. Where kernels are linked
-by programmatic edges (`runtimes/programmatic.py` of the package), the next one begins with this one's `start`, and
-loads its weights while this one still runs; everywhere else both are free. A kernel that begins early has to take the
-multiprocessors with room for it, not the idle ones. With many rows some kernels fill a GPU, or half of it, and lose
-more by that than they gain: the kernels before those have no `start`, or `start_if_few`.
+Every interface of Triton and torch that may change without notice is used in this module alone, with a comment that
+says what breaks without it. `tests/kernels/test_launch.py` fails when one of them changes.
+
+Programmatic dependent launch (PDL, sm_90 and later) lets a kernel start while the kernel before it still runs. A
+captured CUDA graph has to ask for it (`runtimes/programmatic.py` of the package); elsewhere the two calls do nothing.
+
+    launch_dependents      the next kernel of the CUDA stream may start from here on
+    grid_dependency_wait   from here on, this kernel may read what earlier kernels wrote
+
+Every kernel in this folder calls `grid_dependency_wait` before it reads what an earlier kernel wrote. What no kernel
+writes, such as weights, it loads before that call, while the earlier kernel still runs.
+
+With PDL, a kernel that launches early is placed on SMs that still have free resources and leaves others idle. Grids
+that fill half of a GPU or more lose time by that. The kernels in front of such a grid leave `launch_dependents` out,
+or call `launch_dependents_if_gemv`.
 """
 
 from __future__ import annotations
@@ -18,75 +28,57 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from . import FEW
+from . import MAX_GEMV_BATCH
 
-_FEW = tl.constexpr(FEW)
+_MAX_GEMV_BATCH = tl.constexpr(MAX_GEMV_BATCH)  # kernels read globals that are constexpr, no others
+
+# Whether kernels are interpreted (TRITON_INTERPRET=1). Without this flag, interpreted kernels would go through
+# wrap_triton, which accepts compiled kernels only.
 INTERPRETED = triton.knobs.runtime.interpret
 
 
+def launch(function: Any, grid: tuple[Any, ...]) -> Callable[..., None]:
+    """The launcher of a @triton.jit function on a grid: `launch(function, grid)(*tensors, **sizes)`.
+
+    A grid that is known to be empty launches nothing, and a traced program holds no such kernel.
+    """
+    if any(isinstance(size, int) and size == 0 for size in grid):
+        return lambda *tensors, **sizes: None
+    # wrap_triton makes the launch a node of a traced graph. Without it, torch.export and AOTInductor would see the
+    # kernel's outputs as tensors that nothing writes.
+    launcher: Callable[..., None] = (function if INTERPRETED else wrap_triton(function))[grid]
+    return launcher
+
+
+def supports_pdl(x: Tensor) -> bool:
+    """Whether a tensor's device has programmatic dependent launch (NVIDIA, sm_90 and later)."""
+    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n: Triton's tiles have such sizes, what exceeds n is masked."""
+    return triton.next_power_of_2(n)
+
+
+# tl.extra.cuda.gdc_* are the PTX instructions griddepcontrol.*. A kernel without the wait reads its inputs before the
+# kernel in front of it has written them, as soon as a CUDA graph links the two programmatically.
 @triton.jit
-def start(PDL: tl.constexpr):
-    """Let the next kernel of the stream begin."""
+def launch_dependents(PDL: tl.constexpr):
+    """Let the next kernel of the CUDA stream start."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def start_if_few(batch, PDL: tl.constexpr):
-    """`start` if the step has a few rows, whose kernels do not fill a GPU."""
+def launch_dependents_if_gemv(batch, PDL: tl.constexpr):
+    """`launch_dependents` if the step takes the GEMV path, whose kernels do not fill a GPU."""
     if PDL:  # noqa: SIM102 - decided when it is compiled
-        if batch <= _FEW:
+        if batch <= _MAX_GEMV_BATCH:
             tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def wait(PDL: tl.constexpr):
-    """From here on, what earlier kernels of the stream wrote can be read."""
+def grid_dependency_wait(PDL: tl.constexpr):
+    """Wait until earlier kernels of the CUDA stream have written their results."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def silu(x):
-    """x sigmoid(x)."""
-    return x / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def inverse_root(x, eps):
-    """1 / sqrt(x + eps) in float32, also where eps comes as float64, as it does in a compiled program."""
-    return 1.0 / tl.sqrt(x + tl.cast(eps, tl.float32))
-
-
-class kernel:
-    """The launcher of a @triton.jit function, traceable unless it is interpreted: `kernel(function)[grid](...)`.
-
-    A grid that is known to be empty launches nothing, and a program that is traced has no such kernel.
-    """
-
-    def __init__(self, function: Any) -> None:
-        self._launcher = function if INTERPRETED else wrap_triton(function)
-
-    def __getitem__(self, grid: tuple[Any, ...]) -> Callable[..., None]:
-        if any(isinstance(size, int) and size == 0 for size in grid):
-            return lambda *tensors, **sizes: None
-        launch: Callable[..., None] = self._launcher[grid]
-        return launch
-
-
-def programmatic(x: Tensor) -> bool:
-    """Whether the device has programmatic dependent launch (sm_90 on)."""
-    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
-
-
-def power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n: tiles have such sizes, the rest is masked."""
-    return triton.next_power_of_2(n)
-
-
-def group_sizes(dim: int, groups: int, channels: int) -> dict[str, int]:
-    """Sizes of a kernel that takes whole groups of a TimestepNorm, some `channels` in a program."""
-    group = dim // groups
-    padded = power_of_2(group)
-    per_program = min(max(channels // padded, 1), power_of_2(groups))
-    return {"G": groups, "GROUP": group, "GROUP_P": padded, "GROUPS": per_program}

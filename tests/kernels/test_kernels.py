@@ -16,7 +16,7 @@ import torch
 from megalodon_export.bundles.verify import BOUNDS, visible
 from megalodon_export.model import MegalodonForCausalLM, freeze_constants, use_kernels
 from support.golden_data import names
-from support.kernel_cases import CASES, OTHERS, golden_difference, make, wrong_choices, wrong_ends
+from support.kernel_cases import CASES, OTHERS, golden_difference, make, wrong_ends, wrong_next_tokens
 from support.kernel_samples import DTYPES, EXTREMES, excess
 from support.small_models import VARIANTS, random_tokens
 
@@ -84,16 +84,16 @@ def test_compiled_kernels_are_right_on_random_and_extreme_samples(seed: int, dty
 
 @needs_triton
 def test_compiled_for_a_gpu_no_kernel_becomes_float64_by_its_eps() -> None:
-    """Compiled programs pass numbers as float64, and a sum with one made feed_up take twice the time."""
+    """Compiled programs pass eps as float64; a float64 sum made the up projection take twice the time."""
     found = compiled("float64")
-    names = {"feed_up", "attend", "rms", "layer_norm", "begin", "end"}
+    names = {"up_projection_gemv", "attend", "rms_norm", "layer_norm", "embed_tokens", "final_norm"}
     assert found == {f"megalodon_{name}": "0" for name in names}
 
 
 @needs_triton
 def test_compiled_for_a_gpu_attention_loads_whole_vectors() -> None:
     """A choice between two pointers, to the ring and to what is new, once made it load values number by number."""
-    names = {"weigh", "scores", "softmax", "store"}
+    names = {"pv_matmul", "scores", "softmax", "store_ring"}
     assert compiled("narrow") == {f"megalodon_{name}": "0" for name in names}
 
 
@@ -147,8 +147,8 @@ def test_compiled_kernels_compute_what_the_original_does(name: str) -> None:
 
 
 @pytest.mark.cuda
-def test_compiled_choices_are_those_of_the_sampler() -> None:
-    assert wrong_choices("cuda") == 0
+def test_compiled_next_tokens_are_those_of_the_sampler() -> None:
+    assert wrong_next_tokens("cuda") == 0
 
 
 @pytest.mark.cuda
@@ -174,7 +174,7 @@ def test_compiled_kernels_read_integers(weights: str, batch: int, dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [3, 9])
 @torch.no_grad()
-def test_a_row_does_not_depend_on_its_company_and_runs_are_equal(dtype: torch.dtype, batch: int) -> None:
+def test_kernels_are_batch_invariant_and_deterministic(dtype: torch.dtype, batch: int) -> None:
     _, model = pair(dtype, chunk_size=64)
     ids = random_tokens(batch, 90).cuda()
     other = random_tokens(batch, 90, seed=1).cuda()

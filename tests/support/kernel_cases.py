@@ -4,7 +4,8 @@
     TRITON_INTERPRET=1 python -m support.kernel_cases CASE              prints the largest difference
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m support.kernel_cases --cuda [CASE ...]
 
-Each case is a variant of the small model and a batch; rows are ragged, calls cross chunks, empty rows stay as they are.
+Each case is a variant of the small model and a batch. Rows are ragged, calls cross chunks, and rows without tokens
+keep their cache.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from megalodon_export.model.quantized import empty_quantized, replace_linear_lay
 from support.golden_data import convert, load, write_checkpoint
 from support.small_models import VARIANTS, make_model, random_tokens
 
-# name -> variant, rows, lengths of prefill calls, decode steps. Five rows take the tiles, three take turns. A name that
-# begins with int8 or int4 has such weights; "wide" takes what models of many channels do.
+# name -> variant, rows, lengths of prefill calls, decode steps. Five rows take the GEMM path, three the GEMV path. A name
+# that begins with int8 or int4 has such weights; "wide" takes the path of models with many features.
 CASES = {
     "plain": ("plain", 3, (7, 0, 12), 3),
     "all flags": ("all flags", 3, (9,), 2),
@@ -38,41 +39,41 @@ CASES = {
     "segments": ("chunk 16", 1, (5, 70), 1),
     "wide": ("chunk 16", 1, (5, 140), 1),
     "many columns": ("many columns", 2, (), 1),
-    "tiles": ("all flags", 5, (3,), 2),
+    "GEMM": ("all flags", 5, (3,), 2),
     "int8": ("all flags", 2, (3,), 2),
-    "int8 tiles": ("megalodon-hf", 5, (), 2),
+    "int8 GEMM": ("megalodon-hf", 5, (), 2),
     "int4": ("all flags", 2, (3,), 2),
-    "int4 tiles": ("megalodon-hf", 5, (), 2),
+    "int4 GEMM": ("megalodon-hf", 5, (), 2),
 }
 
-# Columns for which a program of the decode kernels has four or eight rows of a weight; 640 are 512 and a tail.
+# Columns for which a program of the GEMV path has four or eight output features; 640 are 512 and a tail.
 COLUMNS = {"num_layers": 1, "model_dim": 512, "value_dim": 640, "ffn_hidden_dim": 640, "norm_num_groups": 32}
 SIZES: dict[str, dict[str, Any]] = {**VARIANTS, "many columns": COLUMNS}
 GOLDEN = ("model_small_swiglu",)  # of the golden files; the interpreter takes its time
-# Not the plain form of layers, but the original's logits, the sampler's choice, and what is around a step's layers.
-OTHERS = (*GOLDEN, "greedy", "ends")
+# Not layers: the original's logits, the sampler's most probable tokens, and the kernels around a step's layers.
+OTHERS = (*GOLDEN, "argmax", "ends")
 
 
 def interpret() -> None:
     """Make Triton's interpreter ready, before the kernels are imported."""
-    from megalodon_export.model.kernels import step
+    from megalodon_export.model.kernels.decode import attention
     from support import triton_interpreter  # noqa: F401
 
-    step._PROGRAMS = 8  # a GPU's worth of programs takes minutes here
+    attention.FULL_GPU_PROGRAMS = 8  # a GPU's worth of programs takes minutes here
 
 
 def run(name: str, device: str = "cpu") -> float:
     """Largest difference of logits and visible cache between both forms; see OTHERS."""
-    if name == "greedy":
-        return wrong_choices(device)
+    if name == "argmax":
+        return wrong_next_tokens(device)
     if name == "ends":
         return wrong_ends(device)
     if name in GOLDEN:
         return golden_difference(name, device)
     if name == "wide":
-        from megalodon_export.model.kernels import prefill
+        from megalodon_export.model.kernels.prefill import ema, norms
 
-        with mock.patch.object(prefill, "_WIDE", 1):
+        with mock.patch.object(ema, "WIDE_DIM", 1), mock.patch.object(norms, "WIDE_DIM", 1):
             return worst_difference(name, device)
     return worst_difference(name, device)
 
@@ -137,9 +138,9 @@ def golden_difference(name: str, device: str = "cpu") -> float:
     return difference(torch.cat(logits, dim=1), expected)
 
 
-def wrong_choices(device: str = "cpu") -> int:
-    """Rows for which the kernel and `sampling.choose` differ, in the most probable token or in what is wrong."""
-    from megalodon_export.model.kernels.greedy import choose_greedy
+def wrong_next_tokens(device: str = "cpu") -> int:
+    """Rows for which the kernel and `sampling.choose` differ, in the most probable token or in the logit error."""
+    from megalodon_export.model.kernels.decode.argmax import argmax
 
     wrong = 0
     for vocabulary in (1, 5, 257, 20_000, 40_000):
@@ -152,10 +153,10 @@ def wrong_choices(device: str = "cpu") -> int:
         logits[6, vocabulary // 2] = torch.inf
         logits[7] = -torch.inf
         logits[8, vocabulary // 2 :] = -torch.inf
-        choice = torch.full((2, 9), 77, device=device)
-        choose_greedy(logits, choice)
+        next_tokens = torch.full((2, 9), 77, device=device)
+        argmax(logits, next_tokens)
         expected = torch.stack(choose(logits, Kind.GREEDY))
-        wrong += int((choice != expected).any(dim=0).sum())
+        wrong += int((next_tokens != expected).any(dim=0).sum())
     return wrong
 
 
@@ -172,9 +173,9 @@ class Operators(TorchDispatchMode):
 
 
 def wrong_ends(device: str = "cpu") -> int:
-    """How many numbers around a decode step's layers are not the plain form's, over dtypes and variants.
+    """How many numbers of the embedding and of the final norm are not the plain form's, over dtypes and variants.
 
-    Also counted: ends that take more than one operator, and unknown tokens that give numbers.
+    It also counts calls that take more than one operator, and unknown tokens that give numbers.
     """
     wrong = 0
     variants = [{**VARIANTS["all flags"], "model_dim": 18}, VARIANTS["megalodon-hf"], VARIANTS["one head"]]
@@ -195,10 +196,10 @@ def wrong_ends(device: str = "cpu") -> int:
                 with Operators() as operators:
                     found_x, found_rotary = fast.begin_decode(ids, ours.position)
                     found_y = fast.end_decode(x, ours)
-            wrong += operators.names != ["megalodon.begin.default", "megalodon.end.default"]
+            wrong += operators.names != ["megalodon.embed_tokens.default", "megalodon.final_norm.default"]
             near = [(found_y, y), (ours.norm_mean, theirs.norm_mean), (ours.norm_var, theirs.norm_var)]
             same = [*zip(found_rotary, rotary, strict=True), (ours.position, theirs.position)]
-            # Triton's interpreter rounds to bfloat16 by cutting off.
+            # Triton's interpreter rounds to bfloat16 by truncation.
             (near if (device, dtype) == ("cpu", torch.bfloat16) else same).append((found_x, x))
             wrong += sum(int((a != b).sum()) + (a.dtype != b.dtype) for a, b in same)
             off = [(a - b).abs() > (2 * torch.finfo(dtype).eps + 1e-5) * b.abs().clamp(min=1) for a, b in near]
