@@ -10,7 +10,7 @@ from torch import Tensor
 from .blocking import padding_to
 
 BLOCK = 32  # tokens per block of the EMA and of prefix sums
-SEGMENT = 64  # tokens per segment of the EMA's scan on a GPU (`kernels/scan.py`)
+SEGMENT = 64  # tokens per segment of the EMA's scan on a GPU (`kernels/prefill/ema.py`)
 NEVER = 2**30  # the time of a slot without a token: after every query
 
 

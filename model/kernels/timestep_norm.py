@@ -18,7 +18,7 @@ from .elementwise import rsqrt
 from .launch import next_power_of_2
 
 
-def timestep_norm_reference(
+def timestep_norm_token_reference(
     x: Tensor,
     position: Tensor,
     mean: Tensor,

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,22 +16,14 @@ from megalodon_export.bundles.verify import BOUNDS, visible
 from megalodon_export.model import MegalodonForCausalLM, freeze_constants, use_kernels
 from support.golden_data import names
 from support.kernel_cases import CASES, OTHERS, golden_difference, make, wrong_ends, wrong_next_tokens
+from support.kernel_processes import TESTS, run_interpreted
 from support.kernel_samples import DTYPES, EXTREMES, excess
 from support.small_models import VARIANTS, random_tokens
 
-TESTS = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="Triton is not installed (it comes with a CUDA build of torch)"
 )
 Runs = Future[subprocess.CompletedProcess[str]]
-
-
-def interpret(pool: ThreadPoolExecutor, *command: str) -> Runs:
-    """A module of `support` under Triton's interpreter, in a process of its own with one thread."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    module, *arguments = command
-    whole = [sys.executable, "-m", f"support.{module}", *arguments]
-    return pool.submit(subprocess.run, whole, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +37,15 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 @pytest.fixture(scope="module")
 def interpreted(pool: ThreadPoolExecutor) -> dict[str, Runs]:
     """The cases, all under way."""
-    return {case: interpret(pool, "kernel_cases", case) for case in (*CASES, *OTHERS)}
+    return {case: pool.submit(run_interpreted, "kernel_cases", case) for case in (*CASES, *OTHERS)}
 
 
 @pytest.fixture(scope="module")
 def interpreted_samples(pool: ThreadPoolExecutor) -> dict[str, list[Runs]]:
     """One sample of every extreme for each dtype, all under way."""
     seeds = [str(seed) for seed in range(len(EXTREMES))]
-    return {d: [interpret(pool, "kernel_samples", d, *seeds[half::2]) for half in (0, 1)] for d in DTYPES}
+    halves = seeds[::2], seeds[1::2]
+    return {d: [pool.submit(run_interpreted, "kernel_samples", d, *half) for half in halves] for d in DTYPES}
 
 
 @needs_triton

@@ -27,8 +27,8 @@ from megalodon_export.model.quantized import empty_quantized, replace_linear_lay
 from support.golden_data import convert, load, write_checkpoint
 from support.small_models import VARIANTS, make_model, random_tokens
 
-# name -> variant, rows, lengths of prefill calls, decode steps. Five rows take the GEMM path, three the GEMV path. A name
-# that begins with int8 or int4 has such weights; "wide" takes the path of models with many features.
+# name -> variant, rows, lengths of prefill calls, decode steps. Five rows take the GEMM path, three the GEMV path.
+# A case whose name begins with int8 or int4 has such weights; "wide" takes the path of models with many features.
 CASES = {
     "plain": ("plain", 3, (7, 0, 12), 3),
     "all flags": ("all flags", 3, (9,), 2),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ..launch import grid_dependency_wait, launch, launch_dependents, next_power_of_2, supports_pdl
-from ..timestep_norm import group_tile_sizes, timestep_norm_reference, timestep_norm_token
+from ..timestep_norm import group_tile_sizes, timestep_norm_token, timestep_norm_token_reference
 
 _CHANNELS = 32  # about so many features of a row in one program
 
@@ -38,7 +38,9 @@ def ema_step_reference(
     hf_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_norm, y * (scale + 1), and the sums of y^2 as one partial sum (B, 1); the states change in place."""
-    x_norm = timestep_norm_reference(x, position, norm_mean, norm_var, weight, bias, eps, hf_statistics).to(x.dtype)
+    x_norm = timestep_norm_token_reference(x, position, norm_mean, norm_var, weight, bias, eps, hf_statistics).to(
+        x.dtype
+    )
     u, (re, im), (q_re, q_im) = x_norm.float(), ema_state.unbind(-1), q.unbind(-1)
     new = torch.stack([q_re * re - q_im * im + p * u[..., None], q_re * im + q_im * re], -1)
     ema_state.copy_(new)

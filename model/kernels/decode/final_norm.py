@@ -8,7 +8,7 @@ from torch import Tensor, empty_like
 from torch.library import triton_op
 
 from ..launch import grid_dependency_wait, launch, launch_dependents, next_power_of_2, supports_pdl
-from ..timestep_norm import timestep_norm_reference, timestep_norm_token
+from ..timestep_norm import timestep_norm_token, timestep_norm_token_reference
 from .embedding import row_warps
 
 
@@ -23,7 +23,7 @@ def final_norm_reference(
     hf_statistics: bool,
 ) -> Tensor:
     """TimestepNorm of x (B, D); mean and var (B, G) change in place, position (B) grows by 1."""
-    y = timestep_norm_reference(x, position, mean, var, weight, bias, eps, hf_statistics)
+    y = timestep_norm_token_reference(x, position, mean, var, weight, bias, eps, hf_statistics)
     position += 1
     return y.to(x.dtype)
 

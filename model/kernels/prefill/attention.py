@@ -161,11 +161,12 @@ def megalodon_rotate(
     factor = rsqrt(tl.sum(lo * lo + hi * hi, 0) / (2 * HALF), eps)
     cos = tl.load(cos_ptr + (b * L + token) * HALF + half, mask=ok, other=0.0)
     sin = tl.load(sin_ptr + (b * L + token) * HALF + half, mask=ok, other=0.0)
+    lo, hi = lo * factor, hi * factor
     Z: tl.constexpr = 2 * HALF * H
     q_affine = load_query_key_affine(gamma_ptr, beta_ptr, at, ok, HALF)
-    q_lo, q_hi = scale_and_rotate(lo * factor, hi * factor, q_affine, cos, sin)
+    q_lo, q_hi = scale_and_rotate(lo, hi, q_affine, cos, sin)
     k_affine = load_query_key_affine(gamma_ptr + Z, beta_ptr + Z, at, ok, HALF)
-    k_lo, k_hi = scale_and_rotate(lo * factor, hi * factor, k_affine, cos, sin)
+    k_lo, k_hi = scale_and_rotate(lo, hi, k_affine, cos, sin)
     out = ((b * H + head) * L + token) * (2 * HALF) + half
     dtype = q_ptr.dtype.element_ty
     tl.store(q_ptr + out, q_lo.to(dtype), mask=ok)

@@ -21,14 +21,14 @@ from torch.library import triton_op
 from ...plan import SEGMENT
 from ..elementwise import rsqrt
 from ..launch import grid_dependency_wait, launch, launch_dependents, supports_pdl
-from ..timestep_norm import group_tile_sizes, timestep_norm_reference
+from ..timestep_norm import group_tile_sizes, timestep_norm_token_reference
 from . import WIDE_DIM
 
 if TYPE_CHECKING:
     from ...norm import TimestepNorm
 
 
-def timestep_norm_reference_prefill(
+def timestep_norm_reference(
     x: Tensor,
     lengths: Tensor,
     position: Tensor,
@@ -45,7 +45,7 @@ def timestep_norm_reference_prefill(
         rows = (t < lengths).nonzero()[:, 0]  # those for which token t is valid
         new_mean, new_var = mean[rows], var[rows]
         states = position[rows] + t, new_mean, new_var
-        y[rows, t] = timestep_norm_reference(x[rows, t], *states, weight, bias, eps, hf_statistics).to(x.dtype)
+        y[rows, t] = timestep_norm_token_reference(x[rows, t], *states, weight, bias, eps, hf_statistics).to(x.dtype)
         mean[rows], var[rows] = new_mean, new_var
     return y, mean, var
 

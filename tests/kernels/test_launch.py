@@ -1,0 +1,53 @@
+"""What `model/kernels/launch.py` needs of torch and Triton, and what they might change without notice."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+pytest.importorskip("triton", reason="Triton is not installed (it comes with a CUDA build of torch)")
+from megalodon_export.model.kernels.decode.argmax import megalodon_argmax
+from megalodon_export.model.kernels.launch import launch
+from support.kernel_types import compiled
+
+SIZES = {"V": 8, "BLOCK": 8, "UNROLLED": True, "POSITIVE_INFINITY": -1, "ALL_MASKED": -2}
+
+
+@pytest.mark.parametrize("interpreted", ["0", "1"])
+def test_the_interpreter_is_recognised(interpreted: str) -> None:
+    code = "from megalodon_export.model.kernels.launch import INTERPRETED; print(int(INTERPRETED))"
+    environment = {**os.environ, "TRITON_INTERPRET": interpreted}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == interpreted
+
+
+def traced(batch: int) -> list[str]:
+    """Targets of the graph of a function that launches a kernel on so many programs."""
+
+    def run(logits: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
+        launch(megalodon_argmax, (batch,))(logits, next_tokens, batch, **SIZES, PDL=False, num_warps=1)
+        return next_tokens
+
+    graph = make_fx(run, tracing_mode="fake")(torch.zeros(2, 8), torch.zeros(2, 2, dtype=torch.int64)).graph
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+def test_a_launch_is_a_node_of_a_traced_graph() -> None:
+    assert [target for target in traced(2) if "triton_kernel_wrapper" in target]
+
+
+def test_an_empty_grid_launches_nothing() -> None:
+    assert not [target for target in traced(0) if "triton_kernel_wrapper" in target]
+
+
+@pytest.mark.parametrize("pdl", [True, False])
+def test_programmatic_dependent_launch_is_in_the_machine_code(pdl: bool) -> None:
+    ptx = compiled(megalodon_argmax, {**SIZES, "PDL": pdl}, "*fp32", "fp32")
+    found = re.findall(r"griddepcontrol\.(\w+)", ptx)
+    assert found == (["launch_dependents", "wait"] if pdl else [])
