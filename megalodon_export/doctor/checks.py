@@ -63,7 +63,7 @@ PROBES: tuple[Probe, ...] = (
     Probe("torch", "torch_build", ("2.11",), 120.0, f'{_INSTALL} "torch>=2.11"'),
     _package("transformers", "5"),
     _package("onnx"),
-    _package("onnxscript"),
+    _package("onnx_ir", "1.0"),
     _package("safetensors"),
     _package("tokenizers"),
     Probe("C++ compiler", "compiler", (), 120.0, _COMPILER),
