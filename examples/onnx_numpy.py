@@ -1,6 +1,6 @@
 """Write text with a bundle's ONNX graphs, by onnxruntime and numpy alone: python examples/onnx_numpy.py BUNDLE [PROMPT]
 
-For a model whose tokens are bytes, as the default one's are; another needs its tokenizer.json.
+The model's tokens must be bytes, as the default model's are. Other models need their tokenizer.json.
 """
 
 import json
@@ -14,22 +14,20 @@ folder, prompt = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "In th
 manifest = json.loads((folder / "manifest.json").read_text())
 entry = manifest["programs"]["onnx"]
 options = onnxruntime.SessionOptions()
-options.log_severity_level = (
-    3  # else it says at every step that keys and values are copied, as they are without IOBinding
-)
+options.log_severity_level = 3  # errors only: without IOBinding, ONNX Runtime warns at each step that caches are copied
 sessions = {name: onnxruntime.InferenceSession(folder / g["file"], options) for name, g in entry["graphs"].items()}
 past = [one["name"] for one in entry["graphs"]["decode"]["inputs"][1:]]
 cache = [np.full([1, *t["row_shape"]], t["initial_value"], t["dtype"]) for t in manifest["cache"]]
 
 
 def run(program: str, **inputs: np.ndarray) -> np.ndarray:
-    """Logits; the cache goes on."""
+    """Logits (B, V); the cache is replaced by the new one."""
     logits, *cache[:] = sessions[program].run(None, inputs | dict(zip(past, cache, strict=True)))
     return logits
 
 
 tokens, length = np.frombuffer(prompt.encode(), np.uint8), entry["limits"]["max_length"]
-for start in range(0, len(tokens), length):  # calls of one length, the last of them padded
+for start in range(0, len(tokens), length):  # every call has the same length; the last one is padded
     piece = tokens[start : start + length].astype(np.int64)
     logits = run("prefill", input_ids=np.pad(piece, (0, length - len(piece)))[None], lengths=np.array([len(piece)]))
 sys.stdout.write(prompt)

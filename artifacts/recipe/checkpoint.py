@@ -113,8 +113,8 @@ tags: [megalodon, byte-level]
 
 # Megalodon, byte level, King James Bible
 
-A small Megalodon language model that reads and writes bytes. It is made to try exports, runtimes and tests on: small
-enough to be committed, and trained, so that what it writes shows whether a runtime is right.
+A small Megalodon language model that reads and writes bytes, to try exports, runtimes and tests on. It is small enough
+to be committed. It is trained, so the text that it writes shows whether a runtime is right.
 
     import megalodon_export  # registers the model with transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,10 +136,13 @@ enough to be committed, and trained, so that what it writes shows whether a runt
 
 ## Data
 
-The King James Version in the Debian package `bible-kjv`, as `bible -f gen1:1-rev22:21` prints it: {r["text_bytes"]:,}
-bytes, a verse a line, each after its reference (`Ge1:1`). The package states that the copyright of the text is expired;
-it is in the public domain (in the United Kingdom, Crown letters patent govern its printing). Of each book, the last 5%
-of the verses are held out and the 1% before them choose the checkpoint: {r["train_bytes"]:,} bytes of training,
+The text is the King James Version in the Debian package `bible-kjv`, as `bible -f gen1:1-rev22:21` prints it:
+{r["text_bytes"]:,} bytes, one verse a line, each after its reference (`Ge1:1`). The package states that the
+copyright of the text is expired. The text is in the public domain (in the United Kingdom, Crown
+letters patent govern its printing).
+
+The last 5% of each book's verses are held out, and the 1% before them choose the checkpoint:
+{r["train_bytes"]:,} bytes of training,
 {r["validation_bytes"]:,} of validation, {r["held_out_bytes"]:,} held out. {r["repeated_share"]:.1%} of the held-out
 bytes lie in passages of {corpus.REPEAT} bytes or more that the training part has too: the Bible repeats itself.
 
@@ -148,9 +151,10 @@ bytes lie in passages of {corpus.REPEAT} bytes or more that the training part ha
 {r["steps"]:,} steps of {r["batch"]} sequences of {r["length"]:,} bytes from random places, {epochs:.1f} times the
 text, in {r["minutes"]:.1f} minutes on {r["hardware"]}, with torch {r["torch"]}.
 
-Muon for the layers' matrices, AdamW for the rest; peak learning rate {r["rate"]:g}, then a cosine; weight decay
-{r["weight_decay"]:g}, dropout {r["dropout"]:g}, seed {r["seed"]}. The weights are trained in bfloat16 over float32
-masters, whose running average is what was saved. The recipe is `artifacts/recipe/`.
+The optimisers are Muon for the layers' matrices and AdamW for the rest. The learning rate has its peak at
+{r["rate"]:g} and falls as a cosine. Weight decay is {r["weight_decay"]:g}, dropout {r["dropout"]:g}, the seed
+{r["seed"]}. The weights are trained in bfloat16 over float32 masters. The file holds the running average of
+the masters. The recipe is `artifacts/recipe/`.
 
 ## Quality
 
@@ -160,8 +164,8 @@ masters, whose running average is what was saved. The recipe is `artifacts/recip
 | validation (step {r["best_step"]:,}, the best) | {r["validation_bits_per_byte"]:.3f} |
 | `xz -9e`, the whole text | {r["xz_bits_per_byte"]:.3f} |
 
-Measured on these files as `from_pretrained` loads them: all held-out bytes as one stream, book after book, with the
-state carried from the first byte to the last.
+The figures were measured on these files, as `from_pretrained` loads them. All held-out bytes are one stream, book after
+book, with the state carried from the first byte to the last.
 
 A sample: "{PROMPT}", continued by {SAMPLE_BYTES} bytes drawn at temperature {TEMPERATURE}:
 
@@ -170,7 +174,7 @@ A sample: "{PROMPT}", continued by {SAMPLE_BYTES} bytes drawn at temperature {TE
 ## Limits
 
 It knows one book, in early modern English, and nothing else: no facts, no instructions, no other language. It invents
-verses and references; nothing that it writes is a quotation. It says what that book says, in the book's terms.
+verses and references: nothing that it writes is a quotation. It says what that book says, in the book's terms.
 
 ## Licence
 
