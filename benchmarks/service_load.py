@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from service import Service, completion
+from support.service import Service, completion
 
 PROMPTS = ["In the beginning", "And God said", "The LORD is my shepherd; I shall not want.", "x" * 300, "1"]
 GARBAGE = [b"\x00\xff\x10garbage\r\n\r\n", b"{", b'{"prompt":[1,"a"]}', b'{"prompt":"x","max_tokens":-1}', b"[" * 5000]

@@ -94,14 +94,14 @@ def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def inline_commands(page: Path) -> list[str]:
     """Commands in the text of a page and its tables, between backticks."""
-    found = re.findall(
-        r"`((?:megalodon-export|python -m megalodon_export|python benchmarks/\S+) [^`\[]+)`", page.read_text()
-    )
+    start = r"(?:megalodon-export |python -m megalodon_export |python benchmarks/\w+\.py)"
+    found = re.findall(rf"`({start}[^`\[]*)`", page.read_text(encoding="utf-8"))
     return [command for command in found if "..." not in command and "COMMAND" not in command]
 
 
-NOT_RUN = [command for page in PAGES for command in commands(page) if command.startswith(tuple(PARSED))]
-INLINE = [command for page in [*PAGES, ROOT / "benchmarks" / "README.md"] for command in inline_commands(page)]
+WITH_BENCHMARKS = [*PAGES, ROOT / "benchmarks" / "README.md"]
+NOT_RUN = [command for page in WITH_BENCHMARKS for command in commands(page) if command.startswith(tuple(PARSED))]
+INLINE = [command for page in WITH_BENCHMARKS for command in inline_commands(page)]
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(NOT_RUN + INLINE))
