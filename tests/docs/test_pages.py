@@ -7,7 +7,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from msgspec.structs import fields
 
+from megalodon_export.bundles.manifest import Manifest
 from support.readme import PAGES, README, ROOT, prose
 
 TESTS = ROOT / "tests"
@@ -59,6 +61,11 @@ def test_paths_exist(page: Path) -> None:
     for path in re.findall(r"`([\w.\-]+/[\w.\-/]*)`", prose(page)):
         if path.split("/")[0] in folders and not path.startswith("artifacts/default-"):
             assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_every_key_of_the_manifest_is_explained() -> None:
+    text = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
+    assert [field.name for field in fields(Manifest) if f"`{field.name}`" not in text] == []
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
