@@ -99,7 +99,7 @@ def program_specs(
 
     ValueError for a model that attends beyond its chunks.
     """
-    if config.kv_horizon is not None:
+    if config.attention_window is not None:
         raise ValueError(
             f"max_cache_len is {config.max_cache_len} and cache_unbounded {config.cache_unbounded}: programs attend "
             "inside chunks; run such a model through transformers, or export it with both left out of config.json"

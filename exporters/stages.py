@@ -51,17 +51,17 @@ def prefill_stages(model: MegalodonForCausalLM, max_length: int, all_logits: boo
 
     def begin(token_ids: Tensor, lengths: Tensor, final: FinalCache) -> dict[str, Any]:
         torch._check(token_ids.shape[1] % BLOCK == 0)  # known to the tracer, it keeps padding out of every shape
-        x, plan, rotary = body.begin_prefill(token_ids, lengths, final.position, max_length)
+        x, plan, rotary = body.begin_prefill(token_ids, lengths, final.position, max_length=max_length)
         return {"x": x, "plan": plan, "rotary": rotary}
 
     def layer(x: Tensor, plan: Any, rotary: Any, layers: list[LayerCache]) -> dict[str, Any]:
         torch._check(x.shape[1] % BLOCK == 0)
-        return {"x": body.layers[0](x, plan, rotary, layers[0])}
+        return {"x": body.backend.prefill_layer(body.layers[0], x, plan, rotary, layers[0])}
 
     def end(x: Tensor, plan: Any, final: FinalCache) -> dict[str, Any]:
         torch._check(x.shape[1] % BLOCK == 0)
         hidden = body.end_prefill(x, plan, final)
-        return {"logits": model.logits(hidden if all_logits else last_valid(hidden, plan.lengths))}
+        return {"logits": model.logits(hidden if all_logits else last_valid(hidden, plan.tokens.lengths))}
 
     return {BEGIN: begin, LAYER: layer, END: end}
 
@@ -75,19 +75,17 @@ def decode_stages(model: MegalodonForCausalLM) -> dict[str, Run]:
         return {"x": x, "rotary": rotary}
 
     def layer(x: Tensor, rotary: Any, layers: list[LayerCache], final: FinalCache) -> dict[str, Any]:
-        return {"x": body.layers[0].step(x, final.position, rotary, layers[0])}  # type: ignore[operator]
+        return {"x": body.backend.step_layer(body.layers[0], x, final.position, rotary, layers[0])}
 
     def end(x: Tensor, final: FinalCache) -> dict[str, Any]:
         return {"logits": model.logits(body.end_decode(x, final))}
 
     def end_and_choose(x: Tensor, final: FinalCache, next_tokens: Tensor) -> dict[str, Any]:
-        from ..model.kernels.decode.argmax import argmax
-
         logits = model.logits(body.end_decode(x, final))
-        argmax(logits, next_tokens)
+        body.backend.write_next_tokens(logits, next_tokens)
         return {"logits": logits}
 
-    return {BEGIN: begin, LAYER: layer, END: end_and_choose if body.kernels else end}
+    return {BEGIN: begin, LAYER: layer, END: end_and_choose if body.backend.writes_next_tokens else end}
 
 
 def export_stages(model: MegalodonForCausalLM, name: str, limits: Limits, all_logits: bool = False) -> dict[str, Stage]:

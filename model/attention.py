@@ -1,4 +1,7 @@
-"""Attention inside chunks, over new tokens and the ring cache."""
+"""Attention inside chunks, over new tokens and the ring cache.
+
+o_t = sum_s softmax_s(q_t . k_s) v_s        over the keys s of t's chunk up to t   (arXiv 2404.08801, section 3.3)
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,23 @@ from .cache import LayerCache
 from .norm import accumulation_dtype, cast
 from .plan import PrefillPlan
 
-PARTS = 4  # of the queries of a prefill: 5/8 of all pairs of new tokens are computed, of which half are visible
-MIN_SCORE = -1e30  # for masked scores: finite, so that a row without any valid key stays finite
+# A prefill takes its queries in so many parts, each over the keys up to its own last: 5/8 of all pairs are computed,
+# where one part would compute all of them and half are visible.
+QUERY_SPLITS = 4
+MIN_SCORE = -1e30  # of masked pairs: finite, so that a row without any valid key stays finite
 
 
 def masked_softmax(
     scores: Tensor, allowed: Tensor, dtype: torch.dtype, dropout: float = 0.0, drop_key: bool = False
 ) -> Tensor:
-    """softmax of the allowed scores, computed in float32 or better, with dropout of weights or (DropKey) of keys."""
+    """Softmax over the last dimension of scores (..., K) where `allowed`, computed in float32 or better.
+
+    `dropout` drops weights afterwards, or with `drop_key` keys before the softmax (DropKey): then the remaining weights
+    sum to 1, and a query that loses every key gets zeros.
+    """
     scores = cast(scores, accumulation_dtype(scores.dtype))
-    # not training=dropout > 0: torch.compile(dynamic=True) makes a symbol of the rate
-    if dropout > 0 and drop_key:  # before the softmax, so what is left sums to 1; a query may lose every key
+    # F.dropout(training=dropout > 0) would do, but torch.compile(dynamic=True) makes a symbol of the rate.
+    if dropout > 0 and drop_key:
         allowed = allowed & (torch.rand_like(scores) >= dropout)
         weights = torch.softmax(torch.where(allowed, scores, MIN_SCORE), dim=-1)
         return cast(torch.where(allowed.any(-1, keepdim=True), weights, 0.0), dtype)
@@ -41,22 +50,22 @@ def attend_prefill(
 ) -> Tensor:
     """Attention of new tokens inside their chunks: q, k (B, H, L, dz), v (B, H, L, dv) -> (B, H, L, dv).
 
-    With a cache, over the ring as well, which it does not change; without one every row starts at position 0.
+    With a cache, queries see the ring as well, which stays as it is; without one every row starts at position 0.
     """
-    if not plan.single:
+    if not plan.ring.single:
         return _attend_in_blocks(q, k, v, plan, cache, chunk, dropout, drop_key)
     heads, length, before = q.shape[:2], q.shape[2], 0
-    time = plan.time.expand(q.shape[0], -1)
+    time = plan.ring.time.expand(q.shape[0], -1)
     if cache is not None:
-        before = plan.ring_time.shape[1]
+        before = plan.ring.slot_time.shape[1]
         k, v = (torch.cat([first(ring, 2, before), new], dim=2) for ring, new in ((cache.key, k), (cache.value, v)))
-        time = torch.cat([plan.ring_time, time], dim=1)
+        time = torch.cat([plan.ring.slot_time, time], dim=1)
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    parts = PARTS if guard_or_false(length % PARTS == 0) else 1
-    size, out = length // parts, []
-    for part in range(parts):  # each over the keys up to its own last
-        start, end = part * size, before + (part + 1) * size
-        query_time, chunk_start = plan.time.narrow(0, start, size), plan.chunk_start.narrow(1, start, size)
+    splits = QUERY_SPLITS if guard_or_false(length % QUERY_SPLITS == 0) else 1
+    size, out = length // splits, []
+    for split in range(splits):
+        start, end = split * size, before + (split + 1) * size
+        query_time, chunk_start = plan.ring.time.narrow(0, start, size), plan.ring.chunk_start.narrow(1, start, size)
         allowed = visible(time.narrow(1, 0, end), query_time, chunk_start)[:, None]
         scores = torch.bmm(q.narrow(1, start, size), k.narrow(1, 0, end).mT).unflatten(0, heads)
         weights = masked_softmax(scores, allowed, v.dtype, dropout, drop_key)
@@ -80,38 +89,38 @@ def _attend_in_blocks(
     dropout: float,
     drop_key: bool,
 ) -> Tensor:
-    """The same in blocks of C queries over their own keys, with a cache over the C keys before those as well."""
+    """`attend_prefill` in blocks of C queries, each over its own keys, and with a cache over the C keys before them."""
     length = q.shape[2]
     q, k, v = (to_blocks(t, 2, chunk) for t in (q, k, v))  # (B, H, blocks, C, d)
-    query_time, chunk_start = (t.unflatten(-1, (-1, chunk)) for t in (plan.time, plan.chunk_start))
+    query_time, chunk_start = (t.unflatten(-1, (-1, chunk)) for t in (plan.ring.time, plan.ring.chunk_start))
     key_time = query_time.expand(q.shape[0], -1, -1)
     if cache is not None:
         k, v = _behind(cache.key, k, 2), _behind(cache.value, v, 2)  # (B, H, blocks, 2C, d)
-        key_time = _behind(plan.ring_time, key_time, 1)
+        key_time = _behind(plan.ring.slot_time, key_time, 1)
     allowed = visible(key_time, query_time, chunk_start)[:, None]
     weights = masked_softmax(batched_matmul(q, k.mT), allowed, v.dtype, dropout, drop_key)
     return from_blocks(batched_matmul(weights, v), 2, length)
 
 
 def _behind(ring: Tensor, blocks: Tensor, dim: int) -> Tensor:
-    """Put before each of the blocks in `dim` the one that precedes it, before the first the ring."""
+    """Put before each block in `dim` the block that precedes it; the ring precedes the first."""
     previous = blocks.narrow(dim, 0, blocks.shape[dim] - 1)
     return torch.cat([torch.cat([ring.unsqueeze(dim), previous], dim=dim), blocks], dim=dim + 1)
 
 
 def write_ring(ring: Tensor, new: Tensor, plan: PrefillPlan) -> None:
     """Write the last (up to C) of each row's valid new tokens (B, H, L, d) into the ring (B, H, C, d), in place."""
-    if not plan.single:
+    if not plan.ring.single:
         new = F.pad(new, (0, 0, 0, ring.shape[2]))  # so that a gather of C tokens is in range for any L
-    rows = plan.rows[:, None]
-    # aten's index: the indexing syntax would add guards on the batch to an exported graph
-    kept = torch.ops.aten.index(ring, [rows, None, plan.ring_slots])  # (B, size, H, d)
-    taken = torch.ops.aten.index(new, [rows, None, plan.ring_index])
-    torch.ops.aten.index_put_(ring, [rows, None, plan.ring_slots], torch.where(plan.ring_valid, taken, kept))
+    rows = plan.tokens.rows[:, None]
+    # aten.index, since the indexing syntax would add guards on the batch to an exported graph.
+    kept = torch.ops.aten.index(ring, [rows, None, plan.ring.slots])  # (B, size, H, d)
+    taken = torch.ops.aten.index(new, [rows, None, plan.ring.index])
+    torch.ops.aten.index_put_(ring, [rows, None, plan.ring.slots], torch.where(plan.ring.taken, taken, kept))
 
 
 def attend_step(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, position: Tensor) -> Tensor:
-    """Attention of one token: q, k (B, H, dz), v (B, H, dv) -> (B, H, dv). Writes its slot of the ring, in place."""
+    """Attention of one token: q, k (B, H, dz), v (B, H, dv) -> (B, H, dv). Its slots of the rings are written first."""
     chunk = cache.key.shape[2]
     rows = torch.arange(q.shape[0], device=q.device)
     slot = position % chunk

@@ -1,8 +1,11 @@
 """Cutting a length into blocks and back, in forms that torch.export accepts for every length from 1 on.
 
 With a symbolic length, a slice [:L] of a padded tensor and a broadcasting batched matmul each add a guard that some
-length or batch size breaks ("L != 1"); the forms here do not. Where a length is known to be a multiple of the block,
-nothing is padded or cut: `MegalodonModel.prefill` makes it so once, and the symbolic shapes of a graph stay short.
+length or batch size breaks ("L != 1"); the forms here do not. Nothing is padded or cut where a length is known to be a
+multiple of the block. `Megalodon.prefill` makes it one, so the symbolic shapes of a graph stay short.
+
+    to_blocks(x, 1, 32)        x (B, 70, D) -> (B, 3, 32, D), zeros at the end
+    from_blocks(y, 1, 70)      and back
 """
 
 from __future__ import annotations

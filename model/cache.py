@@ -1,20 +1,24 @@
 """The cache: everything a stream needs to go on, in a fixed list of tensors. This file is its only definition.
 
 The dataclasses below *are* the layout: names, shapes, dtypes, initial values and meanings. The model, the exported
-programs, the manifest, the sessions and every other runtime derive from `cache_layout`, none lists a tensor itself.
+programs, the manifest, the sessions and every runtime derive from `cache_layout`; none lists a tensor itself.
+
+A ring of C slots holds the keys and values of the current chunk. With C = 4, after tokens 0..5:
+
+    slot    0  1  2  3
+    token   4  5  2  3     tokens 4 and 5 are visible; 2 and 3 belong to the chunk before and will be overwritten
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from .config import MegalodonConfig
-from .transformers_api.cache import TransformersCache
+from .config import ModelConfig
 
 
 def tensor_field(dims: str, dtype: str, meaning: str, fill: float = 0.0) -> Any:
@@ -39,14 +43,25 @@ class LayerCache:
         """An independent copy."""
         return LayerCache(*(t.clone() for t in self.tensors()))
 
+    def store_states(self, norm_mean: Tensor, norm_var: Tensor, ema_state: Tensor) -> None:
+        """Replace everything but the rings, in place; not part of the autograd graph."""
+        self.norm_mean.copy_(norm_mean.detach())
+        self.norm_var.copy_(norm_var.detach())
+        self.ema_state.copy_(ema_state.detach())
+
 
 @dataclass
 class FinalCache:
-    """State that exists once: the final TimestepNorm, and the tokens seen, which is the count of every norm."""
+    """State that exists once: the final TimestepNorm's, and the tokens seen, which every norm counts by."""
 
     norm_mean: Tensor = tensor_field("B G", "float32", "running mean of the final TimestepNorm")
     norm_var: Tensor = tensor_field("B G", "float32", "running variance of the final TimestepNorm", fill=1.0)
     position: Tensor = tensor_field("B", "int64", "tokens seen, per row")
+
+    def store_states(self, norm_mean: Tensor, norm_var: Tensor) -> None:
+        """Replace the statistics, in place; not part of the autograd graph."""
+        self.norm_mean.copy_(norm_mean.detach())
+        self.norm_var.copy_(norm_var.detach())
 
 
 @dataclass(frozen=True)
@@ -71,13 +86,13 @@ class CacheTensor:
         return model_dtype if self.dtype == "model" or model_dtype == torch.float64 else torch.float32
 
 
-# Of the dataclasses, whose fields torch.compile cannot read where a pass allocates its cache.
+# Read once from the dataclasses: torch.compile cannot read their fields where a pass allocates its cache.
 _LAYER, _FINAL = (
     tuple(CacheTensor(name=f.name, **f.metadata) for f in fields(part)) for part in (LayerCache, FinalCache)
 )
 
 
-def dimension_sizes(config: MegalodonConfig) -> dict[str, int]:
+def dimension_sizes(config: ModelConfig) -> dict[str, int]:
     """What the letters of the layout stand for in a model."""
     return {
         "H": config.num_heads,
@@ -90,7 +105,7 @@ def dimension_sizes(config: MegalodonConfig) -> dict[str, int]:
     }
 
 
-def cache_layout(config: MegalodonConfig) -> tuple[CacheTensor, ...]:
+def cache_layout(config: ModelConfig) -> tuple[CacheTensor, ...]:
     """Every tensor of the cache in its canonical order: layer by layer, then the final ones."""
     layout = [(f"layers.{i}", t) for i in range(config.num_layers) for t in _LAYER]
     layout += [("final", t) for t in _FINAL]
@@ -98,26 +113,32 @@ def cache_layout(config: MegalodonConfig) -> tuple[CacheTensor, ...]:
 
 
 @dataclass(eq=False)
-class MegalodonCache(TransformersCache):
-    """The cache of a batch of streams; rows are independent, every tensor's first dimension is the batch.
+class ModelCache:
+    """The cache of a batch of streams. Every tensor's first dimension is the batch, and its rows are independent.
 
     A forward pass updates the tensors in place, so a caller's references stay valid and programs may hold addresses.
-    It is a transformers Cache, for generate().
+
+        cache = model.new_cache(2)                             # two streams at position 0
+        model.prefill(token_ids, torch.tensor([5, 3]), cache)  # cache.position is now [5, 3]
+        model.decode(next_ids, cache)                          # and [6, 4]
     """
 
-    layers: list[LayerCache]  # type: ignore[assignment]  # there a list of layers that update themselves
+    layers: list[LayerCache]
     final: FinalCache
 
     @classmethod
     def allocate(
         cls,
-        config: MegalodonConfig,
+        config: ModelConfig,
         batch: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         layer_devices: Sequence[torch.device | str] = (),
-    ) -> MegalodonCache:
-        """A fresh cache for `batch` streams at position 0, key and value in `dtype`; layers may have their devices."""
+    ) -> Self:
+        """A fresh cache for `batch` streams at position 0.
+
+        Keys and values are in `dtype`. `layer_devices` has a device for each layer where they differ from `device`.
+        """
         sizes = dimension_sizes(config)
         devices = [d for d in layer_devices or [device] * config.num_layers for _ in _LAYER] + [device] * len(_FINAL)
         return cls.from_tensors(
@@ -129,7 +150,7 @@ class MegalodonCache(TransformersCache):
         )
 
     @classmethod
-    def from_tensors(cls, config: MegalodonConfig, tensors: Sequence[Tensor]) -> MegalodonCache:
+    def from_tensors(cls, config: ModelConfig, tensors: Sequence[Tensor]) -> Self:
         """A cache over existing tensors, given in the order of `cache_layout`; they are not copied."""
         per_layer = len(_LAYER)
         count = config.num_layers * per_layer
@@ -149,11 +170,11 @@ class MegalodonCache(TransformersCache):
                 setattr(part, f.name, next(replaced))
 
     def rings(self) -> list[Tensor]:
-        """The keys and values: of these a decode step writes one slot, which only a later position makes visible."""
+        """The keys and values. A decode step writes one slot of them, which only a later position makes visible."""
         return [tensor for tensor, f in self._fields() if "C" in f.metadata["dims"]]
 
     def states(self) -> list[Tensor]:
-        """Everything but the rings: what a decode step replaces, small and constant in size."""
+        """Everything but the rings. These tensors are small, and a decode step replaces them whole."""
         return [tensor for tensor, f in self._fields() if "C" not in f.metadata["dims"]]
 
     def _fields(self) -> Iterator[tuple[Tensor, Field[Any]]]:
@@ -170,29 +191,27 @@ class MegalodonCache(TransformersCache):
         """Number of rows."""
         return self.position.shape[0]
 
-    def clone(self, config: MegalodonConfig) -> MegalodonCache:
+    @property
+    def slots(self) -> int:
+        """Slots of each ring: a chunk's tokens, unless the model's attention reaches beyond the chunk."""
+        return self.layers[0].key.shape[2]
+
+    def clone(self, config: ModelConfig) -> Self:
         """An independent copy."""
-        return self._with_padding(self.from_tensors(config, [t.clone() for t in self.tensors()]))
+        return self.from_tensors(config, [t.clone() for t in self.tensors()])
 
     def reset(self) -> None:
         """Make every row a fresh stream, in place."""
         for tensor, f in self._fields():
             tensor.fill_(f.metadata["fill"])
-        self.padding = 0
-        self.forget()
 
-    def copy_(self, other: MegalodonCache) -> None:
+    def copy_(self, other: ModelCache) -> None:
         """Take over the contents of another cache of the same shapes, in place."""
         copy_in_place(self.tensors(), other.tensors())
-        other._with_padding(self).forget()
 
-    def rows(self, config: MegalodonConfig, index: Tensor) -> MegalodonCache:
-        """A new cache of the chosen rows, (B') int64, in that order (to fork a stream, or to reorder beams)."""
-        return self._with_padding(self.from_tensors(config, [t.index_select(0, index) for t in self.tensors()]))
-
-    def _with_padding(self, other: MegalodonCache) -> MegalodonCache:
-        other.padding = self.padding
-        return other
+    def rows(self, config: ModelConfig, index: Tensor) -> Self:
+        """A new cache of the chosen rows, (B') int64, in that order: it forks streams, or reorders beams."""
+        return self.from_tensors(config, [t.index_select(0, index) for t in self.tensors()])
 
 
 def copy_in_place(destination: Iterable[Tensor], source: Iterable[Tensor]) -> None:

@@ -1,11 +1,11 @@
-"""Configuration of a Megalodon model: one validated, serialisable object, and the presets of the original."""
+"""Sizes and switches of a Megalodon model: one validated object, and the presets of the original."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal
-
-from transformers import PreTrainedConfig
 
 EMAForm = Literal["blocked", "fft"]
 NormStatistics = Literal["megalodon", "megalodon-hf"]
@@ -16,112 +16,82 @@ QUANTIZED_FORMATS: tuple[WeightFormat, ...] = ("int8", "int4")
 _MEGALODON_HF_KEYS = ("max_positions", "efficient_attn")
 
 
-class MegalodonConfig(PreTrainedConfig):
-    """Sizes and switches of a Megalodon model; letters as in the comments of `model/`.
+@dataclass
+class ModelConfig:
+    """What the modules of `model/` are built from; the letters are those of the comments there.
 
-    Sizes: `model_dim` D, `num_heads` H, `z_dim` Z (queries and keys, all heads), `value_dim` E (values, all heads),
-    `ffn_hidden_dim` F, `cema_ndim` N, `norm_num_groups` G, `chunk_size` C (tokens), `vocab_size` V;
-    `output_size` is the head's width, -1 for V. `rope_base` None means 10000.
-    `norm_statistics` "megalodon" is the original's running variance, "megalodon-hf" that port's (group means alone,
-    prior m2 = 1, floor 1e-6). `projection_bias` adds biases to wh2, fc1, fc2, fc3, as megalodon-hf has them.
-    `dropout` is of the embedding and of what a block adds, `hidden_dropout` of what is inside a block,
-    `attention_dropout` of attention weights, or with `drop_key` of keys (the original's fused attention).
-    `max_cache_len` M (tokens, at least C) and `cache_unbounded` let cached calls attend beyond the chunk, as that port
-    can (`model/compat/horizon.py`): to the last M keys, to all.
-    `ema_prefill` picks how prefill evaluates the complex EMA: "blocked" (Toeplitz blocks) or "fft"; same numbers.
-    `weight_format` is what linear layers hold: "float" (the model's dtype), or "int8" or "int4", the latter with one
-    scale for `group_size` features of a row (`model/quantized.py`).
-    Raises ValueError naming every invalid value. Source: arXiv 2404.08801.
+    | field | letter | |
+    |---|---|---|
+    | `vocab_size` | V | rows of the embedding; `output_size` is the head's width, -1 for V |
+    | `model_dim` | D | features of a token |
+    | `num_heads` | H | attention heads |
+    | `z_dim` | Z | features of queries and keys, all heads |
+    | `value_dim` | E | features of values, all heads |
+    | `ffn_hidden_dim` | F | hidden features of the feed-forward network |
+    | `cema_ndim` | N | modes of the complex EMA in each channel |
+    | `chunk_size` | C | tokens that attend to each other |
+    | `norm_num_groups` | G | groups of features in TimestepNorm |
+
+    `rope_base` None is 10000. `norm_statistics` "megalodon" is the original's running variance; "megalodon-hf" is that
+    port's variance of the group means alone, with a prior m2 of 1 and a floor of 1e-6. `projection_bias` adds biases to
+    wh2, fc1, fc2 and fc3, as megalodon-hf has them. `dropout` applies to the embedding and to what a block adds,
+    `hidden_dropout` to what is inside a block, `attention_dropout` to attention weights, or to keys with `drop_key`.
+    `max_cache_len` (tokens, at least C) and `cache_unbounded` let cached calls attend beyond the chunk, as megalodon-hf
+    can: to the last `max_cache_len` keys, or to all. `ema_prefill` picks how prefill evaluates the complex EMA,
+    "blocked" (Toeplitz blocks) or "fft"; both give the same numbers. `weight_format` is what linear layers hold:
+    "float" (the model's dtype), "int8", or "int4" with one scale for `group_size` features of an output feature.
+
+    Raises ValueError that names every invalid value. Source: arXiv 2404.08801.
     """
 
-    model_type = "megalodon"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
-    attribute_map = {  # noqa: RUF012 - the type that transformers declares
-        "hidden_size": "model_dim",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "intermediate_size": "ffn_hidden_dim",
-    }
+    vocab_size: int = 32_000
+    model_dim: int = 1024
+    num_layers: int = 12
+    num_heads: int = 1
+    z_dim: int = 256
+    value_dim: int = 2048
+    ffn_hidden_dim: int = 2560
+    cema_ndim: int = 16
+    chunk_size: int = 2048
+    norm_num_groups: int = 32
+    norm_affine: bool = True
+    norm_eps: float = 1e-5
+    norm_statistics: NormStatistics = "megalodon"
+    rope_base: float | None = None
+    swiglu: bool = False
+    rescale_nffn: bool = False
+    scale_emb: bool = False
+    share_emb: bool = False
+    output_size: int = -1
+    projection_bias: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    drop_key: bool = False
+    init_mode: str = "he"
+    ema_prefill: EMAForm = "blocked"
+    use_cache: bool = True
+    max_cache_len: int | None = None
+    cache_unbounded: bool = False
+    weight_format: WeightFormat = "float"
+    group_size: int = 32
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
 
-    def __init__(
-        self,
-        vocab_size: int = 32_000,
-        model_dim: int = 1024,
-        num_layers: int = 12,
-        num_heads: int = 1,
-        z_dim: int = 256,
-        value_dim: int = 2048,
-        ffn_hidden_dim: int = 2560,
-        cema_ndim: int = 16,
-        chunk_size: int = 2048,
-        norm_num_groups: int = 32,
-        norm_affine: bool = True,
-        norm_eps: float = 1e-5,
-        norm_statistics: NormStatistics = "megalodon",
-        rope_base: float | None = None,
-        swiglu: bool = False,
-        rescale_nffn: bool = False,
-        scale_emb: bool = False,
-        share_emb: bool = False,
-        output_size: int = -1,
-        projection_bias: bool = False,
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        hidden_dropout: float = 0.0,
-        drop_key: bool = False,
-        init_mode: str = "he",
-        ema_prefill: EMAForm = "blocked",
-        use_cache: bool = True,
-        max_cache_len: int | None = None,
-        cache_unbounded: bool = False,
-        weight_format: WeightFormat = "float",
-        group_size: int = 32,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        foreign = [key for key in _MEGALODON_HF_KEYS if key in kwargs]
-        if foreign:
-            raise ValueError(
-                f"this config is megalodon-hf's (it has {', '.join(foreign)}), which computes other statistics under "
-                "other names; convert the checkpoint first: python -m megalodon_export convert megalodon-hf SRC DST"
-            )
-        self.vocab_size = vocab_size
-        self.model_dim = model_dim
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.z_dim = z_dim
-        self.value_dim = value_dim
-        self.ffn_hidden_dim = ffn_hidden_dim
-        self.cema_ndim = cema_ndim
-        self.chunk_size = chunk_size
-        self.norm_num_groups = norm_num_groups
-        self.norm_affine = norm_affine
-        self.norm_eps = norm_eps
-        self.norm_statistics = norm_statistics
-        self.rope_base = rope_base
-        self.swiglu = swiglu
-        self.rescale_nffn = rescale_nffn
-        self.scale_emb = scale_emb
-        self.share_emb = share_emb
-        self.output_size = output_size
-        self.projection_bias = projection_bias
-        self.dropout = dropout
-        self.attention_dropout = attention_dropout
-        self.hidden_dropout = hidden_dropout
-        self.drop_key = drop_key
-        self.init_mode = init_mode
-        self.ema_prefill = ema_prefill
-        self.use_cache = use_cache
-        self.max_cache_len = None if max_cache_len == chunk_size else max_cache_len
-        self.cache_unbounded = cache_unbounded
-        self.weight_format = weight_format
-        self.group_size = group_size
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
-        self._check()
-        kwargs["tie_word_embeddings"] = share_emb and weight_format == "float"
-        super().__init__(**kwargs)
+    def __post_init__(self) -> None:
+        if self.max_cache_len == self.chunk_size:
+            self.max_cache_len = None
+        self.check()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The config in a config.json or a manifest; what other libraries write beside its fields is left out.
+
+        ValueError for invalid values, and for a config of megalodon-hf, which computes other statistics.
+        """
+        refuse_megalodon_hf(values)
+        return cls(**{f.name: values[f.name] for f in fields(ModelConfig) if f.name in values})
 
     @property
     def z_head_dim(self) -> int:
@@ -134,16 +104,22 @@ class MegalodonConfig(PreTrainedConfig):
         return self.value_dim // self.num_heads
 
     @property
-    def kv_horizon(self) -> float | None:
-        """How many keys a cached call reaches back; None inside its chunk, as the original, infinity with no bound."""
+    def attention_window(self) -> float | None:
+        """Keys that a query of a cached call sees: None for those of its chunk, infinity for all that came before."""
         return math.inf if self.cache_unbounded else self.max_cache_len
+
+    @property
+    def head_is_embedding(self) -> bool:
+        """Whether the head and the embedding are one tensor; a quantised head is always a tensor of its own."""
+        return self.share_emb and self.weight_format == "float"
 
     @property
     def logits_size(self) -> int:
         """Width of the head: output_size, or the vocabulary's size."""
         return self.vocab_size if self.output_size == -1 else self.output_size
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """ValueError that names every invalid value."""
         problems = []
         for name in (
             *("vocab_size", "model_dim", "num_layers", "num_heads", "z_dim", "value_dim", "ffn_hidden_dim"),
@@ -205,10 +181,20 @@ class MegalodonConfig(PreTrainedConfig):
         return problems
 
 
+def refuse_megalodon_hf(values: Mapping[str, Any]) -> None:
+    """ValueError if the values are a config of megalodon-hf, which has the same model_type."""
+    foreign = [key for key in _MEGALODON_HF_KEYS if key in values]
+    if foreign:
+        raise ValueError(
+            f"this config is megalodon-hf's (it has {', '.join(foreign)}), which computes other statistics under "
+            "other names; convert the checkpoint first: python -m megalodon_export convert megalodon-hf SRC DST"
+        )
+
+
 _7B = {"num_layers": 32, "model_dim": 4096, "num_heads": 4, "z_dim": 1024, "value_dim": 8192, "norm_num_groups": 64}
 _1B = {"num_layers": 24, "model_dim": 2048, "num_heads": 2, "z_dim": 512, "value_dim": 4096, "norm_num_groups": 64}
 
-# The original's model store. Everything else is MegalodonConfig's default (chunk_size 2048, cema_ndim 16).
+# The sizes of the original's models. Everything else is ModelConfig's default (chunk_size 2048, cema_ndim 16).
 PRESETS: dict[str, dict[str, Any]] = {
     "200M": {},
     "1.3B": {**_1B, "ffn_hidden_dim": 4864},
@@ -216,10 +202,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     "7.1B": {**_7B, "ffn_hidden_dim": 11264},
     "7.3B": {**_7B, "ffn_hidden_dim": 8192, "swiglu": True},
 }
-
-
-def preset(name: str, **overrides: Any) -> MegalodonConfig:
-    """The config of a preset of the original, with overrides; KeyError names the presets there are."""
-    if name not in PRESETS:
-        raise KeyError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    return MegalodonConfig(**{**PRESETS[name], **overrides})

@@ -1,4 +1,8 @@
-"""Tensors that depend on the weights alone: computed on the fly in training, held as buffers in an inference graph."""
+"""Tensors that depend on the weights alone: derived at every call in training, held as buffers in inference.
+
+model = model.eval(); freeze_constants(model)     # EMA coefficients and rotary tables are buffers now
+model.train()                                     # and are derived from the parameters again
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ class DerivedConstants(nn.Module):
     """A module with constants derived from its parameters or its sizes.
 
     `derive()` computes them, differentiably. `freeze_constants(model)` stores them as buffers of the submodule
-    `frozen`, from where `constants()` serves them; so an exported program holds them by name and never computes them.
+    `frozen`, and `constants()` then returns those. An exported program holds them by name and never computes them.
     """
 
     def __init__(self) -> None:

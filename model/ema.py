@@ -142,11 +142,11 @@ class Scan(NamedTuple):
 
     def last_state(self, plan: PrefillPlan) -> Tensor:
         """Each row's own last state (B, D, N, 2): from the start of its last block, over that block's valid tokens."""
-        picked = self.padded.flatten(1, 2)[plan.rows[:, None], plan.tail_index]
-        tail = torch.where(plan.tail_valid, picked, 0.0)  # (B, T, D)
+        picked = self.padded.flatten(1, 2)[plan.tokens.rows[:, None], plan.ema.tail_index]
+        tail = torch.where(plan.ema.tail_valid, picked, 0.0)  # (B, T, D)
         added = torch.bmm(tail.permute(2, 0, 1), self.to_state).unflatten(-1, (-1, 2))
-        start = self.carried[:, plan.rows, plan.last_block]  # (D, B, N, 2)
-        last = complex_mul(self.powers.index_select(1, plan.last_steps), start) + added
+        start = self.carried[:, plan.tokens.rows, plan.ema.last_block]  # (D, B, N, 2)
+        last = complex_mul(self.powers.index_select(1, plan.ema.last_steps), start) + added
         return last.transpose(0, 1)
 
 
@@ -156,7 +156,7 @@ def scan_blocks(c: dict[str, Tensor], x: Tensor, plan: PrefillPlan, state: Tenso
     padded = to_blocks(x, 1, BLOCK)
     count = padded.shape[1]
     blocks = compact(padded.permute(3, 0, 1, 2)).flatten(1, 2)
-    powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], plan.exponents)
+    powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], plan.ema.exponents)
     decays = powers[:, BLOCK + 1 :]  # of q over 1, 2, 4 ... blocks
     to_state = (powers[:, :BLOCK].flip(1) * c["p"][:, None, :, None]).flatten(2)
     added = torch.bmm(blocks, to_state).unflatten(-1, (ndim, 2))
@@ -207,4 +207,4 @@ def real_part_weights(coefficients: Tensor) -> Tensor:
 
 def toeplitz(kernel: Tensor, plan: PrefillPlan) -> Tensor:
     """K (D, T) -> (D, T, T) with K[j - i] at [i, j] for i <= j, else 0."""
-    return torch.where(plan.upper, kernel[:, plan.lag], 0.0)
+    return torch.where(plan.ema.upper, kernel[:, plan.ema.lag], 0.0)

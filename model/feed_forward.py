@@ -1,4 +1,8 @@
-"""The feed-forward network of a block."""
+"""The feed-forward network of a block.
+
+y = residual + alpha W2 silu(W1 n)                     n = LayerNorm(h); alpha only with rescale_nffn
+y = residual + alpha W2 (silu(W1 n) * W3 n)            with swiglu
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import MegalodonConfig
+from .config import ModelConfig
 from .norm import LayerNorm
 
 
 class FeedForward(nn.Module):
-    """residual + alpha * W2 silu(W1 norm(h)), or W2 (silu(W1 .) * W3 .) with swiglu."""
+    """The second half of a block; F hidden features."""
 
-    def __init__(self, config: MegalodonConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         dim, hidden, bias = config.model_dim, config.ffn_hidden_dim, config.projection_bias
         self.dropout, self.hidden_dropout = config.dropout, config.hidden_dropout
@@ -25,7 +29,7 @@ class FeedForward(nn.Module):
         self.alpha = nn.Parameter(torch.full((dim,), self.initial_alpha)) if config.rescale_nffn else None
 
     def forward(self, h: Tensor, residual: Tensor) -> Tensor:
-        """h, residual (..., D) -> (..., D)."""
+        """h, residual (..., D) -> (..., D). The residual is the block's input (two-hop)."""
         h = self.norm(h)
         hidden = F.silu(self.fc1(h))
         if self.fc3 is not None:

@@ -1,4 +1,7 @@
-"""The training loss."""
+"""The training loss.
+
+loss = - mean over t of log softmax(logits_t)[target_t]
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ IGNORED = -100  # the target of a step that does not count, as everywhere in tra
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, items: Tensor | int | None = None) -> Tensor:
-    """Cross entropy in nats of logits (B, L, V) and targets (B, L): the mean over those that count, or the sum / items.
+    """Cross entropy in nats of logits (B, L, V) and targets (B, L).
 
-    `items` is how many count in all, where these are a part: of an accumulated batch, or of a sequence over processes.
-    Targets may be on another device than the end of a model that is spread over several.
+    The mean over the targets that count; with `items`, their sum over that number. `items` is how many count in all
+    where these are a part of an accumulated batch, or of a sequence in pieces. Targets may be on another device.
     """
     reduction = "mean" if items is None else "sum"
     targets = targets.flatten().to(logits.device)

@@ -1,4 +1,14 @@
-"""The normalisations: TimestepNorm with its running statistics, RMSNorm and LayerNorm with the original's +1 scales."""
+"""The normalisations; every scale is weight + 1, as in the original.
+
+    TimestepNorm   y_t = (x_t - mean_t) / sqrt(var_t + eps)      mean_t, var_t of all x of the group up to step t
+    RMSNorm        y   = x / sqrt(mean(x^2) + eps)
+    LayerNorm      y   = (x - mean(x)) / sqrt(var(x) + eps)
+
+TimestepNorm: arXiv 2404.08801, section 3.2. With n steps seen and the within-group mean mu and variance v of step t,
+Welford's update is
+
+    mean' = mean + (mu - mean) / (n + 1)        var' = (n var + v + (mu - mean)^2 n / (n + 1)) / (n + 1)
+"""
 
 from __future__ import annotations
 
@@ -9,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocking import compact, from_blocks, to_blocks
-from .cache import FinalCache, LayerCache
 from .config import NormStatistics
 from .plan import BLOCK, PrefillPlan, upper_triangle
 
@@ -17,15 +26,10 @@ _HF_VARIANCE_FLOOR = 1e-6
 
 
 class NormState(NamedTuple):
-    """Running statistics of a TimestepNorm: mean and variance (B, G), float32. The count is the stream's position."""
+    """Running statistics of a TimestepNorm, (B, G) float32. The count is the stream's position."""
 
     mean: Tensor
     var: Tensor
-
-    def store(self, cache: LayerCache | FinalCache) -> None:
-        """Write it into a cache, in place; not part of the autograd graph."""
-        cache.norm_mean.copy_(self.mean.detach())
-        cache.norm_var.copy_(self.var.detach())
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,15 +38,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype; no operation at all where it has it, since an exported graph keeps even those that do nothing."""
+    """x in a dtype. A tensor of that dtype is returned as it is: exported graphs keep conversions that do nothing."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def prefix_sum(x: Tensor, max_length: int, upper_ones: Tensor | None = None) -> Tensor:
     """Inclusive sums over dim 1 of x (B, L, K), L <= max_length, as triangular products of blocks of 32.
 
-    Not torch.cumsum: on a GPU, Inductor cannot compile a scan over a middle dimension (SplitScan), and ONNX Runtime's
-    takes O(L^2). `upper_ones` is `upper_triangle`, where the caller has it.
+    torch.cumsum will not do: on a GPU, Inductor cannot compile a scan over a middle dimension (SplitScan), and ONNX
+    Runtime's takes O(L^2). `upper_ones` is the result of `upper_triangle`, if the caller has it.
     """
     if upper_ones is None:
         upper_ones = upper_triangle(x.device).to(x.dtype)
@@ -65,8 +69,8 @@ def _times(x: Tensor, triangle: Tensor, size: int) -> Tensor:
 class TimestepNorm(nn.Module):
     """Normalises each of G groups of features by the mean and variance of all that the group has seen so far.
 
-    `statistics` "megalodon": within-group and between-step variance, no prior. "megalodon-hf": the variance of the
-    group means alone with a prior m2 of 1 and a floor of 1e-6. Always affine, the scale is weight + 1.
+    `statistics` "megalodon" takes the variance within groups and between steps, without a prior. "megalodon-hf" takes
+    the variance of the group means alone, with a prior m2 of 1 and a floor of 1e-6.
     """
 
     def __init__(self, dim: int, groups: int, eps: float, statistics: NormStatistics) -> None:
@@ -82,17 +86,17 @@ class TimestepNorm(nn.Module):
         return NormState(torch.zeros(shape, dtype=dtype, device=device), torch.ones(shape, dtype=dtype, device=device))
 
     def forward(self, x: Tensor, plan: PrefillPlan, state: NormState) -> tuple[Tensor, NormState]:
-        """Normalise x (B, L, D) by the plan's positions and lengths.
+        """Normalise new tokens x (B, L, D), from the statistics before them.
 
         Returns (B, L, D), exactly 0 where not valid, and the statistics after each row's last valid step.
         """
         grouped = cast(x.unflatten(-1, (self.groups, -1)), accumulation_dtype(x.dtype))  # (B, L, G, D/G)
         mean, variance, state = running_statistics(grouped, plan, state, self.statistics)
         y = self._affine(grouped, mean, variance, x.dtype)
-        return torch.where(plan.valid, y, 0.0), state
+        return torch.where(plan.tokens.valid, y, 0.0), state
 
     def step(self, x: Tensor, position: Tensor, state: NormState) -> tuple[Tensor, NormState]:
-        """Normalise one step x (B, D); the same numbers as `forward` with L = 1, by Welford's update."""
+        """Normalise one token of each row, x (B, D), by Welford's update; returns (B, D) and the new statistics."""
         grouped = cast(x.unflatten(-1, (self.groups, -1)), accumulation_dtype(x.dtype))  # (B, G, D/G)
         var, mu = torch.var_mean(grouped, dim=-1, correction=0)
         count = position.to(grouped.dtype)[:, None]
@@ -119,16 +123,16 @@ def normalized(grouped: Tensor, mean: Tensor, variance: Tensor, eps: float) -> T
 def running_statistics(
     grouped: Tensor, plan: PrefillPlan, state: NormState, statistics: NormStatistics
 ) -> tuple[Tensor, Tensor, NormState]:
-    """Mean and variance (B, L, G) of all that each group of grouped (B, L, G, D/G) has seen, from `state` on.
+    """Mean and variance (B, L, G) of all that each group has seen at each step, and the state after the last valid one.
 
-    Also the state after each row's last valid step. Sums run in float64. See `TimestepNorm`.
+    `grouped` (B, L, G, D/G) are the new tokens, `state` the statistics before them. Sums run in float64.
     """
     hf = statistics == "megalodon-hf"
     var, mu = (cast(t, torch.float64) for t in torch.var_mean(grouped, dim=-1, correction=0))  # (B, L, G)
     moments = torch.cat([mu, mu * mu if hf else var + mu * mu], dim=-1)
-    first, second = prefix_sum(moments * plan.valid, plan.max_length, plan.upper_ones).chunk(2, dim=-1)
+    first, second = prefix_sum(moments * plan.tokens.valid, plan.max_length, plan.tokens.upper_ones).chunk(2, dim=-1)
 
-    count, seen = plan.count, plan.seen
+    count, seen = plan.tokens.count, plan.tokens.seen
     mean_in, var_in = (cast(s, torch.float64)[:, None] for s in state)
     mean = (count * mean_in + first) / seen
     prior = count.clamp(min=1) if hf else count
@@ -136,14 +140,13 @@ def running_statistics(
     variance = variance.clamp(min=_HF_VARIANCE_FLOOR if hf else 0.0)
 
     mean, variance = cast(mean, grouped.dtype), cast(variance, grouped.dtype)
-    state = NormState(  # a row without a valid step keeps its statistics
-        torch.where(plan.started, mean[:, -1], state.mean), torch.where(plan.started, variance[:, -1], state.var)
-    )
-    return mean, variance, state
+    started = plan.tokens.started  # a row without a valid step keeps its statistics
+    last = torch.where(started, mean[:, -1], state.mean), torch.where(started, variance[:, -1], state.var)
+    return mean, variance, NormState(*last)
 
 
 class RMSNorm(nn.Module):
-    """x over its root mean square, times weight + 1 (no affine if `dim` is None), computed in float32 or better."""
+    """x over its root mean square, times weight + 1 (no scale if `dim` is None), computed in float32 or better."""
 
     def __init__(self, dim: int | None, eps: float) -> None:
         super().__init__()

@@ -1,8 +1,13 @@
-"""What the layers of one prefill share: which steps are valid, who attends to whom, where new keys go."""
+"""What the layers of one prefill share: index arithmetic over tokens, the ring cache and the EMA's blocks.
+
+A prefill feeds `lengths[b]` tokens of each row b of token_ids (B, L), and row b's stream is at `position[b]`.
+Everything here follows from these numbers alone, so it is computed once and read by every layer.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -10,104 +15,170 @@ from torch import Tensor
 from .blocking import padding_to
 
 BLOCK = 32  # tokens per block of the EMA and of prefix sums
-SEGMENT = 64  # tokens per segment of the EMA's scan on a GPU (`kernels/prefill/ema.py`)
+SEGMENT = 64  # tokens per segment where the EMA is scanned in time
 NEVER = 2**30  # the time of a slot without a token: after every query
 
 
-@dataclass
-class PrefillPlan:
-    """Index arithmetic of a prefill of `lengths` (B) tokens from `position` (B), L columns, once for all layers.
+class _Plan:
+    """A dataclass of tensors and other plans, which moves to another device as one."""
 
-    `max_length` >= L is the static bound that decides the form of the graph: up to a chunk (`single`) attention takes
-    the new tokens as one block, beyond it as blocks of C. A query sees the keys from the start of its chunk
-    up to itself, in times (int32): a new token's is its index, a slot's the index that its token would have.
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        """The same on another device, for models whose layers are spread over several."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        for name, value in moved.items():
+            if isinstance(value, Tensor | _Plan):
+                moved[name] = value.to(device, non_blocking=non_blocking)
+        return type(self)(**moved)
+
+
+@dataclass
+class TokenPlan(_Plan):
+    """Which steps are tokens, and how many tokens each stream has seen.
+
+    Example: L = 4, a row with lengths 3 at position 10.
+
+        valid   1  1  1  0      the last step is padding
+        seen   11 12 13 13      tokens of the stream up to and including each step
+        count  10               tokens before this call
     """
 
-    lengths: Tensor
-    position: Tensor
-    max_length: int
-    single: bool
-    valid: Tensor  # (B, L, 1): a real token, not padding
-    started: Tensor  # (B, 1): the row has a valid token
-    count: Tensor  # (B, 1, 1) float64: `position`
-    seen: Tensor  # (B, L, 1) float64: tokens of the stream up to and including each step, at least 1
-    time: Tensor  # (L): of the new tokens (beyond a chunk, L in whole chunks),
-    chunk_start: Tensor  # (B, L): of the first token of their chunks,
-    ring_time: Tensor  # (B, R): and of the first R slots of the ring, which hold all that is visible
-    ring_index: Tensor  # (B, size): which new tokens the rings take,
-    ring_slots: Tensor  # (B, size): where they go (distinct slots),
-    ring_valid: Tensor  # (B, size, 1, 1): and whether they are real
-    last_block: Tensor  # (B): the EMA block that a row ends in,
-    last_steps: Tensor  # (B): its valid tokens, 0..T,
-    tail_index: Tensor  # (B, T): and the T tokens that end at `lengths`,
-    tail_valid: Tensor  # (B, T, 1): of which these are in that block
+    lengths: Tensor  # (B) int64
+    position: Tensor  # (B) int64
     rows: Tensor  # (B): 0, 1, 2 ...
-    exponents: Tensor  # (T + 1 + shifts, 1): 0..T, and T times each of `carry_shifts`: the EMA's powers of q
-    upper: Tensor  # (T, T) bool: column >= row,
-    lag: Tensor  # (T, T): and column - row, at least 0
+    valid: Tensor  # (B, L, 1) bool
+    started: Tensor  # (B, 1) bool: the row has a valid token
+    count: Tensor  # (B, 1, 1) float64: `position`
+    seen: Tensor  # (B, L, 1) float64, at least 1
     upper_ones: Tensor  # (S, S) float64: see `upper_triangle`
 
     @classmethod
-    def of(
-        cls, lengths: Tensor, position: Tensor, length: int, chunk: int, max_length: int, cached: bool
-    ) -> PrefillPlan:
-        """Plan a prefill; `cached`: it goes on from a cache, otherwise every position is 0."""
-        device = lengths.device
-        single = max_length <= chunk
-        offset = (position % chunk).int()[:, None]  # valid slots of the ring
-        time = torch.arange(length + (0 if single else padding_to(length, chunk)), dtype=torch.int32, device=device)
-        slots = torch.arange(
-            _slots_to_read(offset, chunk) if single and cached else chunk, dtype=torch.int32, device=device
-        )
-        steps = torch.arange(1, length + 1, device=device)
-        size = length if single else chunk
-        ring_index = (lengths[:, None] - size).clamp(min=0) + torch.arange(size, device=device)
-        last = (lengths - 1).clamp(min=0) // BLOCK
-        rest = lengths - last * BLOCK
-        block = torch.arange(BLOCK, device=device)
-        offsets = block - BLOCK
-        upper = block >= block[:, None]
-        carries = [torch.full((1,), BLOCK * shift, device=device) for shift in carry_shifts(max_length)]
+    def of(cls, lengths: Tensor, position: Tensor, length: int) -> TokenPlan:
+        """Plan L = `length` steps."""
+        steps = torch.arange(1, length + 1, device=lengths.device)
         return cls(
             lengths=lengths,
             position=position,
-            max_length=max_length,
-            single=single,
+            rows=torch.arange(lengths.shape[0], device=lengths.device),
             valid=(steps <= lengths[:, None])[:, :, None],
             started=lengths[:, None] > 0,
             count=position[:, None, None].double(),
             seen=(position[:, None] + torch.minimum(steps, lengths[:, None]))[:, :, None].clamp(min=1).double(),
+            upper_ones=upper_triangle(lengths.device),
+        )
+
+
+@dataclass
+class RingPlan(_Plan):
+    """Which keys a query sees, and which slots of the rings take the new keys and values.
+
+    Times count from the first new token: a new token's time is its index, a slot's time is that of the token it holds.
+    A query sees keys from the start of its chunk up to itself. Example: C = 4, position 6, 3 new tokens.
+
+        slot_time     -2 -1 NEVER NEVER   slots 0 and 1 hold tokens 4 and 5
+        time           0  1  2            the new tokens 6, 7 and 8
+        chunk_start   -2 -2  2            tokens 6 and 7 see from token 4 on; token 8 begins a chunk
+    """
+
+    single: bool  # attention takes the new tokens as one block; otherwise as blocks of C
+    time: Tensor  # (L) int32; L in whole chunks unless `single`
+    chunk_start: Tensor  # (B, L) int32: the time of the first token of each chunk
+    slot_time: Tensor  # (B, R) int32: the first R slots hold all that is visible
+    index: Tensor  # (B, size): which new tokens the rings take,
+    slots: Tensor  # (B, size): in which slots, all distinct,
+    taken: Tensor  # (B, size, 1, 1) bool: and whether these are real tokens
+
+    @classmethod
+    def of(cls, lengths: Tensor, position: Tensor, length: int, ring: int, single: bool, cached: bool) -> RingPlan:
+        """Plan L = `length` steps over rings of `ring` slots; `cached`: the call goes on from a cache."""
+        device = lengths.device
+        offset = (position % ring).int()[:, None]  # valid slots
+        time = torch.arange(length + (0 if single else padding_to(length, ring)), dtype=torch.int32, device=device)
+        slots = torch.arange(
+            _slots_to_read(offset, ring) if single and cached else ring, dtype=torch.int32, device=device
+        )
+        size = length if single else ring
+        index = (lengths[:, None] - size).clamp(min=0) + torch.arange(size, device=device)
+        return cls(
+            single=single,
             time=time,
-            chunk_start=(offset + time) // chunk * chunk - offset,
-            ring_time=torch.where(slots < offset, slots - offset, NEVER),
-            ring_index=ring_index,
-            ring_slots=(position[:, None] + ring_index) % chunk,
-            ring_valid=(ring_index < lengths[:, None])[:, :, None, None],
+            chunk_start=(offset + time) // ring * ring - offset,
+            slot_time=torch.where(slots < offset, slots - offset, NEVER),
+            index=index,
+            slots=(position[:, None] + index) % ring,
+            taken=(index < lengths[:, None])[:, :, None, None],
+        )
+
+
+@dataclass
+class EMAPlan(_Plan):
+    """Where rows end in the blocks of T = 32 tokens that the EMA works on, and the powers of q that it needs.
+
+    Example: a row of 70 tokens.
+
+        last_block   2          tokens 64..69 are in block 2
+        last_steps   6          and are its valid tokens
+        tail_index   38 ... 69  the 32 tokens that end at the last one; the last 6 of them are in block 2
+    """
+
+    last_block: Tensor  # (B)
+    last_steps: Tensor  # (B): 0..T
+    tail_index: Tensor  # (B, T)
+    tail_valid: Tensor  # (B, T, 1) bool
+    exponents: Tensor  # (T + 1 + shifts, 1): 0..T, and T times each of `carry_shifts`
+    upper: Tensor  # (T, T) bool: column >= row
+    lag: Tensor  # (T, T): column - row, at least 0
+
+    @classmethod
+    def of(cls, lengths: Tensor, max_length: int) -> EMAPlan:
+        """Plan a call of at most `max_length` steps."""
+        device = lengths.device
+        last = (lengths - 1).clamp(min=0) // BLOCK
+        rest = lengths - last * BLOCK
+        block = torch.arange(BLOCK, device=device)
+        offsets = block - BLOCK
+        carries = [torch.full((1,), BLOCK * shift, device=device) for shift in carry_shifts(max_length)]
+        return cls(
             last_block=last,
             last_steps=rest,
             tail_index=(lengths[:, None] + offsets).clamp(min=0),
             tail_valid=(rest[:, None] + offsets >= 0)[:, :, None],
-            rows=torch.arange(lengths.shape[0], device=device),
             exponents=torch.cat([torch.arange(BLOCK + 1, device=device), *carries])[:, None],
-            upper=upper,
+            upper=block >= block[:, None],
             lag=(block - block[:, None]).clamp(min=0),
-            upper_ones=upper_triangle(device),
         )
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> PrefillPlan:
-        """The same on another device: accelerate calls it where a model's layers are spread over several."""
-        if self.lengths.device == torch.device(device):
-            return self
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: t.to(device, non_blocking=non_blocking) if isinstance(t, Tensor) else t for k, t in moved.items()}
-        return PrefillPlan(**moved)
+
+@dataclass
+class PrefillPlan(_Plan):
+    """The plans of one prefill; `max_length` is the static bound of L that decides the form of a traced graph."""
+
+    max_length: int
+    tokens: TokenPlan
+    ring: RingPlan
+    ema: EMAPlan
+
+    @classmethod
+    def of(
+        cls, lengths: Tensor, position: Tensor, length: int, ring: int, max_length: int, cached: bool
+    ) -> PrefillPlan:
+        """Plan a prefill of `lengths` (B) tokens in L = `length` columns, from `position` (B).
+
+        `ring` is the number of slots of the ring caches, a chunk's unless attention has a window of its own. `cached`
+        says whether the call goes on from a cache; otherwise every position is 0.
+        """
+        return cls(
+            max_length=max_length,
+            tokens=TokenPlan.of(lengths, position, length),
+            ring=RingPlan.of(lengths, position, length, ring, max_length <= ring, cached),
+            ema=EMAPlan.of(lengths, max_length),
+        )
 
 
 def upper_triangle(device: torch.device) -> Tensor:
     """Ones on and above the diagonal, (S, S) float64: x times it are prefix sums of up to S steps.
 
-    S is two blocks, so that a call of up to 2,048 tokens has two levels of sums, no third of a block or two: that would
-    be a size of one in a traced graph, which compilers take for a constant.
+    S is two blocks, so that a call of up to 2,048 tokens has two levels of sums. A third level would have one block or
+    two: a size of one in a traced graph, which compilers take for a constant.
     """
     steps = torch.arange(2 * BLOCK, device=device)
     return (steps >= steps[:, None]).double()
@@ -121,15 +192,15 @@ def carry_shifts(max_length: int) -> list[int]:
     return shifts if max_length > BLOCK else []
 
 
-def _slots_to_read(offset: Tensor, chunk: int) -> int:
-    """Of every row's ring, the slots that the fullest is filled to, in whole blocks and at least one.
+def _slots_to_read(offset: Tensor, ring: int) -> int:
+    """The slots that the fullest row has filled, in whole blocks and at least one.
 
-    The whole ring where that number would be waited for, on a GPU, or break a graph, in torch.compile.
+    The whole ring on a GPU, where the host would wait for that number, and in torch.compile, where it breaks the graph.
     """
-    if chunk <= BLOCK or offset.device.type != "cpu" or torch.compiler.is_dynamo_compiling():
-        return chunk
+    if ring <= BLOCK or offset.device.type != "cpu" or torch.compiler.is_dynamo_compiling():
+        return ring
     filled = (offset.max() + BLOCK - 1) // BLOCK * BLOCK
-    count: int = filled.clamp(min=BLOCK, max=chunk).item()  # type: ignore[assignment]
+    count: int = filled.clamp(min=BLOCK, max=ring).item()  # type: ignore[assignment]
     torch._check(count >= BLOCK)
-    torch._check(count <= chunk)
+    torch._check(count <= ring)
     return count

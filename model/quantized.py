@@ -1,8 +1,10 @@
 """Weight-only quantisation: linear layers that hold integers and scales, as plain tensors that every program reads.
 
-int8: symmetric, one scale a row, every linear layer. int4: symmetric, one scale a group of a row's features; the head
-stays int8. Integers and scales are torchao's. Embedding, EMA, norms and biases keep their dtype. A head that is tied to
-the embedding becomes an int8 tensor of its own, so that the embedding stays what it was.
+    y = x W^T + bias        W[n, k] = scale[n, k // (K / groups)] * integer[n, k]
+
+int8 is symmetric with one scale for each output feature, in every linear layer. int4 is symmetric with one scale for
+each group of input features; the head stays int8. Embedding, EMA, norms and biases keep their dtype. A head that is
+tied to the embedding becomes an int8 tensor of its own, so that the embedding stays what it was.
 """
 
 from __future__ import annotations
@@ -12,13 +14,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from .config import QUANTIZED_FORMATS, WeightFormat
+from .config import ModelConfig, WeightFormat
 from .norm import accumulation_dtype, cast
 
 ZERO = 8  # the 4 bits of the integer 0
-_RANGES = {"int8": (-128, 127), "int4": (-8, 7)}
 
 
 class QuantizedLinear(nn.Module):
@@ -75,39 +75,15 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.cat([wide & 15, wide >> 4], dim=-1) - ZERO
 
 
-def quantize(model: PreTrainedModel, weight_format: WeightFormat, group_size: int | None = None) -> None:
-    """Quantise the linear layers of a MegalodonForCausalLM in place, and say so in its config.
-
-    `group_size` is int4's number of features a scale (default 32). ValueError for a model that is quantised already,
-    for formats that do not exist, or for groups that do not divide half a row; ImportError without torchao.
-    """
-    config = model.config
-    if weight_format not in QUANTIZED_FORMATS:
-        raise ValueError(f"weight_format is {weight_format!r}, expected one of {', '.join(QUANTIZED_FORMATS)}")
+def use_quantized_layers(module: nn.Module, config: ModelConfig) -> None:
+    """Put layers for integers, to be filled from a checkpoint, in the places of nn.Linear if the config says so."""
     if config.weight_format != "float":
-        raise ValueError(f"the model's weights are {config.weight_format} already; quantise the original checkpoint")
-    changed = {"weight_format": weight_format, "group_size": group_size or config.group_size}
-    config = type(config)(**{**config.to_diff_dict(), **changed})  # checks them
-    primitives = _torchao()
-
-    def quantized(layer: nn.Linear, layer_format: WeightFormat) -> QuantizedLinear:
-        weight = layer.weight.detach()
-        integers, scale = primitives(weight, layer_format, config.group_size)
-        with torch.device("meta"):
-            new = QuantizedLinear(*_sizes(layer), layer_format, config.group_size)
-        new.weight, new.scale = (integers if layer_format == "int8" else pack(integers)).contiguous(), scale
-        new.bias = layer.bias
-        return new.train(layer.training)
-
-    replace_linear_layers(model, weight_format, quantized)
-    model.config = model.base_model.config = config  # type: ignore[assignment]
-    # the head is tied no longer; from __init__ on this lists what saving leaves out
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
+        replace_linear_layers(module, config.weight_format, empty_quantized(config.group_size))
 
 
 def empty_quantized(config_group_size: int) -> Callable[[nn.Linear, WeightFormat], QuantizedLinear]:
     """For `replace_linear_layers`: a layer of the same sizes, to be filled from a checkpoint."""
-    return lambda layer, layer_format: QuantizedLinear(*_sizes(layer), layer_format, config_group_size)
+    return lambda layer, layer_format: QuantizedLinear(*sizes_of(layer), layer_format, config_group_size)
 
 
 def replace_linear_layers(
@@ -120,23 +96,6 @@ def replace_linear_layers(
                 setattr(module, name, make(layer, "int8" if name == "lm_head" else weight_format))
 
 
-def _sizes(layer: nn.Linear) -> tuple[int, int, bool]:
+def sizes_of(layer: nn.Linear) -> tuple[int, int, bool]:
+    """The first arguments of a layer of the same sizes."""
     return layer.in_features, layer.out_features, layer.bias is not None
-
-
-def _torchao() -> Callable[[Tensor, WeightFormat, int], tuple[Tensor, Tensor]]:
-    """torchao's symmetric quantisation of a weight (N, K): int8 integers (N, K) and float32 scales (N, groups)."""
-    try:
-        from torchao.quantization import MappingType, choose_qparams_affine, quantize_affine
-    except ImportError as error:
-        raise ImportError("quantising needs torchao: pip install 'megalodon-export[quantize]'") from error
-
-    def quantized(weight: Tensor, weight_format: WeightFormat, group_size: int) -> tuple[Tensor, Tensor]:
-        block = (1, group_size if weight_format == "int4" else weight.shape[1])
-        weight, bounds = weight.float(), _RANGES[weight_format]
-        smallest = torch.finfo(torch.float32).tiny
-        scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, block, torch.int8, *bounds, eps=smallest)
-        integers = quantize_affine(weight, block, scale, zero, torch.int8, *bounds)
-        return integers, scale.view(weight.shape[0], -1)
-
-    return quantized

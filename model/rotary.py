@@ -1,4 +1,9 @@
-"""Rotary positions."""
+"""Rotary position embedding (RoPE, arXiv 2104.09864), in the half-split layout.
+
+    (a, b) -> (a cos - b sin, b cos + a sin)        angle of pair j at position t: t base^(-2j / dz)
+
+Attention stays inside a chunk, so positions count from its start.
+"""
 
 from __future__ import annotations
 

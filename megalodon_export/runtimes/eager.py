@@ -23,12 +23,13 @@ class ModelRuntime(Runtime):
         limits = limits or Limits.of(model.config, max_batch=2**16)
         super().__init__(model.config, model.dtype_of_weights, model.device, limits, all_logits)
         # A horizon beyond the chunk reads positions on the host, which no captured graph can.
-        self.capturable = model.config.kv_horizon is None
+        self.capturable = model.config.attention_window is None
 
     @torch.no_grad()
     def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
         """`MegalodonForCausalLM.prefill`."""
-        return self.model.prefill(token_ids, lengths, cache, all_logits=self.all_logits)
+        run = self.model.score if self.all_logits else self.model.prefill
+        return run(token_ids, lengths, cache)
 
     @torch.no_grad()
     def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:

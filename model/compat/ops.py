@@ -138,8 +138,8 @@ def timestep_norm(
     plan = _plan_of(x, padding_mask, prev_count)
     mean, variance, state = running_statistics(grouped, plan, NormState(prev_mean, prev_var), "megalodon")
     y = normalized(grouped, mean, variance, eps) * gamma + beta
-    count = prev_count + plan.valid.sum((1, 2))
-    return cast(torch.where(plan.valid, y, 0.0), x.dtype), count, state.mean, state.var
+    count = prev_count + plan.tokens.valid.sum((1, 2))
+    return cast(torch.where(plan.tokens.valid, y, 0.0), x.dtype), count, state.mean, state.var
 
 
 def _coefficients(p: Tensor, q: Tensor) -> dict[str, Tensor]:
@@ -160,4 +160,4 @@ def _plan_of(x: Tensor, padding_mask: Tensor | None, position: Tensor) -> Prefil
     length, valid = x.shape[1], _valid(x, padding_mask)
     plan = PrefillPlan.of(torch.full_like(position, length), position, length, length, length, cached=False)
     seen = (position[:, None, None] + valid.cumsum(1)).clamp(min=1).double()
-    return replace(plan, valid=valid, seen=seen, started=valid.any(1))
+    return replace(plan, tokens=replace(plan.tokens, valid=valid, seen=seen, started=valid.any(1)))

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..config import MegalodonConfig
-from ..modeling import MegalodonForCausalLM
+from ..transformers_api.config import MegalodonConfig
+from ..transformers_api.modeling import MegalodonForCausalLM
 from .merge_shards import merge_parts
 
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)

@@ -1,23 +1,32 @@
 """Sequence parallelism, as the original's chunk parallel mode: a long sequence in equal pieces over processes.
 
-Only the norms' statistics and the EMA's state cross from one piece to the next, since a piece is whole chunks. Each
-layer waits for them and passes its own on before it attends, so the processes work on their pieces at the same time,
+A piece is whole chunks, so the norms' statistics and the EMA's state alone cross from one piece to the next. Each layer
+waits for them and passes its own on before it attends. The processes therefore work on their pieces at the same time,
 each a little behind the one before. Gradients travel the same way back.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from ..blocking import compact, first
+from ..blocks import MegalodonBlock
 from ..loss import IGNORED, cross_entropy
+from ..norm import NormState
+from ..plan import PrefillPlan
+from ..rotary import Rotary
+from .sequence_state import SequenceParallelState
 
 if TYPE_CHECKING:
-    from ..modeling import MegalodonForCausalLM
+    from ..transformers_api.modeling import MegalodonForCausalLM
 
 
 def piece_of(x: Tensor, chunk: int, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -37,13 +46,55 @@ def piece_of(x: Tensor, chunk: int, group: dist.ProcessGroup | None = None) -> T
 
 def parallel_logits(model: MegalodonForCausalLM, token_ids: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Logits (B, L / processes, V) of this process's piece of token_ids (B, L), which every process is given whole."""
+    group = group or dist.group.WORLD
     piece = piece_of(token_ids, model.config.chunk_size, group)
-    model.model.sequence_group = group or dist.group.WORLD
-    try:
-        logits: Tensor = model(piece, use_cache=False).logits
-    finally:
-        model.model.sequence_group = None
-    return logits
+    return _run(model, _piece_logits, piece, SequenceParallelState(group))
+
+
+def _piece_logits(model: MegalodonForCausalLM, piece: Tensor, state: SequenceParallelState) -> Tensor:
+    """The pass over a piece: `Megalodon.prefill` without a cache, with states that come from the process before."""
+    body = model.model
+    lengths = torch.full_like(piece[:, 0], piece.shape[1])
+    x, plan, rotary = body.begin_prefill(piece, lengths, torch.full_like(lengths, state.rank * piece.shape[1]))
+    for layer in body.layers:
+        x = _layer(layer, x, plan, rotary, state)
+    norm = body.norm
+    initial = norm.initial_state(x.shape[0], x.device)
+    x, last = norm(x, plan, NormState(*state.receive(norm, initial, x, norm)))
+    return model.logits(first(state.send(norm, x, last), 1, piece.shape[1]))
+
+
+def _layer(layer: nn.Module, x: Tensor, plan: PrefillPlan, rotary: Rotary, state: SequenceParallelState) -> Tensor:
+    """A layer, with gradient checkpointing if that is enabled."""
+    if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
+        return _run(layer, _layer_forward, x, plan, rotary, state)
+    y: Tensor = layer._gradient_checkpointing_func(_run, layer, _layer_forward, x, plan, rotary, state)
+    return y
+
+
+def _layer_forward(
+    layer: MegalodonBlock, x: Tensor, plan: PrefillPlan, rotary: Rotary, state: SequenceParallelState
+) -> Tensor:
+    """`MegalodonBlock.forward`, whose recurrence goes on from the process before and is passed on before attention."""
+    attn = layer.attn
+    norm, ema = attn.states(x, None)
+    initial = (*norm, attn.cema.initial_state(x) if ema is None else ema)
+    *norm_state, ema = state.receive(attn, initial, x, attn.timenorm, attn.cema)
+    x_norm, y, norm, ema = attn.recurrence(x, plan, NormState(*norm_state), ema)
+    y = state.send(attn, y, (*norm, ema))
+    m, q, k, v = attn.project(x_norm, compact(y), rotary)
+    h = attn.gate(x, m, attn.attend(q, k, v, plan, None))
+    return layer.ffn(h, x)  # type: ignore[no-any-return]
+
+
+def _run(module: nn.Module, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """function(module, *arguments); where FSDP2 has sharded the module, between its hooks, which gather the weights."""
+    if not isinstance(module, FSDPModule):
+        return function(module, *arguments)
+    module.sequence_parallel_forward = MethodType(function, module)
+    register_fsdp_forward_method(module, "sequence_parallel_forward")
+    result: Tensor = module.sequence_parallel_forward(*arguments)
+    return result
 
 
 def parallel_loss(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..backend import Backend
 from ..quantized import QuantizedLinear
 
 KERNEL_PREFIX = "megalodon_"  # of every kernel's name: in a captured CUDA graph it marks kernels that call PDL's wait
@@ -28,24 +29,24 @@ def use_kernels(model: nn.Module, enabled: bool = True) -> None:
     model that is not in float32 or bfloat16 (beside int8 and int4 weights), whose int4 groups are no power of two, or
     that attends beyond its chunks.
     """
+    backend = Backend()
     if enabled:
-        if any(getattr(module, "horizon", None) is not None for module in model.modules()):
-            raise TypeError("the kernels attend inside chunks; leave max_cache_len and cache_unbounded out")
-        packed = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m.weight.dtype == torch.uint8]
-        for group in {layer.in_features // layer.scale.shape[1] for layer in packed}:
-            if group & (group - 1):
-                raise TypeError(
-                    f"the kernels read int4 in groups of a power of two, not of {group}; use the plain form"
-                )
-        wrong = {p.dtype for p in model.parameters()} - {torch.float32, torch.bfloat16}
-        if wrong:
-            raise TypeError(f"the kernels compute in float32 and bfloat16, not in {wrong.pop()}; use the plain form")
-        import triton  # noqa: F401 - fails here, with its own message, not in the middle of a pass
+        _check(model)
+        from .backend import KernelBackend  # needs Triton
+
+        backend = KernelBackend()
     for module in model.modules():
-        if hasattr(module, "kernels"):
-            setattr(module, "kernels", enabled)  # noqa: B010 - a plain flag, which nn.Module types as a tensor
+        if isinstance(getattr(module, "backend", None), Backend):
+            module.backend = backend
 
 
-def on_kernels(module: nn.Module) -> bool:
-    """Whether a pass of a module that `use_kernels` switches runs on the kernels: training does not."""
-    return bool(module.kernels) and not module.training
+def _check(model: nn.Module) -> None:
+    if any(getattr(module, "window", None) is not None for module in model.modules()):
+        raise TypeError("the kernels attend inside chunks; leave max_cache_len and cache_unbounded out")
+    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m.weight.dtype == torch.uint8]
+    for group in {layer.in_features // layer.scale.shape[1] for layer in packed}:
+        if group & (group - 1):
+            raise TypeError(f"the kernels read int4 in groups of a power of two, not of {group}; use the plain form")
+    wrong = {p.dtype for p in model.parameters()} - {torch.float32, torch.bfloat16}
+    if wrong:
+        raise TypeError(f"the kernels compute in float32 and bfloat16, not in {wrong.pop()}; use the plain form")

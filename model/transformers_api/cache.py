@@ -1,49 +1,63 @@
-"""transformers' Cache protocol over the cache's list of tensors: its length in columns, beams, taking tokens back."""
+"""The model's cache as a transformers Cache: its length in columns, beams, and tokens that are taken back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-Feed = Callable[[Tensor, Tensor], object]  # of token_ids (B, L) and lengths (B), which updates the cache
+from ..cache import ModelCache
+from ..config import ModelConfig
+
+Feed = Callable[[Tensor, Tensor], object]  # takes token_ids (B, L) and lengths (B), and updates the cache
 
 
-class TransformersCache(Cache):
-    """What transformers asks of a Cache, for a subclass that has `tensors()` and `replace()`.
+class MegalodonCache(ModelCache, Cache):
+    """`ModelCache` with the methods that transformers' generate() calls.
 
-    transformers counts columns of a padded batch where the cache counts each row's tokens, so `padding` keeps how many
-    columns the longest row has not filled. A recurrent state cannot be cropped: where tokens will have to be taken back
-    (assisted generation), `activate_past_recording` keeps a copy of the state and the tokens fed since, and `crop`
-    goes back to the copy and feeds those that stay.
+    transformers counts columns of a padded batch, where the cache counts each row's tokens; `padding` is the number of
+    columns that the longest row has not filled. A recurrent state cannot be cropped. Where tokens will have to be taken
+    back (assisted generation), `activate_past_recording` keeps a copy of the state and the tokens fed since, and `crop`
+    goes back to the copy and feeds the tokens that stay.
     """
 
-    is_compileable = False  # generate() would then prepare masks for attention over all positions
+    is_compileable = False  # otherwise generate() prepares masks for attention over all positions
     layer_class_to_replicate = None
     offloading = False
     record_past = False
     padding: int | Tensor = 0
-    _before: list[Tensor] | None = None
-    _fed: list[Tensor]
+    _before: list[Tensor] | None = None  # the state at the last `crop`
+    _fed: list[Tensor]  # and the tokens fed since
     _feed: Feed
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors; each has the batch first."""
-        raise NotImplementedError
+    def clone(self, config: ModelConfig) -> Self:
+        """An independent copy."""
+        return self._with_padding(super().clone(config))
 
-    def replace(self, tensors: list[Tensor]) -> None:
-        """Hold other tensors, in the order of `tensors`."""
-        raise NotImplementedError
+    def reset(self) -> None:
+        """Make every row a fresh stream, in place."""
+        super().reset()
+        self.padding = 0
+        self.forget()
 
-    @property
-    def position(self) -> Tensor:
-        """Tokens seen by each row, (B) int64."""
-        raise NotImplementedError
+    def copy_(self, other: ModelCache) -> None:
+        """Take over the contents of another cache of the same shapes, in place."""
+        super().copy_(other)
+        self.padding = getattr(other, "padding", 0)
+        self.forget()
 
-    # ---- what forward tells it ---------------------------------------------------------------------------------------
+    def rows(self, config: ModelConfig, index: Tensor) -> Self:
+        """A new cache of the chosen rows, (B') int64, in that order: it forks streams, or reorders beams."""
+        return self._with_padding(super().rows(config, index))
+
+    def _with_padding(self, other: Self) -> Self:
+        other.padding = self.padding
+        return other
+
+    # ---- for forward -----------------------------------------------------------------------------------------------
 
     def check_batch(self, batch: int) -> None:
         """ValueError unless it has as many rows as the tokens that are fed."""
@@ -71,7 +85,7 @@ class TransformersCache(Cache):
         """After a padded call over `columns`, with the positions before it."""
         self.padding = self.padding + columns - (self.position.max() - before.max())
 
-    # ---- what transformers asks --------------------------------------------------------------------------------------
+    # ---- for transformers ------------------------------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen, padding included: the tokens of the longest row where nothing was padded."""

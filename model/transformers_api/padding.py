@@ -11,7 +11,7 @@ from ..loss import IGNORED
 
 
 @dataclass(frozen=True)
-class Rows:
+class PaddingLayout:
     """Where the tokens of a batch's rows are: in row b, `lengths[b]` columns of L from column `first[b]` on.
 
     `lengths` None: every column is a token; `first` None: every row starts at column 0.
@@ -21,7 +21,7 @@ class Rows:
     first: Tensor | None = None
 
     @classmethod
-    def of(cls, token_ids: Tensor, attention_mask: Tensor | None, lengths: Tensor | None) -> Rows:
+    def of(cls, token_ids: Tensor, attention_mask: Tensor | None, lengths: Tensor | None) -> PaddingLayout:
         """From a mask over the columns of token_ids (B, L) and any before them, nonzero for tokens, or from `lengths`.
 
         ValueError for a mask of another shape or with padding between two tokens. Inside torch.compile, which cannot

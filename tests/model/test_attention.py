@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalodon_export.model import MegalodonCache, MegalodonConfig
 from megalodon_export.model.attention import attend_prefill, attend_step, write_ring
-from megalodon_export.model.cache import LayerCache, copy_in_place
+from megalodon_export.model.cache import LayerCache
 from megalodon_export.model.feed_forward import FeedForward
 from megalodon_export.model.gated_attention import GatedAttention
 from megalodon_export.model.rotary import RotaryTable
@@ -117,13 +117,9 @@ def run_attention(
     table = RotaryTable(config.z_head_dim, config.chunk_size, config.rope_base)
     rotary = table(position[:, None] + torch.arange(x.shape[1]))
     if cache is not None and x.shape[1] == 1:
-        out, norm, ema = module.step(x[:, 0], position, tuple(t[:, 0] for t in rotary), cache)
-        out = out[:, None]
-    else:
-        plan = plan_of(x, None, position, chunk=config.chunk_size, cached=cache is not None)
-        out, norm, ema = module(x, plan, rotary, cache)
-    if cache is not None:
-        copy_in_place((cache.norm_mean, cache.norm_var, cache.ema_state), (*norm, ema))
+        return module.step(x[:, 0], position, tuple(t[:, 0] for t in rotary), cache)[:, None]
+    plan = plan_of(x, None, position, chunk=config.chunk_size, cached=cache is not None)
+    out: Tensor = module(x, plan, rotary, cache)
     return out
 
 

@@ -94,11 +94,11 @@ def test_compiled_training_has_no_graph_break() -> None:
     torch.compiler.reset()
     model = make_model().train()
     token_ids = random_tokens(2, 12)
-    prefill = torch.compile(model.prefill, backend="aot_eager", fullgraph=True)
-    prefill(token_ids, full(token_ids), all_logits=True).square().mean().backward()
+    prefill = torch.compile(model.score, backend="aot_eager", fullgraph=True)
+    prefill(token_ids, full(token_ids)).square().mean().backward()
     compiled = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.prefill(token_ids, full(token_ids), all_logits=True).square().mean().backward()
+    model.score(token_ids, full(token_ids)).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert torch.allclose(compiled[name], parameter.grad, atol=1e-10), name

@@ -101,7 +101,7 @@ def run_calls(
                 token_ids[row, :valid] = rows[row, start : start + valid]
             lengths = torch.tensor(call)
             twin = cache.clone(model.config)
-            out = model.prefill(token_ids, lengths, cache, length + slack, all_logits=True)
+            out = model.score(token_ids, lengths, cache, length + slack)
             last = model.prefill(token_ids, lengths, twin, length + slack)
             for row, valid in enumerate(call):
                 assert not out[row, valid:].any()

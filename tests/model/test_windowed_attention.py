@@ -80,7 +80,7 @@ def test_an_unbounded_cache_in_any_split() -> None:
 
 
 def test_a_horizon_of_one_chunk_is_the_chunk() -> None:
-    assert m.MegalodonConfig(**SMALL, max_cache_len=SMALL["chunk_size"]).kv_horizon is None
+    assert m.MegalodonConfig(**SMALL, max_cache_len=SMALL["chunk_size"]).attention_window is None
     with pytest.raises(ValueError, match="max_cache_len is 4, expected at least chunk_size 5"):
         m.MegalodonConfig(**SMALL, max_cache_len=4)
     with pytest.raises(ValueError, match="None with cache_unbounded"):

@@ -1,0 +1,41 @@
+"""The config of a model as transformers reads and writes it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..config import PRESETS, ModelConfig, refuse_megalodon_hf
+
+
+class MegalodonConfig(PreTrainedConfig, ModelConfig):
+    """`ModelConfig` as a PreTrainedConfig: the same fields, by keyword, and those of transformers.
+
+    Raises ValueError that names every invalid value.
+    """
+
+    model_type = "megalodon"
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    attribute_map = {  # noqa: RUF012 - the type that transformers declares
+        "hidden_size": "model_dim",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "intermediate_size": "ffn_hidden_dim",
+    }
+
+    def __init__(self, **kwargs: Any) -> None:
+        refuse_megalodon_hf(kwargs)
+        own = {f.name: kwargs.pop(f.name) for f in fields(ModelConfig) if f.name in kwargs}
+        for name, value in vars(ModelConfig(**own)).items():
+            setattr(self, name, value)
+        kwargs["tie_word_embeddings"] = self.head_is_embedding
+        super().__init__(**kwargs)
+
+
+def preset(name: str, **overrides: Any) -> MegalodonConfig:
+    """The config of a preset of the original, with overrides; KeyError names the presets there are."""
+    if name not in PRESETS:
+        raise KeyError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    return MegalodonConfig(**{**PRESETS[name], **overrides})
