@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from ..model.cache import cache_layout, dimension_sizes
-from ..model.config import MegalodonConfig
+from ..model.config import ModelConfig
 from ..model.ema import BLOCK
 
 ProgramName = Literal["prefill", "decode", "decode_one"]
@@ -55,7 +55,7 @@ class Limits:
             )
 
     @classmethod
-    def of(cls, config: MegalodonConfig, max_batch: int = 64, max_length: int | None = None) -> Limits:
+    def of(cls, config: ModelConfig, max_batch: int = 64, max_length: int | None = None) -> Limits:
         """Limits that suit a model: prefill takes up to one chunk a call (at most 2,048 tokens) unless told otherwise.
 
         ValueError if max_length is not a multiple of what the model's chunks ask for.
@@ -93,7 +93,7 @@ class ProgramSpec:
 
 
 def program_specs(
-    config: MegalodonConfig, dtype: torch.dtype, all_logits: bool = False
+    config: ModelConfig, dtype: torch.dtype, all_logits: bool = False
 ) -> dict[ProgramName, ProgramSpec]:
     """The specs of both programs, derived from the cache layout. `all_logits`: prefill returns those of every token.
 
@@ -115,7 +115,7 @@ def program_specs(
     }
 
 
-def static_sizes(config: MegalodonConfig) -> dict[str, int]:
+def static_sizes(config: ModelConfig) -> dict[str, int]:
     """What the letters of the specs stand for, but the dynamic B and L."""
     return {**dimension_sizes(config), "V": config.logits_size}
 

@@ -40,7 +40,7 @@ from ..exporters.programs import (
     static_sizes,
 )
 from ..generation.snapshot import layout_id
-from ..model import CacheTensor, MegalodonConfig, cache_layout, dimension_sizes
+from ..model import CacheTensor, ModelConfig, cache_layout, dimension_sizes
 from ..model.config import WeightFormat
 
 SCHEMA_VERSION = 3
@@ -109,7 +109,7 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
     files: dict[str, FileEntry] = msgspec.field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: MegalodonConfig, dtype: ModelDtype, programs: Programs, versions: dict[str, str]) -> Manifest:
+    def of(cls, config: ModelConfig, dtype: ModelDtype, programs: Programs, versions: dict[str, str]) -> Manifest:
         """The manifest of a bundle made now, without its files, which `seal` adds."""
         sizes = dimension_sizes(config)
         return cls(
@@ -129,9 +129,9 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
         )
 
     @cached_property
-    def model_config(self) -> MegalodonConfig:
+    def model_config(self) -> ModelConfig:
         """The config, validated; ValueError names every field that makes no sense."""
-        return MegalodonConfig(**self.config)
+        return ModelConfig.from_dict(self.config)
 
     @property
     def torch_dtype(self) -> torch.dtype:
