@@ -92,9 +92,7 @@ class ProgramSpec:
         return self.arguments + self.cache
 
 
-def program_specs(
-    config: ModelConfig, dtype: torch.dtype, all_logits: bool = False
-) -> dict[ProgramName, ProgramSpec]:
+def program_specs(config: ModelConfig, dtype: torch.dtype, all_logits: bool = False) -> dict[ProgramName, ProgramSpec]:
     """The specs of both programs, derived from the cache layout. `all_logits`: prefill returns those of every token.
 
     ValueError for a model that attends beyond its chunks.
