@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from megalodon_export.export.onnx import export_onnx
 from megalodon_export.generation.text import byte_tokenizer
 from support import native
+from support.background import Background, Command, Run, megalodon
 from support.golden_data import convert, write_checkpoint
-from support.readme import blocks, run
+from support.interpreted import MODULES, interpret_kernels
+from support.readme import blocks
 from support.small_models import make_model
 
 BYTES: dict[str, Any] = {
@@ -79,18 +80,82 @@ def command() -> Callable[..., subprocess.Popen[str]]:
     return start_command
 
 
+@pytest.fixture(scope="session", autouse=True)
+def background(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]:
+    """Whatever takes long and the selected tests need is under way from the first test on; see JOBS."""
+    background = Background()
+    needed = {name for item in request.session.items for name in item.fixturenames}
+    for name, (job, *arguments) in JOBS.items():
+        if name in needed:
+            values = [request.getfixturevalue(argument) for argument in arguments]
+            background.start(name, job, tmp_path_factory.mktemp(name), *values)
+    yield background
+    background.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that need none of JOBS come first, the others in the order in which their jobs end."""
+    ends = {name: number for number, name in enumerate(JOBS)}
+    modules: dict[Path, int] = {}
+    for item in items:
+        end = max((ends.get(name, -1) for name in getattr(item, "fixturenames", ())), default=-1)
+        modules[item.path] = max(end, modules.get(item.path, -1))
+    items.sort(key=lambda item: modules[item.path])
+
+
+def _export(run: Run, folder: Path, checkpoints: dict[str, Path], kind: str, *options: object) -> dict[str, Path]:
+    """Every checkpoint exported, side by side, by the command that a user would give."""
+    made = {name: folder / name for name in checkpoints}
+    run(*(megalodon(kind, "--checkpoint", path, "--out", made[name], *options) for name, path in checkpoints.items()))
+    return made
+
+
+def _export_aoti(run: Run, folder: Path, checkpoints: dict[str, Path]) -> dict[str, Path]:
+    return _export(run, folder, checkpoints, "aoti", "--max-batch", 8, "--device", "cpu")
+
+
+def _export_onnx(run: Run, folder: Path, checkpoints: dict[str, Path]) -> dict[str, Path]:
+    return _export(run, folder, checkpoints, "onnx", "--max-batch", 8)
+
+
+def _export_default(run: Run, folder: Path) -> Path:
+    """The README's first command; every other one starts with `python`."""
+    install, export = blocks("sh")[0].strip().split(" && ")
+    assert install == "pip install -e '.[test]'"
+    command = [sys.executable, *export.split()[1:], "--device", "cpu"]
+    (printed,) = run(Command(command, folder, {"OMP_WAIT_POLICY": "passive"}))
+    assert printed.startswith("artifacts/default-aoti-cpu: ")
+    assert "programs equal to the eager model" in printed
+    return folder
+
+
+def _build_cpp(run: Run, folder: Path) -> Path:
+    if native.missing() is None:
+        for command in native.build_commands(folder):
+            run(Command(command))
+    return folder
+
+
+# Fixture -> what makes it, and the fixtures that this takes.
+JOBS: dict[str, tuple[Any, ...]] = {
+    "bundles": (_export_aoti, "checkpoints"),
+    "onnx_bundles": (_export_onnx, "checkpoints"),
+    "workplace": (_export_default,),
+    "cpp_build": (_build_cpp,),
+    "interpreted_kernels": (interpret_kernels, "wanted_kernels"),
+}
+
+
 @pytest.fixture(scope="session")
-def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every checkpoint of CHECKPOINTS exported, side by side, by the command a user would give."""
-    root = tmp_path_factory.mktemp("bundles")
-    exports = {
-        name: start_command("aoti", "--checkpoint", path, "--out", root / name, "--device", "cpu", "--max-batch", 8)
-        for name, path in checkpoints.items()
-    }
-    for name, process in exports.items():
-        _, errors = process.communicate()
-        assert process.returncode == 0, f"{name}: {errors}"
-    return {name: root / name for name in exports}
+def bundles(background: Background) -> dict[str, Path]:
+    """Every checkpoint of CHECKPOINTS exported with AOTInductor."""
+    return background.result("bundles")
+
+
+@pytest.fixture(scope="session")
+def onnx_bundles(background: Background) -> dict[str, Path]:
+    """Every checkpoint of CHECKPOINTS exported to ONNX."""
+    return background.result("onnx_bundles")
 
 
 @pytest.fixture(scope="session")
@@ -106,24 +171,26 @@ def short_chunk_bundle(bundles: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def onnx_bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every checkpoint of CHECKPOINTS exported to ONNX."""
-    root = tmp_path_factory.mktemp("onnx-bundles")
-    for name, path in checkpoints.items():
-        export_onnx(path, root / name, max_batch=8)
-    return {name: root / name for name in checkpoints}
+def wanted_kernels(request: pytest.FixtureRequest) -> dict[str, list[str]]:
+    """What the selected tests of interpreted kernels look at: values by parameter, see support/interpreted.py."""
+    wanted: dict[str, dict[str, None]] = {}
+    for item in request.session.items:
+        if "interpreted_kernels" in getattr(item, "fixturenames", ()):
+            for parameter in MODULES.keys() & item.callspec.params.keys():
+                wanted.setdefault(parameter, {})[item.callspec.params[parameter]] = None
+    return {parameter: list(values) for parameter, values in wanted.items()}
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the README's first command has run; every other one starts with `python`."""
-    folder = tmp_path_factory.mktemp("readme")
-    install, export = blocks("sh")[0].strip().split(" && ")
-    assert install == "pip install -e '.[test]'"
-    printed = run([sys.executable, *export.split()[1:], "--device", "cpu"], folder)
-    assert printed.startswith("artifacts/default-aoti-cpu: ")
-    assert "programs equal to the eager model" in printed
-    return folder
+def interpreted_kernels(background: Background) -> dict[str, list[float]]:
+    """What the kernels' cases, operations and samples found, by name."""
+    return background.result("interpreted_kernels")
+
+
+@pytest.fixture(scope="session")
+def workplace(background: Background) -> Path:
+    """A folder in which the README's first command has run."""
+    return background.result("workplace")
 
 
 @pytest.fixture(scope="session")
@@ -133,13 +200,11 @@ def default_bundle(workplace: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cpp_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cpp_build(background: Background) -> Path:
     """The C++ library, its tests, its command line and the service, built."""
     if lacking := native.missing():
         pytest.skip(f"the C++ library cannot be built here: install {lacking}")
-    folder = tmp_path_factory.mktemp("cpp")
-    native.build(folder)
-    return folder
+    return background.result("cpp_build")
 
 
 @pytest.fixture(scope="session")

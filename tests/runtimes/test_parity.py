@@ -27,9 +27,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module", params=["tiny", "short-chunk"])
-def folder(request: pytest.FixtureRequest, name: str) -> Path:
-    fixture = {"aoti": "bundles", "onnx": "onnx_bundles"}[name]
-    return request.getfixturevalue(fixture)[request.param]
+def folder(request: pytest.FixtureRequest, name: str, bundles: dict[str, Path], onnx_bundles: dict[str, Path]) -> Path:
+    return {"aoti": bundles, "onnx": onnx_bundles}[name][request.param]
 
 
 @pytest.fixture(scope="module")

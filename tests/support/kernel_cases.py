@@ -1,7 +1,7 @@
 """The kernels of a layer against its plain form, in float32, in a process of its own: interpreted, or on a GPU.
 
     export PYTHONPATH=tests
-    TRITON_INTERPRET=1 python -m support.kernel_cases CASE              prints the largest difference
+    TRITON_INTERPRET=1 python -m support.kernel_cases [CASE ...]        prints the largest difference of each
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m support.kernel_cases --cuda [CASE ...]
 
 Each case is a variant of the small model and a batch. Rows are ragged, calls cross chunks, and rows without tokens
@@ -224,9 +224,8 @@ def cache_difference(a: MegalodonCache, b: MegalodonCache) -> float:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--cuda":
-        for case in sys.argv[2:] or [*CASES, *OTHERS]:
-            print(case, run(case, "cuda"), flush=True)
-    else:
+    on_gpu = sys.argv[1:2] == ["--cuda"]
+    if not on_gpu:
         interpret()
-        print(run(sys.argv[1]))
+    for case in sys.argv[1 + on_gpu :] or [*CASES, *OTHERS]:
+        print(case, run(case, "cuda" if on_gpu else "cpu"), flush=True)

@@ -1,8 +1,8 @@
 """The kernels against the plain form on random layers, caches and inputs, many of them extreme; see `Sample`.
 
     export PYTHONPATH=tests
-    TRITON_INTERPRET=1 python -m support.kernel_samples DTYPE SEED ...      prints the largest excess of each
-    python -m support.kernel_samples --cuda DTYPE SEED ...
+    TRITON_INTERPRET=1 python -m support.kernel_samples DTYPE [SEED ...]    prints the largest excess of each
+    python -m support.kernel_samples --cuda DTYPE [SEED ...]
 
 The measure is the plain form in a wider dtype: the kernels may be wrong by a few times as much as the plain form is in
 their own dtype, also when one of its calls computes with other roundings, and by a few roundings. (A channel that
@@ -153,5 +153,5 @@ if __name__ == "__main__":
     if not on_gpu:
         interpret()
     name, *seeds = sys.argv[2:] if on_gpu else sys.argv[1:]
-    for seed in map(int, seeds):
+    for seed in map(int, seeds or range(len(EXTREMES))):
         print(seed, Sample.of(seed).extreme, excess(seed, DTYPES[name], "cuda" if on_gpu else "cpu"), flush=True)

@@ -192,11 +192,11 @@ def sh(*command: object, **options: Any) -> str:
     return done.stdout
 
 
-def build(folder: Path) -> None:
-    """Build the library, its tests, its command line and the service with this Python's torch."""
-    sh(
+def build_commands(folder: Path) -> list[list[object]]:
+    """What builds the library, its tests, its command line and the service with this Python's torch."""
+    configure: list[object] = [
         *("cmake", "-S", CPP, "-B", folder, "-DMEGALODON_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Release"),
         "-DMEGALODON_BUILD_SERVICE=ON",
         f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
-    )
-    sh("cmake", "--build", folder, "-j2")
+    ]
+    return [configure, ["cmake", "--build", folder, "-j2"]]
