@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 
 from megalodon_export.bundles import bundle
-from megalodon_export.export.aoti import default_device, export_aoti, versions
+from megalodon_export.bundles.checkpoints import default_device
+from megalodon_export.export.aoti import export_aoti
+from megalodon_export.export.versions import versions
 from megalodon_export.generation.snapshot import state_size
 from megalodon_export.measure.bench import machine, median_seconds
 from megalodon_export.model import MegalodonConfig, MegalodonForCausalLM

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megalodon_export.bundles import bundle
-from megalodon_export.bundles.checkpoints import DTYPES
+from megalodon_export.bundles.manifest import DTYPES
 from megalodon_export.export.aoti import export_aoti
 from megalodon_export.export.onnx import add_onnx, export_onnx
 from megalodon_export.exporters import aoti

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from engines import Subject
 
-from megalodon_export.bundles.checkpoints import DTYPES
+from megalodon_export.bundles.manifest import DTYPES
 from megalodon_export.measure.bench import WARM_UP, Ceilings, median_seconds
 from megalodon_export.measure.roofline import decode_bytes, prefill_flops, visible_tokens
 

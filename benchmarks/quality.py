@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from report import head
 
-from megalodon_export.bundles.checkpoints import DTYPES, default_checkpoint, load_model
+from megalodon_export.bundles.checkpoints import default_checkpoint, load_model
+from megalodon_export.bundles.manifest import DTYPES
 from megalodon_export.measure.roofline import weight_bytes
 from megalodon_export.model import quantize
 from megalodon_export.model.config import QUANTIZED_FORMATS

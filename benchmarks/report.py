@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megalodon_export.export.aoti import versions
+from megalodon_export.export.versions import versions
 from megalodon_export.measure.bench import machine
 
 Row = dict[str, Any]

@@ -29,8 +29,8 @@ from peer import open_peer, time_peer
 from processes import graph_against_none, memory_of_a_process, resident_memory
 
 from megalodon_export.bundles import bundle
-from megalodon_export.bundles.checkpoints import DTYPES
-from megalodon_export.export.aoti import default_device
+from megalodon_export.bundles.checkpoints import default_device
+from megalodon_export.bundles.manifest import DTYPES
 from megalodon_export.measure.bench import WARM_UP, Ceilings, median_seconds, time_decode, time_prefill
 from megalodon_export.measure.roofline import decode_bytes, prefill_flops, visible_tokens
 from megalodon_export.model import PRESETS, preset

@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 
 from ..model import MegalodonForCausalLM, check_dtype
-from .manifest import DTYPES, WEIGHTS
+from ..model.config import EMAForm
+from .manifest import TOKENIZER, WEIGHTS, ModelDtype
 
-__all__ = ["COMPANIONS", "DTYPES", "TOKENIZER", "WEIGHTS", "CheckpointError", "default_checkpoint", "load_model"]
-
-TOKENIZER = "tokenizer.json"
 # What transformers reads beside the weights; a bundle carries them along.
 COMPANIONS = (
     *("generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
@@ -32,17 +30,34 @@ def default_checkpoint() -> Path:
     raise CheckpointError("the default checkpoint is not installed; reinstall the package, or pass --checkpoint DIR")
 
 
+def default_device() -> str:
+    """This machine's best device: cuda where torch finds a GPU, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> ModelDtype:
+    """The dtype that a checkpoint runs in unless told otherwise: bfloat16 on a GPU, float32 on a CPU."""
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
 def load_model(
-    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ema_prefill: EMAForm | None = None,
 ) -> MegalodonForCausalLM:
-    """A checkpoint for inference, in `dtype` (default: as stored); CheckpointError if it is none of ours."""
+    """A checkpoint for inference. By default `dtype` is that stored and `ema_prefill` the config's.
+
+    CheckpointError if the folder is no checkpoint of ours.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no checkpoint: it has no config.json")
     if not (folder / WEIGHTS).is_file() and not list(folder.glob("*.safetensors")):
         hint = "; convert it first: megalodon-export convert --help" if list(folder.glob("*.pth")) else ""
         raise CheckpointError(f"{folder} is no checkpoint: it has no {WEIGHTS}{hint}")
     try:
-        model = MegalodonForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        form = {} if ema_prefill is None else {"ema_prefill": ema_prefill}
+        model = MegalodonForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **form)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     check_dtype(model.dtype_of_weights)

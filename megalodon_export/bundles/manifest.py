@@ -44,7 +44,7 @@ from ..model import CacheTensor, ModelConfig, cache_layout, dimension_sizes
 from ..model.config import WeightFormat
 
 SCHEMA_VERSION = 3
-WEIGHTS, CONSTANTS = "model.safetensors", "constants.safetensors"
+WEIGHTS, CONSTANTS, TOKENIZER = "model.safetensors", "constants.safetensors", "tokenizer.json"
 
 ModelDtype = Literal["float32", "bfloat16", "float64", "float16"]
 # float16 is for ONNX programs alone, float64 for tests.

@@ -18,6 +18,7 @@ from ..model import MegalodonCache
 from ..runtimes import RUNTIMES, Runtime, open_runtime
 from . import bundle
 from .manifest import Manifest
+from .writing import update_parity
 
 # Largest allowed |difference|, logits absolute and cache relative to each tensor's largest value. float32 programs
 # differ from eager in the order of sums alone; bfloat16 has 8 bits, and a rounding in one layer is seen by all after.
@@ -68,7 +69,7 @@ def verify(
     manifest = bundle.read(folder)
     available = [name for name in RUNTIMES if name in manifest.programs.by_runtime()]
     parity = measure(folder, manifest, runtimes or available, report or (lambda message: None))
-    bundle.update_parity(folder, parity)
+    update_parity(folder, parity)
     return require(parity)
 
 

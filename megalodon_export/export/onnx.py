@@ -1,25 +1,23 @@
-"""Exporting a checkpoint's ONNX graphs to a bundle, and adding programs of one kind to a bundle that has others."""
+"""Export as ONNX graphs: a checkpoint to a new bundle, or graphs added to a bundle that has other programs."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from msgspec.structs import replace
 
-from ..bundles import bundle
 from ..bundles.checkpoints import load_model
 from ..bundles.manifest import CONSTANTS, DTYPES, WEIGHTS, Manifest, ModelDtype
+from ..bundles.writing import staged
 from ..exporters import exporter
 from ..exporters.manifest_types import OnnxPrograms, Programs
 from ..exporters.programs import Limits
 from ..model import MegalodonForCausalLM
-from .aoti import Report, build_aoti, finish, progress, versions, write_checkpoint
-
-Build = Callable[[Path, Manifest], Manifest]
+from ..model.config import EMAForm
+from .steps import Report, add_programs, finish, let_others_read, progress, write_checkpoint
+from .versions import versions
 
 
 def export_onnx(
@@ -30,13 +28,15 @@ def export_onnx(
     max_length: int | None = None,
     all_logits: bool = False,
     report: Report | None = None,
+    ema_prefill: EMAForm | None = None,
 ) -> Manifest:
     """Export a checkpoint's graphs for ONNX Runtime to a bundle folder, and verify them; returns its manifest.
 
     `dtype` "float32" (default), "float16" (weights, keys and values alone) or "bfloat16", which ONNX Runtime has on
-    CUDA only, so that it is exported and verified only there. An existing bundle at `destination` is replaced at the
-    end, or stays as it is if anything fails: CheckpointError, BundleError, PlacementError, VerificationError,
-    ValueError for limits or dtypes that do not exist.
+    CUDA only, so that it is exported and verified only there. `ema_prefill` is the form in which prefill evaluates the
+    EMA (default: the config's). An existing bundle at `destination` is replaced at the end, or stays as it is if
+    anything fails: CheckpointError, BundleError, PlacementError, VerificationError, ValueError for limits or dtypes
+    that do not exist.
     """
     report = report or progress(time.monotonic())
     dtype = dtype or "float32"
@@ -44,11 +44,12 @@ def export_onnx(
         raise ValueError(f"dtype is {dtype!r}, expected float32, float16 or bfloat16")
     _check_can_run(dtype)
     report(f"loading {checkpoint}")
-    model = load_model(checkpoint, torch.float32 if dtype == "float16" else DTYPES[dtype])
+    stored = torch.float32 if dtype == "float16" else DTYPES[dtype]
+    model = load_model(checkpoint, stored, ema_prefill=ema_prefill)
     if dtype == "float16":
         halve(model)
     limits = Limits.of(model.config, max_batch, max_length)
-    with bundle.staged(destination) as staging:
+    with staged(destination) as staging:
         write_checkpoint(model, checkpoint, staging)
         entry = _build(staging, dtype, limits, all_logits, report)
         manifest = Manifest.of(model.config, dtype, Programs(onnx=entry), versions())
@@ -67,7 +68,10 @@ def halve(model: MegalodonForCausalLM) -> None:
 def add_onnx(
     folder: Path, max_batch: int = 64, max_length: int | None = None, report: Report | None = None
 ) -> Manifest:
-    """Add ONNX programs to a bundle, beside those that it has; returns its manifest. Errors as `export_onnx`."""
+    """Add ONNX programs to a bundle, beside those that it has; returns its manifest.
+
+    Raises what `export_onnx` raises, and BundleError if the bundle has such programs.
+    """
     report = report or progress(time.monotonic())
 
     def build(staging: Path, manifest: Manifest) -> Manifest:
@@ -76,58 +80,17 @@ def add_onnx(
         entry = _build(staging, manifest.dtype, limits, manifest.programs.all_logits, report)
         return manifest.replace(programs=manifest.programs.including("onnx", entry))
 
-    return _add(folder, "onnx", build, report)
+    return add_programs(folder, "onnx", build, report)
 
 
-def add_aoti(
-    folder: Path,
-    device: str,
-    max_batch: int = 64,
-    max_length: int | None = None,
-    portable: bool = False,
-    report: Report | None = None,
-) -> Manifest:
-    """Add AOTInductor programs for this machine to a bundle, beside those that it has; returns its manifest."""
-    report = report or progress(time.monotonic())
-
-    def build(staging: Path, manifest: Manifest) -> Manifest:
-        config, programs = manifest.model_config, manifest.programs
-        if manifest.dtype == "float16":
-            raise ValueError("the bundle is float16, which AOTInductor programs are not made for; export another one")
-        limits = Limits.of(config, max_batch, max_length)
-        options = device, manifest.dtype, limits, report, programs.all_logits, portable
-        entry = build_aoti(staging, config.num_layers, *options)
-        # The versions name the torch that must run the new programs.
-        return manifest.replace(programs=programs.including("aoti", entry), versions=versions())
-
-    return _add(folder, "aoti", build, report)
-
-
-def _add(folder: Path, kind: str, build: Build, report: Report) -> Manifest:
-    """Build programs in a copy of a bundle, which replaces it when they are verified."""
-    report(f"checking {folder}")
-    manifest = bundle.read(folder)
-    if kind in manifest.programs.by_runtime():
-        raise bundle.BundleError(
-            f"{folder} has {kind} programs already; export to another folder, or replace it whole."
-        )
-    with bundle.staged(folder) as staging:
-        for name in manifest.files:
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / name, staging / name)
-        sealed = finish(staging, folder, build(staging, manifest), kind, report)
-    report(f"added {kind} programs to {folder}")
-    return sealed
-
-
-def _build(staging: Path, dtype: str, limits: Limits, all_logits: bool, report: Report) -> OnnxPrograms:
+def _build(staging: Path, dtype: ModelDtype, limits: Limits, all_logits: bool, report: Report) -> OnnxPrograms:
+    """Write the graphs beside the checkpoint in a staged folder."""
     entry: OnnxPrograms = exporter("onnx").build(staging, (WEIGHTS, CONSTANTS), dtype, limits, report, all_logits)
-    for name in entry.files:  # safetensors lets only their owner read them
-        shutil.copymode(staging / "config.json", staging / name)
+    let_others_read(staging, entry.files)
     return replace(entry, versions=versions())
 
 
-def _check_can_run(dtype: str) -> None:
+def _check_can_run(dtype: ModelDtype) -> None:
     if dtype == "bfloat16" and not torch.cuda.is_available():
         raise ValueError(
             "bfloat16 graphs run on CUDA only, and this machine has none to verify them on; export float32 or float16"

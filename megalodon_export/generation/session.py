@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..bundles import bundle
-from ..bundles.checkpoints import TOKENIZER
+from ..bundles.manifest import TOKENIZER
 from ..bundles.verify import last_logits
 from ..model import MegalodonCache
 from ..runtimes import Runtime, default_runtime, open_runtime

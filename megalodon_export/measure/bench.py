@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..bundles import bundle
 from ..bundles.verify import last_logits
-from ..export.aoti import versions
+from ..export.versions import versions
 from ..generation.decode_loop import DecodeLoop
 from ..generation.sampling import SamplingParams
 from ..model import MegalodonCache

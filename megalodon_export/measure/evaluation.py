@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..bundles import bundle
-from ..bundles.checkpoints import DTYPES, TOKENIZER, load_model
+from ..bundles.checkpoints import default_device, default_dtype, load_model
+from ..bundles.manifest import DTYPES, TOKENIZER
 from ..generation.session import Session
 from ..model import MegalodonCache, MegalodonConfig
 from ..model.loss import IGNORED
@@ -184,8 +185,8 @@ class Target:
                 raise ValueError(
                     f"{folder} is a checkpoint, which runs in eager mode; export it to run it in {runtime}"
                 )
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            chosen = DTYPES[dtype or ("bfloat16" if device.startswith("cuda") else "float32")]
+            device = device or default_device()
+            chosen = DTYPES[dtype or default_dtype(device)]
             return cls(ModelRuntime(load_model(folder, chosen, device), all_logits=True), tokenizer, "eager")
         manifest = bundle.read(folder)
         if dtype is not None:

@@ -127,7 +127,7 @@ def _check_target(target: Target, versions: dict[str, str], device: str | None) 
     wanted = torch.device(device or target.device)
     again = "export it again on this machine: megalodon-export aoti"
     if wanted.type != target.device:
-        raise RuntimeUnavailable(f"the AOTInductor programs are for {target['device']}, not {wanted.type}; {again}")
+        raise RuntimeUnavailable(f"the AOTInductor programs are for {target.device}, not {wanted.type}; {again}")
     compiled, here = versions["torch"].split("+")[0], torch.__version__.split("+")[0]
     if compiled.split(".")[:2] != here.split(".")[:2]:
         raise RuntimeUnavailable(
@@ -139,12 +139,12 @@ def _check_target(target: Target, versions: dict[str, str], device: str | None) 
         major, minor = torch.cuda.get_device_capability(wanted)
         if target.architecture != f"sm_{major}{minor}":
             raise RuntimeUnavailable(
-                f"the AOTInductor programs are for {target['architecture']}, this GPU is sm_{major}{minor}; {again}"
+                f"the AOTInductor programs are for {target.architecture}, this GPU is sm_{major}{minor}; {again}"
             )
         return wanted
     if target.architecture != platform.machine():
         raise RuntimeUnavailable(
-            f"the AOTInductor programs are for {target['architecture']}, this is {platform.machine()}; {again}"
+            f"the AOTInductor programs are for {target.architecture}, this is {platform.machine()}; {again}"
         )
     missing = sorted(set(target.cpu_features or ()) - set(cpu_features()))
     if missing:

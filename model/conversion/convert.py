@@ -7,7 +7,6 @@ anything is written. Layouts: the original (XuezheMax/megalodon, in one part or 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -26,6 +25,7 @@ from transformers import GenerationConfig
 from ..transformers_api.config import MegalodonConfig
 from ..transformers_api.modeling import MegalodonForCausalLM
 from .merge_shards import merge_parts
+from .staged_folder import StagingError, staged_folder
 
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -277,11 +277,15 @@ def _make_config(src: Path, settings: dict[str, Any], **fixed: Any) -> Megalodon
         raise ConversionError(f"{src / 'config.json'}: {error}") from error
 
 
+def _check_free(dst: Path) -> None:
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise ConversionError(f"{dst} exists and is not an empty folder; name another one or remove it")
+
+
 def _check_output(dst: Path, dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise ConversionError(f"cannot convert to {str(dtype).removeprefix('torch.')}; choose bfloat16 or float32")
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise ConversionError(f"{dst} exists and is not an empty folder; name another one or remove it")
+    _check_free(dst)
 
 
 def _read_config(src: Path, kind: str) -> dict[str, Any]:
@@ -371,26 +375,18 @@ def _read_safetensors(src: Path) -> dict[str, Any]:
 
 
 def _write(src: Path, dst: Path, model: MegalodonForCausalLM) -> None:
-    """Write the folder beside its place and rename it into place."""
-    dst = Path(os.path.abspath(dst))
-    staging = dst.with_name(f".{dst.name}.staging-{os.getpid()}")
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)
+    """Write the folder whole, or not at all."""
     try:
-        model.save_pretrained(staging)
-        if (src / "generation_config.json").is_file():
-            shutil.copyfile(src / "generation_config.json", staging / "generation_config.json")
-        else:
-            config = model.config
-            ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            GenerationConfig(**ids).save_pretrained(staging)
-        for name in _TOKENIZER_FILES:
-            if (src / name).is_file():
-                shutil.copyfile(src / name, staging / name)
-        if dst.exists():
-            dst.rmdir()  # empty, see _check_output
-        staging.rename(dst)
-    except OSError as error:
+        with staged_folder(dst, _check_free) as staging:
+            model.save_pretrained(staging)
+            if (src / "generation_config.json").is_file():
+                shutil.copyfile(src / "generation_config.json", staging / "generation_config.json")
+            else:
+                config = model.config
+                ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+                GenerationConfig(**ids).save_pretrained(staging)
+            for name in _TOKENIZER_FILES:
+                if (src / name).is_file():
+                    shutil.copyfile(src / name, staging / name)
+    except (OSError, StagingError) as error:
         raise ConversionError(f"cannot write {dst}: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -21,8 +21,8 @@ import megalodon_export
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.manifest import Manifest, ModelDtype
 from megalodon_export.bundles.verify import BOUNDS, cases, compare
-from megalodon_export.export.aoti import write_checkpoint
 from megalodon_export.export.onnx import add_onnx, export_onnx, halve
+from megalodon_export.export.steps import write_checkpoint
 from megalodon_export.exporters.manifest_types import Programs
 from megalodon_export.exporters.onnx import check as onnx_check
 from megalodon_export.exporters.onnx import graphs as exporter

@@ -336,7 +336,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     src = write_checkpoint("model_small_plain", tmp_path / "src")
 
     def fail(self: m.MegalodonForCausalLM, folder: Path) -> None:
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         raise OSError("no space left on device")
 
     monkeypatch.setattr(m.MegalodonForCausalLM, "save_pretrained", fail)

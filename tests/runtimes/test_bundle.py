@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megalodon_export.bundles import bundle
-from megalodon_export.bundles.bundle import BundleError, read, seal, staged, update_parity
+from megalodon_export.bundles.bundle import BundleError, read
+from megalodon_export.bundles.writing import seal, staged, update_parity
 from support.damaged_bundles import SMALL_DAMAGE, WEIGHTS, edit, flip, small_manifest, write
 
 
@@ -215,7 +216,7 @@ def test_two_exports_to_one_place(sound: Path) -> None:
 
 EXPORT = """
 import sys, time
-from megalodon_export.bundles.bundle import staged
+from megalodon_export.bundles.writing import staged
 with staged(sys.argv[1]) as staging:
     (staging / "half").write_bytes(b"half")
     print("inside", flush=True)

@@ -23,6 +23,7 @@ import megalodon_export
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.bundle import BundleError
 from megalodon_export.bundles.verify import VerificationError, verify
+from megalodon_export.bundles.writing import seal, staged
 from megalodon_export.cli import run
 from megalodon_export.runtimes import RuntimeUnavailable
 from support.damaged_bundles import EXPORT_DAMAGE, OTHER_MACHINES, edit, flip, truncate
@@ -116,7 +117,7 @@ def spoil(folder: Path, factor: float) -> None:
     path, manifest = folder / "constants.safetensors", bundle.read(folder)
     tensors = load_file(path)
     save_file({name: t * factor if t.is_floating_point() else t for name, t in tensors.items()}, path)
-    bundle.seal(folder, manifest)
+    seal(folder, manifest)
 
 
 def test_a_sound_bundle_verifies(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +197,7 @@ def test_a_killed_export_leaves_neither_bundle_nor_compilers(
     process.wait()
     assert not destination.exists()
     assert wait_until(lambda: not processes_with(mark), 90)
-    with pytest.raises(RuntimeError), bundle.staged(destination):
+    with pytest.raises(RuntimeError), staged(destination):
         raise RuntimeError  # the next export finds the place free, and clears it
     assert not list(destination.parent.iterdir())
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megalodon_export.bundles.bundle import seal, staged
 from megalodon_export.bundles.manifest import Manifest, ModelDtype
+from megalodon_export.bundles.writing import seal, staged
 from megalodon_export.exporters.manifest_types import Programs
 from megalodon_export.model import MegalodonConfig
 

@@ -1,0 +1,59 @@
+"""The files of a folder: their names, sizes and sha256, and errors that list what is wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+PARITY = "parity.json"
+MAX_PROBLEMS = 10
+
+
+class BundleError(Exception):
+    """A bundle that cannot be written or must not be loaded; the text says what, and what to do."""
+
+
+def scan(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """The regular files under a folder by their relative names, and what is wrong with everything else."""
+    files: dict[str, Path] = {}
+    irregular: dict[str, str] = {}
+    folders = [root]
+    while folders:
+        for entry in os.scandir(folders.pop()):
+            path = Path(entry.path)
+            name = path.relative_to(root).as_posix()
+            if entry.is_symlink():
+                irregular[name] = "a regular file expected, a symbolic link found; copy with `cp -rL`"
+            elif entry.is_dir():
+                folders.append(path)
+            elif entry.is_file():
+                files[name] = path
+            else:
+                irregular[name] = "a regular file expected, a device, pipe or socket found"
+    return files, irregular
+
+
+def sha256s(paths: Iterable[Path]) -> list[str | OSError]:
+    """The sha256 of each file in hexadecimal digits, or the error that kept it from being read; one thread a file."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_sha256, paths))
+
+
+def _sha256(path: Path) -> str | OSError:
+    try:
+        with path.open("rb", buffering=0) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return error
+
+
+def bundle_error(headline: str, problems: dict[str, str], advice: str) -> BundleError:
+    """An error that lists problems by file, ten at most."""
+    lines = [f"  {name}: {problems[name]}" for name in sorted(problems)[:MAX_PROBLEMS]]
+    if len(problems) > MAX_PROBLEMS:
+        lines.append(f"  ... and {len(problems) - MAX_PROBLEMS} more")
+    return BundleError("\n".join([f"{headline}:", *lines, advice]))
