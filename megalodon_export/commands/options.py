@@ -1,0 +1,176 @@
+"""The options of every command. This module imports the standard library alone, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+_EPILOG = "Start with `megalodon-export aoti`: it exports the model that ships with the package to artifacts/."
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; `command` of what it returns is the command's name."""
+    whole = argparse.ArgumentParser(
+        prog="megalodon-export", description="Export and run Megalodon language models.", epilog=_EPILOG
+    )
+    whole.add_argument("--traceback", action="store_true", help="on failure, show where in the code it happened")
+    whole.add_argument("--threads", type=int, help="CPU threads (default: 1 for weights under 32 MB, else all cores)")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for add in (_aoti, _onnx, _convert, _generate, _eval, _verify, _inspect, _bench, _doctor):
+        add(commands)
+    return whole
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `--temperature` and the options beside it say, by the names of `SamplingParams`."""
+    return {name: getattr(args, name) for name in _SAMPLING}
+
+
+def _command(commands: Any, name: str, about: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=about, description=about[0].upper() + about[1:] + "."
+    )
+    return command
+
+
+def _aoti(commands: Any) -> None:
+    about = "export a checkpoint with AOTInductor to a bundle: a folder with weights, compiled programs and proof"
+    command = _command(commands, "aoti", about)
+    _add_export_options(command)
+    command.add_argument("--out", type=Path, help="the bundle's folder (default: artifacts/NAME-aoti-DEVICE[-FORMAT])")
+    command.add_argument("--device", help="cpu or cuda (default: this machine's best)")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
+    command.add_argument(
+        "--weight-format",
+        choices=("int8", "int4"),
+        default="float",
+        help="quantise linear layers with torchao (default: leave them in --dtype); int4 keeps the head in int8",
+    )
+    command.add_argument("--group-size", type=int, help="int4: features of a row that share a scale (default 32)")
+    command.add_argument(
+        "--portable", action="store_true", help="cpu: programs for any x86-64 CPU with AVX2, not for this one alone"
+    )
+
+
+def _onnx(commands: Any) -> None:
+    about = "export a checkpoint as ONNX graphs, for ONNX Runtime on a CPU or on CUDA, to a bundle"
+    command = _command(commands, "onnx", about)
+    _add_export_options(command)
+    command.add_argument("--out", type=Path, help="the bundle's folder (default: artifacts/NAME-onnx)")
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32")
+
+
+def _add_export_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--checkpoint", type=Path, help="a folder that from_pretrained loads (default: the one included)"
+    )
+    command.add_argument("--max-batch", type=int, default=64, help="largest batch the programs take (default 64)")
+    command.add_argument("--max-length", type=int, help="most tokens in one prefill call (default: one chunk)")
+    command.add_argument(
+        "--all-logits", action="store_true", help="prefill returns the logits of every token, to score text"
+    )
+    command.add_argument(
+        "--ema-prefill",
+        choices=("blocked", "fft"),
+        help="how prefill evaluates the EMA (default: as the checkpoint's config says). blocked is the fastest. fft "
+        "compiles faster on a CPU, and runs within 8%% of blocked at batch 1. Kernels for a GPU use neither",
+    )
+    command.add_argument(
+        "--add", type=Path, metavar="BUNDLE", help="add the programs to this bundle, and use the weights that it has"
+    )
+    command.add_argument("--json", action="store_true", help="print the manifest's main facts as JSON")
+
+
+def _convert(commands: Any) -> None:
+    command = _command(commands, "convert", "convert another implementation's checkpoint to transformers' layout")
+    command.add_argument("kind", choices=("upstream", "megalodon-hf"), help="where the checkpoint comes from")
+    command.add_argument("source", type=Path, metavar="SRC", help="its folder")
+    command.add_argument("destination", type=Path, metavar="DST", help="the folder to make")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
+
+
+def _generate(commands: Any) -> None:
+    command = _command(commands, "generate", "continue a prompt, streaming the text as it comes")
+    _add_bundle(command)
+    command.add_argument("--prompt", required=True, help="the text to continue; - reads it from stdin")
+    command.add_argument("--runtime", help="aoti, onnx or eager (default: what the bundle has, aoti first)")
+    command.add_argument("--device", help="default: the device that the programs were compiled for")
+    command.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+    _add_sampling_options(command)
+    command.add_argument(
+        "--stop", action="append", default=[], help="end before this string; may be given more than once"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
+
+
+def _eval(commands: Any) -> None:
+    command = _command(commands, "eval", "measure perplexity over texts, and continue prompts, from JSON lines")
+    command.add_argument("folder", type=Path, help="a bundle's folder, or a checkpoint's")
+    command.add_argument(
+        "--ppl", type=Path, action="append", default=[], metavar="FILE", help="score the field text of every line"
+    )
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="continue the field text of every line")
+    command.add_argument("--runtime", help="aoti, onnx or eager (default: what a bundle has; eager for a checkpoint)")
+    command.add_argument(
+        "--device", help="default: the device that the programs were compiled for; for a checkpoint, the best one"
+    )
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="for a checkpoint (default: float32 on cpu, bfloat16 on cuda)"
+    )
+    command.add_argument("--batch", type=int, default=1, help="documents to score side by side (default 1)")
+    command.add_argument(
+        "--truncate-chunks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="from N chunks on, keep the norms' statistics of the last N - 2 alone (default 0: off; the original: 8)",
+    )
+    command.add_argument("--max-new-tokens", type=int, default=512, help="for --prompts; default 512")
+    _add_sampling_options(command)
+    command.add_argument("--json", action="store_true", help="print one JSON object a line")
+
+
+def _add_sampling_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most probable token")
+    command.add_argument("--top-k", type=int, default=0, help="sample among the K most probable (0: off)")
+    command.add_argument("--top-p", type=float, default=1.0, help="sample among the most probable that make up P")
+    command.add_argument("--min-p", type=float, default=0.0, help="drop tokens below P times the most probable")
+    command.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts")
+
+
+def _verify(commands: Any) -> None:
+    about = "check a bundle's hashes, then its programs' numbers against the eager model"
+    command = _command(commands, "verify", about)
+    _add_bundle(command)
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _inspect(commands: Any) -> None:
+    command = _command(commands, "inspect", "show what is in a bundle")
+    _add_bundle(command)
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _bench(commands: Any) -> None:
+    command = _command(commands, "bench", "time a bundle: load, prefill, first token, decode, each apart")
+    _add_bundle(command)
+    command.add_argument(
+        "--runtime", action="append", help="eager, aoti, onnx; may be repeated (default: all there are)"
+    )
+    command.add_argument(
+        "--batch", type=int, action="append", help="batch size; may be given more than once (default 1, 8)"
+    )
+    command.add_argument("--tokens", type=int, default=64, help="decode steps to time (default 64)")
+    command.add_argument("--prompt-tokens", type=int, default=512, help="prefill length (default 512)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _doctor(commands: Any) -> None:
+    command = _command(commands, "doctor", "try the compiler, torch, CUDA and ONNX Runtime; say what to change")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_bundle(command: argparse.ArgumentParser) -> None:
+    command.add_argument("bundle", type=Path, help="a bundle's folder")
