@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging
 
 from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants, use_kernels
-from .gemv_rewrite import stream_products
+from .gemv_rewrite import rewrite_gemv
 from .manifest_types import AotiPrograms, CompiledProgram, CompiledStage, Record
 from .programs import DECODE, DECODE_ONE, PREFILL, Limits, ProgramName
 from .stages import Stage, export_stages
@@ -96,7 +96,7 @@ def compile_stages(
     stages = export_stages(model, request.program, request.limits, request.all_logits)
     if request.program != PREFILL and model.device.type == "cpu":
         for stage in stages.values():
-            stream_products(stage.graph.graph)
+            rewrite_gemv(stage.graph.graph)
             stage.graph.recompile()
     nodes = sum(len(stage.graph.graph.nodes) for stage in stages.values())
     note(f"exported in {time.monotonic() - started:.1f} s, {nodes} nodes; compiling")

@@ -1,9 +1,11 @@
-"""Products with one row as plain sums, which Inductor compiles to loops that stream the matrix over all threads.
+"""Matrix-vector products (GEMV) as plain sums, which Inductor compiles to loops that read the matrix on all threads.
 
-A decode step of one stream is bound by reading every matrix once. The libraries behind torch.mm and torch.bmm are not
-made for that: they read on one thread (float32), or slower still (bfloat16). These functions compute the same
-products, accumulated in float32 or better; `stream_products` puts them in the place of the libraries' calls. With a
-symbolic batch Inductor shares out the batch: good for attention, whose rows have keys of their own, not for weights.
+A decode step of one stream is bound by the memory bandwidth: it reads every matrix once. The libraries behind torch.mm
+and torch.bmm read it on one thread in float32, and slower still in bfloat16. The functions here compute the same
+products, accumulated in float32 or better, and `rewrite_gemv` replaces the libraries' calls in a traced graph by them.
+
+A linear layer is rewritten where its batch is exactly 1. A product of attention is rewritten at a symbolic batch too:
+Inductor then divides the batch among threads, which suits keys that belong to one row, not weights that all rows share.
 """
 
 from __future__ import annotations
@@ -13,22 +15,25 @@ from torch import Tensor, fx
 
 from ..model.quantized import ZERO
 
-ROWS = 4  # rows of a matrix read at the same time: one row at a time leaves the memory waiting at each page's end
-TERMS = 8  # likewise where rows are added up; more of them would share the few places of a cache set
-PARTS = 16  # and as many partial sums at a time
-LANES = 16  # features of int4 groups taken at a time: a vector of float32
+INTERLEAVED = 4  # matrix rows read at the same time: one at a time leaves the memory idle at each page's end
+TERMS = 8  # matrix rows added up at the same time; more of them would compete for the ways of a cache set
+PARTIAL_SUMS = 16  # sums of TERMS rows added up at the same time
+LANES = 16  # features of an int4 group taken at a time: a vector of float32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (B, K) times weight (N, K) transposed, plus bias (N): aten.linear."""
-    parts = weight.unflatten(0, (_divisor(weight.shape[0], ROWS), -1)).unbind(0)
+    """aten.linear as sums: x (B, K) times weight (N, K) transposed, plus bias (N) -> (B, N)."""
+    blocks = weight.unflatten(0, (_divisor(weight.shape[0], INTERLEAVED), -1)).unbind(0)
     wide = _wide(x)[None]  # (1, B, K)
-    product = torch.cat([(_wide(part)[:, None] * wide).sum(-1) for part in parts]).T  # of (N, B)
+    product = torch.cat([(_wide(block)[:, None] * wide).sum(-1) for block in blocks]).T  # of (N, B)
     return (product if bias is None else product + bias).to(x.dtype)
 
 
 def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (B, K) times a QuantizedLinear's weights transposed, plus bias (N); no dequantised matrix is ever stored."""
+    """QuantizedLinear as sums: x (B, K) times its weights (N, K) transposed, plus bias (N) -> (B, N).
+
+    No dequantised matrix is ever stored.
+    """
     wide = _wide(x)
     int8 = weight.dtype == torch.int8
     product = linear(wide, weight) * scale.T.to(wide.dtype) if int8 else _int4_product(wide, weight, scale)
@@ -36,39 +41,46 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
 
 
 def _int4_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Both halves of a row from the same bytes; a group in parts of LANES features, one vector each."""
+    """x (B, K) times int4 weights, uint8 (N, K/2), with scales (N, groups) -> (B, N).
+
+    Each byte holds a feature of the low and one of the high half of K, so both halves come from the same bytes. A group
+    is taken LANES features at a time, one vector each.
+    """
     half, group = x.shape[1] // 2, x.shape[1] // scale.shape[1]
     lanes = LANES if group % LANES == 0 else group
 
-    def parts(row: Tensor) -> tuple[Tensor, ...]:  # (..., K/2) -> (..., groups, lanes), for each part of the groups
+    def vectors(row: Tensor) -> tuple[Tensor, ...]:  # (..., K/2) -> (..., groups, lanes), as many as a group has
         return row.unflatten(-1, (-1, group // lanes, lanes)).unbind(-2)
 
-    packed = [part.int() for part in parts(weight[:, None])]  # (N, 1, groups, lanes)
-    low = [((part & 15).to(x.dtype) - ZERO) * y for part, y in zip(packed, parts(x[:, :half]), strict=True)]
-    high = [((part >> 4).to(x.dtype) - ZERO) * y for part, y in zip(packed, parts(x[:, half:]), strict=True)]
+    packed = [vector.int() for vector in vectors(weight[:, None])]  # (N, 1, groups, lanes)
+    low = [((vector & 15).to(x.dtype) - ZERO) * y for vector, y in zip(packed, vectors(x[:, :half]), strict=True)]
+    high = [((vector >> 4).to(x.dtype) - ZERO) * y for vector, y in zip(packed, vectors(x[:, half:]), strict=True)]
     low_scale, high_scale = (scales[:, None, :, None].to(x.dtype) for scales in scale.chunk(2, dim=-1))
     total = sum(low[1:], low[0]) * low_scale + sum(high[1:], high[0]) * high_scale
     return total.sum((-2, -1)).T
 
 
 def scores(query: Tensor, keys: Tensor) -> Tensor:
-    """query (B, 1, K) times keys (B, K, C), a transposed view of contiguous (B, C, K): aten.bmm."""
+    """aten.bmm as sums: query (B, 1, K) times keys (B, K, C), a transposed view of contiguous (B, C, K)."""
     return (_wide(keys.mT) * _wide(query)).sum(-1)[:, None].to(query.dtype)
 
 
-def mixture(weights: Tensor, values: Tensor) -> Tensor:
-    """weights (B, 1, C) times contiguous values (B, C, E): aten.bmm. Adds some rows at a time, then those sums."""
+def pv_matmul(weights: Tensor, values: Tensor) -> Tensor:
+    """aten.bmm as sums: weights (B, 1, C) times contiguous values (B, C, E) -> (B, 1, E).
+
+    It adds TERMS rows at a time, then PARTIAL_SUMS of those sums at a time.
+    """
     terms = _divisor(values.shape[1], TERMS)
     rows = values.unflatten(1, (terms, -1)).unbind(1)  # each (B, C / terms, E)
-    shares = weights.mT.unflatten(1, (terms, -1)).unbind(1)  # each (B, C / terms, 1)
-    products = [_wide(share) * _wide(row) for share, row in zip(shares, rows, strict=True)]
+    columns = weights.mT.unflatten(1, (terms, -1)).unbind(1)  # each (B, C / terms, 1)
+    products = [_wide(weight) * _wide(row) for weight, row in zip(columns, rows, strict=True)]
     total = sum(products[1:], products[0])
-    total = total.unflatten(1, (-1, _divisor(total.shape[1], PARTS))).sum(2)
+    total = total.unflatten(1, (-1, _divisor(total.shape[1], PARTIAL_SUMS))).sum(2)
     return total.sum(1, keepdim=True).to(values.dtype)
 
 
-def stream_products(graph: fx.Graph) -> None:
-    """Replace batched products of one row, and linear layers of one row, in a traced decode stage."""
+def rewrite_gemv(graph: fx.Graph) -> None:
+    """Replace attention's products, and linear layers at batch 1, in the traced graph of a decode stage."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         x, weight, *bias = node.args
         rows = x.meta["val"].shape[0]
@@ -78,14 +90,14 @@ def stream_products(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default):
         left, right = (argument.meta["val"] for argument in node.args)
         if left.shape[1] == 1:
-            node.target = mixture if right.stride(2) == 1 else scores
+            node.target = pv_matmul if right.stride(2) == 1 else scores
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        graph.erase_node(node)  # of conversions; they would keep the dequantised matrices alive
+        graph.erase_node(node)  # the checks of conversions would keep the dequantised matrices alive
     graph.eliminate_dead_code()
 
 
 def _stored(weight: fx.Node) -> list[fx.Node]:
-    """The inputs of a stage that a matrix is computed from: itself, or a quantised one's integers and scales."""
+    """The stage's inputs that a matrix is computed from: the matrix itself, or the integers and scales of one."""
     found, waiting = [], [weight]
     while waiting:
         node = waiting.pop()

@@ -3,8 +3,8 @@
     prefill   begin(token_ids, lengths, cache) -> x, plan, rotary   layer(x, plan, rotary, cache) -> x   end -> logits
     decode    begin(token_ids, cache) -> x, rotary                  layer(x, rotary, cache) -> x         end -> logits
 
-On a GPU, decode's end also writes the most probable tokens into its argument `next_tokens` (`model/kernels/greedy.py`).
-Fed back, they make the next step, and the host need not take part.
+On a GPU, decode's end also writes the most probable tokens into its argument `next_tokens`
+(`model/kernels/decode/argmax.py`). Fed back, they make the next step, and the host need not take part.
 
 Layers are alike but for their weights, so weights are inputs like any other, and one compiled layer serves all.
 Every stage takes and gives a flat list of tensors. Their names come from the structures they live in (the plan, the

@@ -1,4 +1,4 @@
-"""Products with one row as sums: the same numbers as the library calls that they stand for."""
+"""Matrix-vector products as sums: the same numbers as the library calls that they replace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import megalodon_export.model as m
-from megalodon_export.exporters.gemv_rewrite import linear, mixture, scores, stream_products
+from megalodon_export.exporters.gemv_rewrite import linear, pv_matmul, rewrite_gemv, scores
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.exporters.stages import export_stages
 from support.small_models import make_model
@@ -37,11 +37,11 @@ def test_products_are_those_of_the_libraries(dtype: torch.dtype, n: int, k: int,
     query, keys = draw(batch, 1, k), draw(batch, n, k).mT
     assert_close(scores(query, keys), torch.bmm(query, keys))
     weights, values = draw(batch, 1, n), draw(batch, n, k)
-    assert_close(mixture(weights, values), torch.bmm(weights, values))
+    assert_close(pv_matmul(weights, values), torch.bmm(weights, values))
 
 
 @pytest.mark.parametrize(("program", "left"), [("decode_one", 0), ("decode", 8)])
-def test_products_of_one_row_are_left_to_no_library(program: str, left: int) -> None:
+def test_no_matrix_vector_product_is_left_to_a_library(program: str, left: int) -> None:
     model = make_model(torch.float32, num_layers=1)
     m.freeze_constants(model)
     libraries = {torch.ops.aten.linear.default, torch.ops.aten.bmm.default}
@@ -49,8 +49,8 @@ def test_products_of_one_row_are_left_to_no_library(program: str, left: int) -> 
     for stage in export_stages(model, program, Limits.of(model.config)).values():
         graph = stage.graph.graph
         before += [node.target for node in graph.nodes if node.target in libraries]
-        stream_products(graph)
+        rewrite_gemv(graph)
         stage.graph.recompile()
         after += [node.target for node in graph.nodes if node.target in libraries]
-    assert len(before) == 10  # wz wv wr wh1 wh2, scores and mixture, fc1 fc2, head
+    assert len(before) == 10  # wz wv wr wh1 wh2, scores and pv_matmul, fc1 fc2, head
     assert after == [torch.ops.aten.linear.default] * left

@@ -23,7 +23,7 @@ import megalodon_export.model as m
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.verify import Case, compare
 from megalodon_export.cli import run
-from megalodon_export.exporters.gemv_rewrite import quantized_linear, stream_products
+from megalodon_export.exporters.gemv_rewrite import quantized_linear, rewrite_gemv
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.exporters.stages import export_stages
 from megalodon_export.measure.roofline import prefill_flops, weight_bytes
@@ -191,7 +191,7 @@ def test_a_decode_step_of_one_stream_dequantises_no_matrix(weight_format: str, v
     for stage in export_stages(model, "decode_one", Limits.of(model.config)).values():
         graph = stage.graph.graph
         expected = stage.graph(*(t.clone() for t in stage.examples))
-        stream_products(graph)
+        rewrite_gemv(graph)
         stage.graph.recompile()
         count += len(graph.find_nodes(op="call_function", target=quantized_linear))
         targets = {node.target for node in graph.nodes if node.op == "call_function"}

@@ -98,10 +98,13 @@ def attend_chunks(
         *(z, gamma, beta, cos, sin, q, k, length, eps),
         **{**per_head, "HALF": dz // 2, "HALF_P": next_power_of_2(dz // 2), "num_warps": 1},
     )
-    shape = {**per_head, "C": chunk, "QUERIES": queries, "KEYS": _KEYS, "TILES": tiles}
-    weights = _attention_weights(q, k, key, position, shape)
-    gated = torch.empty_like(r)
+    weights = z.new_empty(batch, heads, length, tiles * _KEYS)
+    row_max = z.new_empty(batch, heads, tiles, length, dtype=torch.float32)
+    row_sumexp = torch.empty_like(row_max)
     query_tiles = (length + queries - 1) // queries
+    shape = {**per_head, "C": chunk, "QUERIES": queries, "KEYS": _KEYS, "TILES": tiles}
+    _launch_softmax(q, k, key, position, weights, row_max, row_sumexp, query_tiles, shape)
+    gated = torch.empty_like(r)
     # Large blocks of dv read the weights less often, small ones leave no multiprocessor idle.
     dv_block = max(16, min(next_power_of_2(dv), 128 if single or heads < 4 else 256))
     launch(megalodon_pv_matmul, (-(-dv // dv_block), query_tiles, batch * heads))(
@@ -116,23 +119,30 @@ def attend_chunks(
     return gated
 
 
-def _attention_weights(q: Tensor, k: Tensor, key: Tensor, position: Tensor, shape: dict[str, Any]) -> Tensor:
-    """softmax(q k) of q, k (B, H, L, dz) and the ring `key`: (B, H, L, TILES KEYS), tiles from the chunk's start on."""
+def _launch_softmax(
+    q: Tensor,
+    k: Tensor,
+    key: Tensor,
+    position: Tensor,
+    weights: Tensor,
+    row_max: Tensor,
+    row_sumexp: Tensor,
+    query_tiles: int,
+    shape: dict[str, Any],
+) -> None:
+    """softmax(q k) of q, k (B, H, L, dz) and the ring `key` into weights (B, H, L, TILES KEYS).
+
+    The tiles of keys count from the start of the chunk. row_max and row_sumexp (B, H, TILES, L) float32 are
+    written on the way.
+    """
     batch, heads, length, dz = q.shape
-    tiles, queries = shape["TILES"], shape["QUERIES"]
-    weights = q.new_empty(batch, heads, length, tiles * _KEYS)
-    row_max = q.new_empty(batch, heads, tiles, length, dtype=torch.float32)
-    row_sumexp = torch.empty_like(row_max)
-    launch(megalodon_scores, (tiles, (length + queries - 1) // queries, batch * heads))(
+    launch(megalodon_scores, (shape["TILES"], query_tiles, batch * heads))(
         *(q, k, key, position, weights, row_max, row_sumexp, length),
         **{**shape, "DZ": dz, "DZ_P": max(next_power_of_2(dz), 16), "IEEE": q.dtype == torch.float32, "num_warps": 4},
     )
-    rows = (length + _SOFTMAX_ROWS - 1) // _SOFTMAX_ROWS
-    sizes = {**shape, "ROWS": _SOFTMAX_ROWS, "GROUP": _SOFTMAX_TILES, "TILES_P": next_power_of_2(tiles)}
-    launch(megalodon_softmax, (-(-tiles // _SOFTMAX_TILES), rows, batch * heads))(
-        *(weights, row_max, row_sumexp, position, length), **sizes, num_warps=4
-    )
-    return weights
+    sizes = {**shape, "ROWS": _SOFTMAX_ROWS, "GROUP": _SOFTMAX_TILES, "TILES_P": next_power_of_2(shape["TILES"])}
+    grid = (-(-shape["TILES"] // _SOFTMAX_TILES), (length + _SOFTMAX_ROWS - 1) // _SOFTMAX_ROWS, batch * heads)
+    launch(megalodon_softmax, grid)(*(weights, row_max, row_sumexp, position, length), **sizes, num_warps=4)
 
 
 @triton.jit
