@@ -2,15 +2,15 @@
 
     h_t = q * h_{t-1} + p * x_t        y_t = Re(sum_n gamma_n h_t,n) + omega * x_t          (arXiv 2404.08801, eq. 4-6)
 
-Prefill works on blocks of T tokens. With Q[s] = q^s (s = 0..T), per channel:
+h_t is one complex number for each of D channels and N modes. Prefill works on blocks of T tokens; for each channel:
 
     inside a block   y = x K,  K[i, j] = Re(sum gamma p q^(j-i)) for i <= j (Toeplitz; omega on the diagonal)
-    what it adds     s = p * sum_j Q[T-1-j] x_j
+    block's state    s = p * sum_j q^(T-1-j) x_j
     carried state    H_b = q^T H_{b-1} + s_{b-1}     by doubling: log2(blocks) steps
     from the state   y += Re(sum_n gamma q^(t+1) H_b)
 
-The FFT form replaces the first line by one causal convolution over the whole length; everything else is shared.
-No complex tensors: pairs (real, imaginary) in a last dimension of 2. Powers of q come from magnitude and phase.
+The FFT form replaces the first line by one causal convolution over the whole length and shares everything else.
+Complex numbers are pairs (real, imaginary) in a last dimension of 2. Powers of q come from magnitude and phase.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def complex_mul(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([ar * br - ai * bi, ar * bi + ai * br], dim=-1)
 
 
-def powers_of_q(log_magnitude: Tensor, turns: Tensor, exponents: Tensor) -> Tensor:
-    """q^r as (..., 2) for log|q| and arg(q) / 2 pi, broadcast against integer exponents r >= 0.
+def powers_of_q(log_magnitude: Tensor, phase_cycles: Tensor, exponents: Tensor) -> Tensor:
+    """q^r as (..., 2) from log|q| and `phase_cycles` = arg(q) / 2 pi, broadcast against integer exponents r >= 0.
 
-    `turns` is float64: the phase is reduced to one turn before it is rounded, so r may be large.
+    `phase_cycles` is float64, and the phase is reduced to one cycle before it is rounded, so r may be large.
     """
     exponents = exponents.double()
-    angle = exponents * turns
+    angle = exponents * phase_cycles
     angle = cast((angle - angle.floor()) * (2 * math.pi), log_magnitude.dtype)
     magnitude = torch.exp(cast(exponents, log_magnitude.dtype) * log_magnitude)
     return torch.stack([magnitude * torch.cos(angle), magnitude * torch.sin(angle)], dim=-1)
@@ -60,28 +60,29 @@ class ComplexEMA(DerivedConstants):
         self.omega = nn.Parameter(torch.zeros(dim, 1))
 
     def derive(self) -> dict[str, Tensor]:
-        """p (D, N), q and gamma (D, N, 2), omega (D), log|q| and turns (D, N), kernel K[0..T) (D, T), from float64.
+        """The coefficients of the recurrence and of its blocks, computed in float64.
 
-        `scan_coefficients` (7, N, D) hold p, q, gamma and q^S again, each as a plane (N, D): the GPU kernels scan
-        over segments of S tokens with them.
+        p (D, N), q and gamma (D, N, 2), omega (D), log|q| and phase_cycles (D, N), the convolution kernel K[0..T)
+        (D, T). `scan_coefficients` (7, N, D) hold p, q, gamma and q^S again, each as a plane (N, D), for back ends that
+        scan segments of S tokens in time.
         """
         dtype = accumulation_dtype(self.alpha.dtype)
         p = torch.sigmoid(self.alpha.double()[..., 0])
         log_magnitude = torch.log1p(-p * torch.sigmoid(self.delta.double()[..., 0]))
         modes = torch.arange(1, self.ndim + 1, dtype=torch.float64, device=p.device) / self.ndim
-        turns = torch.sigmoid(self.theta.double()[..., 0]) * modes  # theta_n = n * base * 2 pi / N
-        q = powers_of_q(log_magnitude, turns, torch.ones((), device=p.device))
+        phase_cycles = torch.sigmoid(self.theta.double()[..., 0]) * modes  # theta_n = n * base * 2 pi / N
+        q = powers_of_q(log_magnitude, phase_cycles, torch.ones((), device=p.device))
         gamma = self.gamma.double() / math.sqrt(self.ndim)
         omega = self.omega.double()[:, 0]
         steps = torch.arange(BLOCK, device=p.device)[:, None]
-        powers = powers_of_q(log_magnitude[:, None], turns[:, None], steps)  # (D, T, N, 2)
+        powers = powers_of_q(log_magnitude[:, None], phase_cycles[:, None], steps)  # (D, T, N, 2)
         kernel = (complex_mul(powers, gamma[:, None])[..., 0] * p[:, None]).sum(-1)
         kernel = torch.cat([kernel[:, :1] + omega[:, None], kernel[:, 1:]], dim=1)
-        q_pow_segment = powers_of_q(log_magnitude, turns, torch.full((), SEGMENT, device=p.device))
+        q_pow_segment = powers_of_q(log_magnitude, phase_cycles, torch.full((), SEGMENT, device=p.device))
         scan_coefficients = torch.cat([p[..., None], q, gamma, q_pow_segment], dim=-1).permute(2, 1, 0)  # (7, N, D)
         constants = {"p": p, "q": q, "gamma": gamma, "omega": omega, "log_magnitude": log_magnitude, "kernel": kernel}
         constants["scan_coefficients"] = scan_coefficients
-        return {**{name: tensor.to(dtype) for name, tensor in constants.items()}, "turns": turns}
+        return {**{name: tensor.to(dtype) for name, tensor in constants.items()}, "phase_cycles": phase_cycles}
 
     def initial_state(self, x: Tensor) -> Tensor:
         """The state (B, D, N, 2) before the first token of x (B, L, D): zeros, in the accumulation dtype."""
@@ -128,16 +129,16 @@ class ComplexEMA(DerivedConstants):
 
 
 class Scan(NamedTuple):
-    """What `scan_blocks` finds: powers of q, the tokens in blocks, and the states between the blocks."""
+    """The result of `scan_blocks`: powers of q, the tokens in blocks, and the states between the blocks."""
 
     powers: Tensor  # (D, T + 1 + shifts, N, 2): the plan's exponents of q
     padded: Tensor  # (B, blocks, T, D)
     blocks: Tensor  # (D, B * blocks, T): the same, as batched products want it
-    to_state: Tensor  # (D, T, 2N): what a token of a block adds to the state at its end
+    to_state: Tensor  # (D, T, 2N): times a token of a block, what it adds to the state at the block's end
     carried: Tensor  # (D, B, blocks, N, 2): the state at the start of every block
 
     def from_state(self, c: dict[str, Tensor]) -> Tensor:
-        """(D, 2N, T), which times the state at the start of a block gives what it adds to the outputs."""
+        """(D, 2N, T): times the state at the start of a block, what that state adds to the block's outputs."""
         return real_part_weights(complex_mul(self.powers[:, 1 : BLOCK + 1], c["gamma"][:, None]))
 
     def last_state(self, plan: PrefillPlan) -> Tensor:
@@ -151,17 +152,17 @@ class Scan(NamedTuple):
 
 
 def scan_blocks(c: dict[str, Tensor], x: Tensor, plan: PrefillPlan, state: Tensor) -> Scan:
-    """The states between the blocks of x (B, L, D), which starts from `state` (B, D, N, 2); `c` as from `derive`."""
+    """The states between the blocks of x (B, L, D) from `state` (B, D, N, 2); `c` are the constants of `derive`."""
     batch, ndim = x.shape[0], state.shape[2]
     padded = to_blocks(x, 1, BLOCK)
     count = padded.shape[1]
     blocks = compact(padded.permute(3, 0, 1, 2)).flatten(1, 2)
-    powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], plan.ema.exponents)
-    decays = powers[:, BLOCK + 1 :]  # of q over 1, 2, 4 ... blocks
+    powers = powers_of_q(c["log_magnitude"][:, None], c["phase_cycles"][:, None], plan.ema.exponents)
+    decays = powers[:, BLOCK + 1 :]  # q^T, q^2T, q^4T ...
     to_state = (powers[:, :BLOCK].flip(1) * c["p"][:, None, :, None]).flatten(2)
     added = torch.bmm(blocks, to_state).unflatten(-1, (ndim, 2))
-    # State at the start of every block: prefix sums of what blocks add, decayed by q^T a block, by doubling.
-    # Real and imaginary parts apart: of pairs, a compiler for CPUs makes no vectors.
+    # The state at the start of every block is a prefix sum of the blocks' states, decayed by q^T a block, by doubling.
+    # Real and imaginary parts are apart, since compilers for CPUs do not vectorise pairs.
     carried = torch.cat([state.transpose(0, 1)[:, :, None], added.unflatten(1, (batch, count))[:, :, :-1]], dim=2)
     re, im = carried.unbind(-1)
     for i, shift in enumerate(carry_shifts(plan.max_length)):
@@ -175,11 +176,11 @@ def scan_blocks(c: dict[str, Tensor], x: Tensor, plan: PrefillPlan, state: Tenso
 def block_powers(c: dict[str, Tensor], length: int, device: torch.device) -> Tensor:
     """q^(T b) for every block b of a length: (D, blocks, N, 2)."""
     starts = torch.arange((length + BLOCK - 1) // BLOCK, device=device)[:, None] * BLOCK
-    return powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], starts)
+    return powers_of_q(c["log_magnitude"][:, None], c["phase_cycles"][:, None], starts)
 
 
 def convolution_kernel(c: dict[str, Tensor], powers: Tensor, starts: Tensor, length: int) -> Tensor:
-    """K[s] = Re(sum_n gamma p q^s) for s < L, (D, L), in two levels: `powers` of q from 0 on, `starts` of blocks."""
+    """K[s] = Re(sum_n gamma p q^s) for s < L, (D, L), from `powers` q^0 .. q^T and `starts`, those at block starts."""
     gamma_powers = real_part_weights(complex_mul(powers[:, :BLOCK], c["gamma"][:, None]))
     kernel = torch.bmm((starts * c["p"][:, None, :, None]).flatten(2), gamma_powers)
     return from_blocks(kernel, 1, length)
@@ -194,14 +195,14 @@ def causal_convolution(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def from_incoming(state: Tensor, from_state: Tensor, starts: Tensor, length: int) -> Tensor:
-    """What the state (B, D, N, 2) before the first token adds, Re(sum_n gamma q^(t+1) h): (B, L, D)."""
+    """The state's part of the outputs (B, L, D): Re(sum_n gamma q^(t+1) h) for the state h (B, D, N, 2) before them."""
     decayed = complex_mul(state.transpose(0, 1)[:, :, None], starts[:, None])  # (D, B, blocks, N, 2)
     incoming = torch.bmm(decayed.flatten(1, 2).flatten(2), from_state).unflatten(1, (state.shape[0], starts.shape[1]))
     return from_blocks(incoming.permute(1, 2, 3, 0), 1, length)
 
 
 def real_part_weights(coefficients: Tensor) -> Tensor:
-    """Coefficients g (D, T, N, 2) -> (D, 2N, T), which times a state (2N) gives Re(sum_n g h)."""
+    """Coefficients g (D, T, N, 2) -> (D, 2N, T): times a state (2N), they give Re(sum_n g h)."""
     return torch.stack([coefficients[..., 0], -coefficients[..., 1]], dim=-1).flatten(2).mT
 
 

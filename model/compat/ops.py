@@ -67,7 +67,7 @@ def ema_parameters(p: Tensor, q: Tensor, gamma: Tensor, hx: Tensor | None, lengt
     """
     c = _coefficients(p, q) | {"gamma": torch.view_as_real(gamma)}
     exponents = torch.arange(BLOCK + 1, device=p.device)[:, None]
-    powers = powers_of_q(c["log_magnitude"][:, None], c["turns"][:, None], exponents)
+    powers = powers_of_q(c["log_magnitude"][:, None], c["phase_cycles"][:, None], exponents)
     starts = block_powers(c, length, p.device)
     weight = convolution_kernel(c, powers, starts, length)
     if hx is None:
@@ -146,8 +146,8 @@ def _coefficients(p: Tensor, q: Tensor) -> dict[str, Tensor]:
     """As `ComplexEMA.derive`, from p and q themselves: the phase stays in float64, see `powers_of_q`."""
     p, pairs = p.squeeze(-1), torch.view_as_real(q.squeeze(-1)).double()
     log_magnitude = pairs.square().sum(-1).log() / 2
-    turns = torch.atan2(pairs[..., 1], pairs[..., 0]) / (2 * math.pi)
-    return {"p": p, "log_magnitude": cast(log_magnitude, p.dtype), "turns": turns}
+    phase_cycles = torch.atan2(pairs[..., 1], pairs[..., 0]) / (2 * math.pi)
+    return {"p": p, "log_magnitude": cast(log_magnitude, p.dtype), "phase_cycles": phase_cycles}
 
 
 def _valid(x: Tensor, padding_mask: Tensor | None) -> Tensor:

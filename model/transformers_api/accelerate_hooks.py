@@ -1,4 +1,4 @@
-"""Models that accelerate has spread over devices or offloaded (device_map): what its hooks on modules say."""
+"""accelerate's hooks on the modules of a model that it has spread over devices or offloaded (`device_map`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import nn
 
 
 def is_dispatched(layer: nn.Module) -> bool:
-    """Whether accelerate brings a layer's weights or inputs to their device; it does so in `forward` alone."""
+    """Whether accelerate moves a layer's weights or inputs to their device, which it does in `forward` alone."""
     return any(hasattr(module, "_hf_hook") for module in (layer, layer.attn))
 
 
 def execution_device(module: nn.Module, default: torch.device) -> torch.device:
-    """Where a module runs: its weights may be elsewhere until it does."""
+    """The device a module runs on; offloaded weights are elsewhere until then."""
     hooks = [getattr(m, "_hf_hook", None) for m in (module, getattr(module, "attn", module))]
     devices = [getattr(hook, "execution_device", None) for hook in hooks]
     return next((torch.device(device) for device in devices if device is not None), default)

@@ -1,4 +1,4 @@
-"""transformers' generate() over a MegalodonCache: greedy, sampling, beams and assisted generation."""
+"""transformers' generate() over a MegalodonCache: greedy search, sampling, beam search and assisted generation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# The field of outputs and the argument of forward: transformers is renaming past_key_values to cache.
+# transformers is renaming past_key_values to cache, as a field of outputs and as an argument of forward.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 SUPPORTED = (
     *(GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION),
@@ -18,7 +18,7 @@ SUPPORTED = (
 
 
 class MegalodonGenerationMixin(GenerationMixin):
-    """generate() with the model's own cache; what it cannot do is refused."""
+    """generate() with the model's own cache; modes that it cannot serve are refused."""
 
     def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args: Any, **kwargs: Any) -> str | None:
         if generation_mode not in SUPPORTED:
@@ -54,7 +54,7 @@ class MegalodonGenerationMixin(GenerationMixin):
             cache.activate_past_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: it pages the keys and values of whole texts."""
+        """Refused: continuous batching pages the keys and values of whole texts, which this model does not keep."""
         raise NotImplementedError(
             "Megalodon has no pages of keys and values for continuous batching; rows of a cache are independent "
             "streams of constant size: see MegalodonCache.rows, or megalodon_export.Session.generate_batch"

@@ -1,4 +1,8 @@
-"""Padding: a batch whose rows are padded on either side, as the right-padded rows that the model runs."""
+"""Padding on either side of a batch's rows, moved to the right, where the model expects it.
+
+    attention_mask   0 0 1 1 1        lengths  3 5
+                     1 1 1 1 1        first    2 0
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,9 @@ from ..loss import IGNORED
 
 @dataclass(frozen=True)
 class PaddingLayout:
-    """Where the tokens of a batch's rows are: in row b, `lengths[b]` columns of L from column `first[b]` on.
+    """Where the tokens are: row b has `lengths[b]` of them, in L columns, from column `first[b]` on.
 
-    `lengths` None: every column is a token; `first` None: every row starts at column 0.
+    `lengths` is None where every column is a token, and `first` where every row starts at column 0.
     """
 
     lengths: Tensor | None = None
@@ -22,10 +26,11 @@ class PaddingLayout:
 
     @classmethod
     def of(cls, token_ids: Tensor, attention_mask: Tensor | None, lengths: Tensor | None) -> PaddingLayout:
-        """From a mask over the columns of token_ids (B, L) and any before them, nonzero for tokens, or from `lengths`.
+        """The layout of token_ids (B, L), from `lengths` or from a mask that is nonzero for tokens.
 
-        ValueError for a mask of another shape or with padding between two tokens. Inside torch.compile, which cannot
-        look at values, a row's tokens are taken to be as many as its mask has, from the first one on.
+        A mask may have the columns of earlier calls in front. ValueError for a mask of another shape, or with padding
+        between two tokens. torch.compile cannot look at values: there a row's tokens are as many as its mask has, from
+        the first one on.
         """
         if attention_mask is None:
             return cls(lengths)
@@ -41,14 +46,14 @@ class PaddingLayout:
         looking = not torch.compiler.is_compiling()
         if looking and bool(mask.all()):
             return cls()
-        rows = cls(mask.sum(1), mask.int().argmax(1))
-        if looking and not torch.equal(mask, rows.valid(length)):
-            row = int((mask != rows.valid(length)).any(1).int().argmax())
+        layout = cls(mask.sum(1), mask.int().argmax(1))
+        if looking and not torch.equal(mask, layout.valid(length)):
+            row = int((mask != layout.valid(length)).any(1).int().argmax())
             raise ValueError(
                 f"attention_mask has padding between two tokens of row {row}, where a stream has no gap; put the "
                 "padding on the left or the right of each row, or carry the stream over in past_key_values"
             )
-        return rows
+        return layout
 
     def valid(self, length: int) -> Tensor:
         """Which of `length` columns are tokens, (B, L) bool."""
@@ -66,7 +71,7 @@ class PaddingLayout:
         return x if self.first is None else _rolled(x, -self.first)
 
     def last(self, x: Tensor, count: int) -> Tensor:
-        """Of x (B, L, ...) with its padding on the right, each row's last `count` tokens; 0 where it has fewer."""
+        """Each row's last `count` tokens of x (B, L, ...), whose padding is on the right; 0 where a row has fewer."""
         if self.lengths is None:
             return x[:, max(x.shape[1] - count, 0) :]
         index = self.lengths.to(x.device)[:, None] + torch.arange(-min(count, x.shape[1]), 0, device=x.device)
@@ -74,7 +79,7 @@ class PaddingLayout:
         return torch.where((index >= 0)[:, :, None], x[rows, index.clamp(min=0)], 0.0)
 
     def targets(self, labels: Tensor) -> Tensor:
-        """What each column but the last predicts, from labels (B, L): IGNORED unless it and the next are tokens."""
+        """The target of each column but the last, from labels (B, L): IGNORED unless it and the next are tokens."""
         targets = labels[:, 1:]
         if self.lengths is None:
             return targets
@@ -83,12 +88,12 @@ class PaddingLayout:
 
 
 def _rolled(x: Tensor, shift: Tensor) -> Tensor:
-    """x (B, L, ...) with column j of each row from j + shift, |shift| < L, round the end.
+    """x (B, L, ...) with column j of each row taken from column (j + shift) mod L, |shift| < L.
 
-    A model spread over devices gives x on the last of them, and shift on the first.
+    The two may be on different devices, where a model is spread over several.
     """
     length = x.shape[1]
     index = torch.arange(length, device=x.device) + shift.to(x.device)[:, None]
-    index = torch.where(index < 0, index + length, index)  # not %, which ONNX exports cannot take with a symbolic size
+    index = torch.where(index < 0, index + length, index)  # ONNX exports cannot take % with a symbolic size
     index = torch.where(index >= length, index - length, index)
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
