@@ -14,7 +14,7 @@ from ..bundles.manifest import DTYPES, Manifest
 from ..export.aoti import add_aoti, export_aoti
 from ..export.onnx import add_onnx, export_onnx
 from ..export.steps import progress
-from ..model.conversion.convert import convert_megalodon_hf, convert_upstream
+from ..model.conversion import convert_megalodon_hf, convert_upstream
 from .threads import set_threads
 
 # Options that make no sense with --add, and what they are when they are not given.

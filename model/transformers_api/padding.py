@@ -1,7 +1,7 @@
 """Padding on either side of a batch's rows, moved to the right, where the model expects it.
 
-    attention_mask   0 0 1 1 1        lengths  3 5
-                     1 1 1 1 1        first    2 0
+attention_mask   0 0 1 1 1        lengths  3 5
+                 1 1 1 1 1        first    2 0
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import megalodon_export.model as m
-from megalodon_export.model.conversion.convert import convert_upstream
+from megalodon_export.model.conversion import convert_upstream
 from megalodon_export.model.rotary import rotate
 from support.golden_data import halves, load, names, relative_error, under, write_checkpoint
 

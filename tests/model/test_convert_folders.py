@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import megalodon_export.model as m
-from megalodon_export.model.conversion.convert import ConversionError, convert_megalodon_hf, convert_upstream
+from megalodon_export.model.conversion import ConversionError, convert_megalodon_hf, convert_upstream
 from support.golden_data import convert, load, under, write_checkpoint, write_hf, write_upstream
 
 pytestmark = pytest.mark.usefixtures("one_thread")

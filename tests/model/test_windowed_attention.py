@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import megalodon_export.model as m
 from megalodon_export.export.aoti import export_aoti
-from megalodon_export.model.conversion.convert import convert_megalodon_hf
+from megalodon_export.model.conversion import convert_megalodon_hf
 from support.golden_data import load, relative_error, under, write_hf
 from support.small_models import SMALL, continued, greedy, make_model, padded, random_tokens
 

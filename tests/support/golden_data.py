@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalodon_export.model import MegalodonConfig
-from megalodon_export.model.conversion.convert import convert_megalodon_hf, convert_upstream
+from megalodon_export.model.conversion import convert_megalodon_hf, convert_upstream
 from megalodon_export.model.plan import PrefillPlan
 
 GOLDEN = Path(__file__).parents[1] / "golden"
