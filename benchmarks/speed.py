@@ -33,7 +33,7 @@ from megalodon_export.bundles.checkpoints import default_device
 from megalodon_export.bundles.manifest import DTYPES
 from megalodon_export.measure.bench import WARM_UP, Ceilings, median_seconds, time_decode, time_prefill
 from megalodon_export.measure.roofline import decode_bytes, prefill_flops, visible_tokens
-from megalodon_export.model import PRESETS, preset
+from megalodon_export.model import PRESETS, MegalodonConfig, preset
 from megalodon_export.runtimes import Runtime
 
 IN_MEMORY = ("eager", "compile", "kernels")
@@ -127,7 +127,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> tuple[Subject, dict[str,
         found["export_seconds"] = time.monotonic() - started
     if folder is not None:
         manifest = bundle.read(folder, check="sizes")
-        config = manifest.model_config
+        config = MegalodonConfig(**vars(manifest.config))
         subject = replace(subject, config=config, dtype=manifest.dtype, folder=folder)
         found["file_bytes"] = {name: entry.size for name, entry in manifest.files.items()}
     found |= {"dtype": subject.dtype, "config": subject.config.to_diff_dict(), "results": [], "contexts": []}

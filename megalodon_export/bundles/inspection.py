@@ -17,7 +17,7 @@ from .manifest import Manifest
 def inspect(folder: Path) -> dict[str, Any]:
     """Facts about a bundle, from its manifest and parity.json; hashes are checked. Sizes in bytes."""
     manifest = bundle.read(folder)
-    config, aoti = manifest.model_config, manifest.programs.aoti
+    config, aoti = manifest.config, manifest.programs.aoti
     parity = folder / bundle.PARITY
     bound = {
         name: {

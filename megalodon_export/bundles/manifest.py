@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -85,7 +85,7 @@ class FileEntry(Record, frozen=True):
     sha256: str
 
 
-class Manifest(Record, frozen=True, kw_only=True, dict=True):
+class Manifest(Record, frozen=True, kw_only=True):
     """All of manifest.json.
 
     `created` is a time in UTC. `dimensions`: sizes by the letters of `dims`, but for B (rows) and L (tokens of a call).
@@ -94,7 +94,7 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
 
     format: Literal["megalodon-export"] = "megalodon-export"
     created: str
-    config: dict[str, Any]
+    config: ModelConfig
     dtype: ModelDtype
     weight_format: WeightFormat
     dimensions: dict[str, int]
@@ -114,7 +114,7 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
         sizes = dimension_sizes(config)
         return cls(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            config=config.to_diff_dict(),
+            config=msgspec.convert({f.name: getattr(config, f.name) for f in fields(ModelConfig)}, ModelConfig),
             dtype=dtype,
             weight_format=config.weight_format,
             dimensions=static_sizes(config),
@@ -127,11 +127,6 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
             programs=programs,
             versions=versions,
         )
-
-    @cached_property
-    def model_config(self) -> ModelConfig:
-        """The config, validated; ValueError names every field that makes no sense."""
-        return ModelConfig.from_dict(self.config)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -166,12 +161,12 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
         return manifest
 
     def _derived_again(self) -> Manifest:
-        config, programs = self.model_config, self.programs
+        programs = self.programs
         for name, entry in programs.by_runtime().items():
-            limits = Limits.of(config, entry.limits.max_batch, entry.limits.max_length)
+            limits = Limits.of(self.config, entry.limits.max_batch, entry.limits.max_length)
             programs = programs.including(name, msgspec.structs.replace(entry, limits=limits))
-        again = Manifest.of(config, self.dtype, programs, self.versions)
-        return again.replace(created=self.created, config=self.config, files=self.files)
+        again = Manifest.of(self.config, self.dtype, programs, self.versions)
+        return again.replace(created=self.created, files=self.files)
 
     def _files_named(self) -> Iterator[tuple[str, str]]:
         """Places in the manifest, and the files that they name."""

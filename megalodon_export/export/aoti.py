@@ -76,7 +76,7 @@ def add_aoti(
     report = report or progress(time.monotonic())
 
     def build(staging: Path, manifest: Manifest) -> Manifest:
-        config, programs = manifest.model_config, manifest.programs
+        config, programs = manifest.config, manifest.programs
         if manifest.dtype == "float16":
             raise ValueError("the bundle is float16, which AOTInductor programs are not made for; export another one")
         limits = Limits.of(config, max_batch, max_length)

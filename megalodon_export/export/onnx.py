@@ -76,7 +76,7 @@ def add_onnx(
 
     def build(staging: Path, manifest: Manifest) -> Manifest:
         _check_can_run(manifest.dtype)
-        limits = Limits.of(manifest.model_config, max_batch, max_length)
+        limits = Limits.of(manifest.config, max_batch, max_length)
         entry = _build(staging, manifest.dtype, limits, manifest.programs.all_logits, report)
         return manifest.replace(programs=manifest.programs.including("onnx", entry))
 

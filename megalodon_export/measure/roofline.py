@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import lru_cache
 
 import torch
@@ -65,7 +66,7 @@ def visible_tokens(config: MegalodonConfig, start: int, tokens: int) -> int:
 
 
 def _key(config: MegalodonConfig) -> str:
-    return json.dumps(config.to_diff_dict(), sort_keys=True, default=str)
+    return json.dumps(asdict(config), sort_keys=True, default=str)
 
 
 @lru_cache

@@ -29,7 +29,7 @@ class AotiRuntime(Runtime):
         if entry is None:
             raise RuntimeUnavailable(f"{folder} has no AOTInductor programs; make them: megalodon-export aoti")
         chosen = _check_target(entry.target, manifest.versions, device)
-        super().__init__(manifest.model_config, manifest.torch_dtype, chosen, entry.limits, entry.all_logits)
+        super().__init__(manifest.config, manifest.torch_dtype, chosen, entry.limits, entry.all_logits)
         self._load(folder / "aoti" / entry.package, entry.stages, WeightStore(folder, chosen).bind)
 
     def _load(

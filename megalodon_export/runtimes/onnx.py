@@ -40,7 +40,7 @@ class OnnxRuntime(Runtime):
         if chosen.type == "cuda":
             require_cuda(chosen)
             chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
-        super().__init__(manifest.model_config, manifest.torch_dtype, chosen, entry.limits, entry.all_logits)
+        super().__init__(manifest.config, manifest.torch_dtype, chosen, entry.limits, entry.all_logits)
         self._entries = entry.graphs
         paths = {name: folder / one.file for name, one in self._entries.items()}
         weights = shared_weights(list(paths.values()), chosen) if chosen.type == "cuda" else {}

@@ -106,7 +106,7 @@ def test_programs_hold_no_weights(folder: Path) -> None:
         weights = stage.weights
         assert {w.file for w in weights} <= {"model.safetensors", "constants.safetensors"}
         assert {str(w.tensor).format(layer=0) for w in weights if w.file == "model.safetensors"} <= parameters
-        for layer in range(manifest.model_config.num_layers):
+        for layer in range(manifest.config.num_layers):
             for name, tensor in store.bind(weights, layer).items():
                 start = tensor.flatten()[-16:].numpy().tobytes()
                 if tensor.numel() >= 16 and len(set(start)) > 16:
