@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..exporters.manifest_types import CompiledProgram, CompiledStage, StageInput, numbered
 from ..exporters.programs import ProgramName, dtype_name
-from ..model import MegalodonForCausalLM
+from ..exporters.weight_files import WeightFiles
+from ..model.modeling import MegalodonLM
 from .manifest import CONSTANTS, WEIGHTS
 
 
-def save_constants(model: MegalodonForCausalLM, folder: Path) -> None:
+def save_constants(model: MegalodonLM, folder: Path) -> None:
     """Write the derived constants of a frozen model."""
     buffers = {name: tensor.cpu() for name, tensor in model.named_buffers() if ".frozen." in f".{name}"}
     save_file(buffers, folder / CONSTANTS)
@@ -34,21 +35,16 @@ def with_sources(
 
     KeyError if a weight is nowhere, ValueError if it is not what the stage was compiled for, in any layer.
     """
-    stored = {file: _headers(folder / file) for file in (WEIGHTS, CONSTANTS)}
-    tied = dict(MegalodonForCausalLM._tied_weights_keys)
-    tied |= {source: name for name, source in tied.items()}  # a file holds one of the two names
+    files = WeightFiles(folder, (WEIGHTS, CONSTANTS))
 
     def found(one: StageInput) -> StageInput:
         if one.kind != "weight":
             return one
-        names = [alias for alias in (one.name, tied.get(one.name)) if alias is not None]
-        places = [(file, name) for name in names for file in stored if numbered(name, 0) in stored[file]]
-        if not places:
-            raise KeyError(f"the program's input {one.name} is in neither {WEIGHTS} nor {CONSTANTS}")
-        file, tensor = places[0]
-        for name in (numbered(tensor, layer) for layer in range(layers)):
-            _require(one, stored[file][name], file, name)
-        return replace(one, file=file, tensor=tensor)
+        first = files.find(numbered(one.name, 0))
+        tensor = one.name if first.name == numbered(one.name, 0) else first.name  # tied weights are of no layer
+        for stored in (files.find(numbered(tensor, layer)) for layer in range(layers)):
+            _require(one, stored.dtype, stored.shape, stored.file, stored.name)
+        return replace(one, file=first.file, tensor=tensor)
 
     def complete(stage: CompiledStage) -> CompiledStage:
         return replace(stage, inputs=tuple(found(one) for one in stage.inputs))
@@ -56,11 +52,10 @@ def with_sources(
     return {name: CompiledProgram(*map(complete, program.stages)) for name, program in stages.items()}
 
 
-def _require(one: StageInput, found: tuple[str, list[int]], file: str, name: str) -> None:
-    expected = one.dtype, list(one.shape or ())
-    if found != expected:
+def _require(one: StageInput, dtype: str, shape: tuple[int, ...], file: str, name: str) -> None:
+    if (dtype, shape) != (one.dtype, one.shape):
         raise ValueError(
-            f"{file}: {name} is {found[0]} {found[1]}, but the manifest says {expected[0]} {expected[1]}; "
+            f"{file}: {name} is {dtype} {list(shape)}, but the manifest says {one.dtype} {list(one.shape or ())}; "
             "export the bundle again"
         )
 
@@ -90,11 +85,5 @@ class WeightStore:
         if key not in self._tensors:
             self._tensors[key] = self._files[one.file].get_tensor(key[1]).to(self._device)
         tensor = self._tensors[key]
-        _require(one, (dtype_name(tensor.dtype), list(tensor.shape)), *key)
+        _require(one, dtype_name(tensor.dtype), tuple(tensor.shape), *key)
         return tensor
-
-
-def _headers(path: Path) -> dict[str, tuple[str, list[int]]]:
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        return {name: (dtype_name(file.get_tensor(name).dtype), file.get_slice(name).get_shape()) for name in names}
