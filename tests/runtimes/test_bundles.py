@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 import megalodon_export
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.bundle import BundleError
+from megalodon_export.bundles.manifest import Manifest
 from megalodon_export.bundles.verify import VerificationError, verify
 from megalodon_export.bundles.writing import seal, staged
 from megalodon_export.cli import run
 from megalodon_export.runtimes import RuntimeUnavailable
-from support.damaged_bundles import EXPORT_DAMAGE, OTHER_MACHINES, edit, flip, truncate
+from support.damaged_bundles import EXPORT_DAMAGE, OTHER_MACHINES, Change, edit, flip, truncate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,6 +108,114 @@ def test_a_bundle_may_be_moved(copy: Path, tmp_path: Path) -> None:
 def test_others_may_read_a_bundle(tiny_bundle: Path) -> None:
     modes = {path.name: path.stat().st_mode & 0o444 for path in tiny_bundle.rglob("*") if path.is_file()}
     assert set(modes.values()) == {modes["config.json"]}
+
+
+# ---- the manifest ----------------------------------------------------------------------------------------------------
+
+
+def limits(manifest: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = manifest["programs"]["aoti"]["limits"]
+    return found
+
+
+def stage(manifest: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = manifest["programs"]["aoti"]["stages"]["decode"]["layer"]
+    return found
+
+
+def weight(manifest: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = next(one for one in stage(manifest)["inputs"] if one["kind"] == "weight")
+    return found
+
+
+LIES: dict[str, Change] = {
+    "a dtype that there is not": (lambda m: m["cache"][0].update(dtype="float8"), r"'float8' - at `\$\.cache\[0\]"),
+    "a dtype of no model": (lambda m: m.update(dtype="int64"), r"'int64' - at `\$\.dtype`"),
+    "text for a number": (lambda m: limits(m).update(max_batch="8"), r"got `str` - at `\$\.programs\.aoti\.limits"),
+    "a missing field": (lambda m: m.pop("layout_id"), "missing required field `layout_id`"),
+    "a missing limit": (lambda m: limits(m).pop("length_multiple"), r"limits\.length_multiple: 32 expected, nothing"),
+    "an unknown field": (lambda m: m.update(extra=1), "unknown field `extra`"),
+    "an unknown limit": (lambda m: limits(m).update(granule=32), r"limits\.granule: nothing expected, 32 found"),
+    "the config": (lambda m: m["config"].update(num_layers=0), "num_layers is 0, expected a whole number"),
+    "layers": (lambda m: m["config"].update(num_layers=3), "cache: a list of 18 expected, one of 13 found"),
+    "dimensions": (lambda m: m["dimensions"].update(C=32), r"dimensions\.C: 64 expected, 32 found"),
+    "a cache's shape": (
+        lambda m: m["cache"][0].update(row_shape=[2, 64, 4]),
+        r"cache\[0\]\.row_shape\[2\]: 8 expected, 4 found",
+    ),
+    "a cache's tensors": (lambda m: m["cache"].pop(), "cache: a list of 13 expected, one of 12 found"),
+    "the layout": (lambda m: m.update(layout_id="0"), "layout_id: [0-9a-f]{16} expected, 0 found"),
+    "the weights' format": (lambda m: m.update(weight_format="int8"), "weight_format: float expected, int8 found"),
+    "the boundary": (lambda m: m["boundary"]["decode"]["inputs"].pop(), r"boundary\.decode\.inputs: a list of 2"),
+    "no length multiple": (lambda m: limits(m).update(length_multiple=0), "length_multiple is 0, expected at least 1"),
+    "another length multiple": (lambda m: limits(m).update(length_multiple=64), "length_multiple: 32 expected, 64"),
+    "a library elsewhere": (lambda m: stage(m).update(library="../x.so"), "one of the files listed expected"),
+    "weights elsewhere": (lambda m: weight(m).update(file="/etc/passwd"), "listed expected, /etc/passwd found"),
+    "a weight of no file": (lambda m: weight(m).pop("file"), "one of the files listed expected, None found"),
+    "a weight of no shape": (lambda m: weight(m).pop("shape"), "has the shape None"),
+    "a negative size": (lambda m: weight(m).update(shape=[-1]), "with a negative size"),
+    "an input of no kind": (lambda m: weight(m).update(kind="dog"), "Invalid enum value 'dog'"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_manifests_that_make_no_sense_are_refused(tiny_bundle: Path, name: str) -> None:
+    change, message = LIES[name]
+    found = json.loads((tiny_bundle / "manifest.json").read_text())
+    change(found)
+    with pytest.raises(ValueError, match=message):
+        Manifest.from_json(found)
+
+
+def test_the_manifest_is_what_the_file_says(copy: Path) -> None:
+    path = copy / "manifest.json"
+    manifest = bundle.read(copy)
+    assert json.loads(json.dumps(manifest.to_json())) == json.loads(path.read_text())
+    assert manifest.cache[0].row_shape == (2, manifest.config.chunk_size, 8)
+    edit(copy, lambda m: m["dimensions"].update(C=32))
+    with pytest.raises(BundleError) as caught:
+        bundle.read(copy)
+    assert str(caught.value) == f"{path}: dimensions.C: 64 expected, 32 found. Export it again."
+
+
+# ---- the form of prefill ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fft_bundle(
+    checkpoints: dict[str, Path],
+    command: Callable[..., subprocess.Popen[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The short-chunk checkpoint, whose config says "blocked", exported with the other form."""
+    folder = tmp_path_factory.mktemp("fft") / "bundle"
+    options = ("--out", folder, "--device", "cpu", "--max-batch", 2, "--ema-prefill", "fft")
+    process = command("aoti", "--checkpoint", checkpoints["short-chunk"], *options)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return folder
+
+
+def test_the_form_of_prefill_is_chosen_at_export(fft_bundle: Path, short_chunk_bundle: Path) -> None:
+    assert [bundle.read(folder).config.ema_prefill for folder in (short_chunk_bundle, fft_bundle)] == ["blocked", "fft"]
+    assert json.loads((fft_bundle / "config.json").read_text())["ema_prefill"] == "fft"
+    assert {row["runtime"] for row in verify(fft_bundle)["results"]} == {"aoti"}
+    prompt = "In the beginning, " * 8
+    texts = ["".join(megalodon_export.load(folder).generate(prompt, 40)) for folder in (short_chunk_bundle, fft_bundle)]
+    assert texts[0] == texts[1]
+
+
+def test_the_form_of_prefill_is_chosen_for_onnx(
+    fft_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "made"
+    options = ["--checkpoint", str(fft_bundle), "--out", str(made), "--max-batch", "2"]
+    assert run(["onnx", *options, "--ema-prefill", "blocked"]) == 0
+    assert bundle.read(made).config.ema_prefill == "blocked"
+    assert {row["runtime"] for row in verify(made)["results"]} == {"onnx"}
+    capsys.readouterr()
+    assert run(["onnx", "--add", str(fft_bundle), "--ema-prefill", "blocked"]) == 1
+    assert "the bundle's own weights and dtype; leave out --ema-prefill" in capsys.readouterr().err
 
 
 # ---- verification ----------------------------------------------------------------------------------------------------
