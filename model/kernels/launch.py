@@ -9,8 +9,8 @@ captured CUDA graph has to ask for it (`runtimes/programmatic.py` of the package
     launch_dependents      the next kernel of the CUDA stream may start from here on
     grid_dependency_wait   from here on, this kernel may read what earlier kernels wrote
 
-Every kernel in this folder calls `grid_dependency_wait` before it reads what an earlier kernel wrote. What no kernel
-writes, such as weights, it loads before that call, while the earlier kernel still runs.
+Every kernel in this folder calls `grid_dependency_wait` before it reads what an earlier kernel wrote. It loads what no
+kernel writes, such as weights, before that call, while the earlier kernel still runs.
 
 With PDL, a kernel that launches early is placed on SMs that still have free resources and leaves others idle. Grids
 that fill half of a GPU or more lose time by that. The kernels in front of such a grid leave `launch_dependents` out,

@@ -1,4 +1,4 @@
-"""What `model/kernels/launch.py` needs of torch and Triton, and what they might change without notice."""
+"""The interfaces of torch and Triton that `model/kernels/launch.py` uses: they may change without notice."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def run(name: str, device: str = "cpu") -> float:
 
 
 def worst_difference(name: str, device: str) -> float:
-    """Of logits and visible cache between both forms in one of CASES."""
+    """Largest difference of logits and visible cache between both forms in one of CASES."""
     variant, batch, calls, steps = CASES[name]
     weights = name.split()[0] if name.startswith("int") else "float"
     plain, fast = (make(weights, SIZES[variant]).to(device) for _ in range(2))

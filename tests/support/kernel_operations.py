@@ -146,7 +146,7 @@ OPERATIONS: dict[str, tuple[str, list[Callable[[], tuple[Any, ...]]]]] = {
 
 
 def largest_difference(name: str, device: str = "cpu") -> float:
-    """Of an operator from its reference, over its cases."""
+    """Largest difference of an operator from its reference, over its cases."""
     where, cases = OPERATIONS[name]
     module = import_module(f"megalodon_export.model.kernels.{where}")
     operator, reference = getattr(module, name), getattr(module, f"{name}_reference")

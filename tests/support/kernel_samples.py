@@ -4,10 +4,10 @@
     TRITON_INTERPRET=1 python -m support.kernel_samples DTYPE [SEED ...]    prints the largest excess of each
     python -m support.kernel_samples --cuda DTYPE [SEED ...]
 
-The measure is the plain form in a wider dtype: the kernels may be wrong by a few times as much as the plain form is in
-their own dtype, also when one of its calls computes with other roundings, and by a few roundings. (A channel that
-hardly changes has a variance of nearly 0, and TimestepNorm makes of one rounding a difference of a thousand: then it is
-luck how far the plain form is off.) An excess is the error over what is allowed; up to 1 is right.
+The truth is the plain form in a wider dtype. The plain form in the kernels' own dtype is off by some error, also when
+one of its calls rounds otherwise. The kernels may be off by TIMES as much, plus ROUNDINGS. Other roundings are tried
+because of channels that hardly change: their variance is nearly 0, TimestepNorm makes of one rounding a difference of a
+thousand, and how far the plain form is off is luck. An excess is the error over what is allowed; up to 1 is right.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from support.small_models import make_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
-TIMES, ROUNDINGS = 4.0, 32.0  # of those errors, and of the largest number: what the kernels are allowed
+TIMES = 4.0  # the kernels' allowed error over the plain form's
+ROUNDINGS = 32.0  # and beside it, in roundings (eps) of the largest number
 
-# What a sample does to the parameters, by name: factors, or numbers that are added.
+# Extremes -> ends of parameters' names -> the factor on such parameters, and the number added to them.
 EXTREMES: dict[str, dict[str, tuple[float, float]]] = {
     "none": {},
     "large inputs": {"embed.weight": (3e4, 0.0)},
@@ -53,7 +54,7 @@ class Sample:
     extreme: str
     prefills: list[tuple[Tensor, Tensor]]
     steps: Tensor  # (steps, B)
-    chunks_before: int  # that the streams are said to have seen, after the first call
+    chunks_before: int  # chunks that the positions skip after the first call
 
     @classmethod
     def of(cls, seed: int) -> Sample:
@@ -78,7 +79,7 @@ class Sample:
         return cls(config, extreme, prefills, tokens(3, batch), rng.choice([0, 0, 3, 100_000]))
 
     def model(self, dtype: torch.dtype, stored: torch.dtype, device: str) -> MegalodonForCausalLM:
-        """The model with weights that `stored` has too; the EMA's are float32 at least."""
+        """The model in `dtype`, with weights rounded to `stored`; the EMA's are float32 at least."""
         model = make_model(torch.float64, **self.config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -96,7 +97,7 @@ class Sample:
         return model
 
     def disturbed(self, dtype: torch.dtype, call: int, device: str) -> list[Tensor]:
-        """As `run`, with every matrix product and layer of one call wrong by up to a rounding."""
+        """`run` on the model with every linear layer and feed-forward of one call wrong by up to a rounding."""
         model = self.model(dtype, dtype, device)
         generator = torch.Generator().manual_seed(call)
         calls: Counter[nn.Module] = Counter()
@@ -115,7 +116,7 @@ class Sample:
 
     @torch.no_grad()
     def run(self, model: MegalodonForCausalLM) -> list[Tensor]:
-        """Logits of every call, and what the streams see of their caches in the end."""
+        """Logits of every call, and the visible part of the cache in the end."""
         device = model.device
         cache: MegalodonCache = model.new_cache(self.steps.shape[1])
         found = []
@@ -129,7 +130,7 @@ class Sample:
 
 
 def excess(seed: int, dtype: torch.dtype, device: str = "cpu") -> float:
-    """The kernels' error over what they are allowed, the largest of a sample; infinite for what is no number."""
+    """The kernels' error over what they are allowed, the largest of a sample; infinite if they give NaN."""
     sample = Sample.of(seed)
     exact = sample.run(sample.model(WIDER[dtype], dtype, device))
     rounded = [sample.disturbed(dtype, call, device) for call in range(len(sample.prefills) + len(sample.steps))]

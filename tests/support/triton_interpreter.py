@@ -35,20 +35,20 @@ def _patch_once(function: Callable[..., Any]) -> _Forever:
 
 
 def _patched(tensor: Any, scope: Any) -> None:
-    """As Triton's, but numpy from 2.4 on turns only arrays without dimensions into numbers."""
+    """Let tensors with one element be indices: numpy from 2.4 on turns only arrays without dimensions into numbers."""
     _original(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
 def _create_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
-    """As Triton's, but what a comparison gave stays boolean: 3.9 spreads it as its operands' type, no mask any more."""
+    """Keep comparisons boolean: Triton 3.9 broadcasts them in their operands' type, and then they mask nothing."""
     block = _splat(self, ret_ty, arg)
     block.data = block.data.astype(arg.data.dtype)
     return block
 
 
 def _create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
-    """As Triton's, which multiplies the bits of bfloat16 as if they were integers."""
+    """Multiply bfloat16 as float32: Triton's interpreter multiplies the bits as if they were integers."""
     a, b = (_float32(t) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
     return _dot(self, a, b, *others)
 

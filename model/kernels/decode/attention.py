@@ -171,14 +171,14 @@ def megalodon_attend(
     """
     launch_dependents_if_gemv(tl.num_programs(2), PDL)
     DV_BLOCKS: tl.constexpr = (DV + DV_BLOCK - 1) // DV_BLOCK
-    part = tl.program_id(0) % DV_BLOCKS
+    dv_block = tl.program_id(0) % DV_BLOCKS
     split = tl.program_id(0) // DV_BLOCKS
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     head_row = b * H + head
     half = tl.arange(0, HALF_P)
     half_ok = half < HALF
-    feature = part * DV_BLOCK + tl.arange(0, DV_BLOCK)
+    feature = dv_block * DV_BLOCK + tl.arange(0, DV_BLOCK)
     feature_ok = feature < DV
     slot = tl.arange(0, SLOTS)
     keys = key_ptr + head_row * (C * 2 * HALF)
@@ -212,7 +212,7 @@ def megalodon_attend(
         lo, hi, v = load_slots(keys, values, slots, end, half, half_ok, feature_ok, HALF, DV)
     entry = head_row * splits + split
     tl.store(partial_ptr + entry * DV + feature, sums, mask=feature_ok)
-    if part == 0:
+    if dv_block == 0:
         tl.store(statistics_ptr + entry * 2, row_max)
         tl.store(statistics_ptr + entry * 2 + 1, row_sumexp)
 

@@ -141,7 +141,7 @@ def megalodon_linear_gemv(
     """y = first + second + alpha * (x W^T + bias); each of first, second, alpha and bias only if its flag is set.
 
     In: x (B, K); weight (OUT, K) as stored and its scales; bias, alpha (OUT); first, second (B, OUT). Out: y (B, OUT).
-    Grid: (ceil(OUT / FEATURES),), FEATURES output features a program for all B rows. The program's part of the weight,
+    Grid: (ceil(OUT / FEATURES),), FEATURES output features a program for all B rows. The program's tile of the weight,
     bias and alpha stay in registers over the loop of rows; sums are float32. The columns are split into HEAD, a power
     of two, and a tail padded to TAIL_P: less is masked than in one tile of all.
     """

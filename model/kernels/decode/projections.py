@@ -130,7 +130,7 @@ def megalodon_project_gemv(
 
     In: x_norm, scaled (B, D); squares (B, PARTIALS) float32; position (B) int64; four weights with scales and biases.
     Out: z (B, Z), h (B, D) float32; r (B, E); v into the ring (B, H, C, dv) at slot position % C.
-    Grid: the sum over the four weights of ceil(features / FEATURES), in the order v, r, h1, z. The program's part of
+    Grid: the sum over the four weights of ceil(features / FEATURES), in the order v, r, h1, z. The program's tile of
     its weight and its bias stay in registers over the loop of rows.
     """
     launch_dependents(PDL)

@@ -105,7 +105,7 @@ def megalodon_up_projection_gemv(
 
     In: h (B, D), float32 or, for int4, hidden's dtype; norm weight, norm bias (D); fc1 and fc3 as weight (F, D),
     scales, bias (F). Out: hidden (B, F). Grid: (ceil(F / FEATURES),), FEATURES hidden features a program for all B
-    rows. The program's parts of both weights and the norm's scale and shift stay in registers over the loop of rows.
+    rows. The program's tiles of both weights and the norm's scale and shift stay in registers over the loop of rows.
     """
     launch_dependents(PDL)
     feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)

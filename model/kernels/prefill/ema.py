@@ -196,7 +196,7 @@ def megalodon_ema_local(
 
 @triton.jit
 def load_addition(entry, segment, full, ok, PLANE: tl.constexpr):
-    """What a segment adds to the state, real and imaginary; 0 for segments from number `full` on."""
+    """A segment's addition to the state, real and imaginary; 0 for segments from number `full` on."""
     place = entry + tl.cast(segment, tl.int64) * (2 * PLANE)
     ok = ok & (segment < full)
     return tl.load(place, mask=ok, other=0.0), tl.load(place + PLANE, mask=ok, other=0.0)
