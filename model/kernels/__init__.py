@@ -2,6 +2,7 @@
 
     decode/             one decode step, per operation: reference, kernels, launch
     prefill/            new tokens of every row, likewise
+    backend.py          both as a back end of the model
     launch.py           how kernels are launched; programmatic dependent launch
     layer_norm.py, timestep_norm.py, rotary.py, elementwise.py      what both folders use
 
@@ -37,7 +38,7 @@ def use_kernels(model: nn.Module, enabled: bool = True) -> None:
         backend = KernelBackend()
     for module in model.modules():
         if isinstance(getattr(module, "backend", None), Backend):
-            module.backend = backend
+            setattr(module, "backend", backend)  # noqa: B010 - nn.Module types its attributes as tensors and modules
 
 
 def _check(model: nn.Module) -> None:

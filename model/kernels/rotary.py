@@ -3,7 +3,7 @@
     q, k = rotate(z / rms(z) * (gamma + 1) / sqrt(dz) + beta)
 
 A head's dz features are held as two halves, since the rotation pairs feature j with feature j + dz / 2. The plain form
-is `GatedAttention._project` with `model/rotary.py: rotate`.
+is `model/gated_attention.py: GatedAttention.project`.
 """
 
 from __future__ import annotations

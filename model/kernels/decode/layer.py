@@ -1,4 +1,4 @@
-"""One layer of a decode step on the kernels of this folder; `MegalodonBlock.step` is its plain form."""
+"""One layer of a decode step on the kernels of this folder; `model/blocks.py: MegalodonBlock` is the plain form."""
 
 from __future__ import annotations
 
