@@ -1,8 +1,11 @@
-"""AOTInductor: the stages of both programs compiled to shared libraries without weights, and packed into one .pt2.
+"""AOTInductor: the stages of all programs compiled to shared libraries without weights, and packed into one .pt2.
 
-Each program is compiled in a process of its own (`python -m megalodon_export.exporters.aoti REQUEST`): the two run
-side by side, and a compiler crash is an error message. No stage holds weights: they are inputs, and a runtime passes
-the same tensors to all.
+    build(checkpoint, bundle / "aoti", "cpu", "float32", limits, print)
+    -> bundle/aoti/model.pt2, prefill_begin.so, prefill_layer.so, prefill_end.so, decode_begin.so, ...
+
+Each program is compiled in a process of its own (`python -m megalodon_export.exporters.aoti REQUEST`): they run side by
+side, and a compiler that crashes gives an error message. No stage holds weights: they are inputs, and a runtime passes
+the same tensors to all stages.
 """
 
 from __future__ import annotations
@@ -16,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
-from transformers.utils import logging
 
-from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants, use_kernels
+from ..model import MegalodonForCausalLM, use_kernels
 from .gemv_rewrite import rewrite_gemv
 from .manifest_types import AotiPrograms, CompiledProgram, CompiledStage, Record
 from .programs import DECODE, DECODE_ONE, PREFILL, Limits, ProgramName
-from .stages import Stage, export_stages
+from .stages import Stage, export_stages, one_layer_model
 from .target import target
 from .torch_internals import compile_graph, package_programs, stand_in_sources
 from .workers import Worker, run_side_by_side, serve
@@ -53,11 +54,11 @@ class StageFiles(Record, frozen=True):
 
 
 def inductor_options(request: CompileRequest, stage: str) -> dict[str, Any]:
-    """What AOTInductor is told, and why."""
+    """AOTInductor's options for one stage."""
     options: dict[str, Any] = {
         "aot_inductor.package": True,
-        # a folder of its own: in the shared cache, Inductor takes the kernels of any stage with the same wrapper,
-        # which does not name the sizes of its inputs
+        # A folder per stage. In a shared one, Inductor reuses the kernels of another stage whose wrapper is the same
+        # text, and that text does not name the sizes of the inputs.
         "aot_inductor.output_path": str(Path(request.directory, stage)),
         "aot_inductor.package_constants_in_so": False,  # a stage has none; should one appear, `compile_stage` sees it
         "aot_inductor.check_lowerbound": False,  # with the check, a program refuses batch 1
@@ -69,21 +70,9 @@ def inductor_options(request: CompileRequest, stage: str) -> dict[str, Any]:
     return options
 
 
-def one_layer_model(request: CompileRequest) -> MegalodonForCausalLM:
-    """The checkpoint's first layer, embedding and head: all that a program's stages can depend on."""
-    config = MegalodonConfig.from_pretrained(request.checkpoint)
-    config.num_layers = 1
-    logging.set_verbosity_error()  # it would list the weights of all other layers
-    dtype = getattr(torch, request.dtype)
-    model = MegalodonForCausalLM.from_pretrained(request.checkpoint, config=config, dtype=dtype)
-    model = model.eval().requires_grad_(False).to(request.device)
-    freeze_constants(model)
-    return model
-
-
 def compile_program(request: CompileRequest, note: Callable[[str], None]) -> dict[str, StageFiles]:
     """Compile the stages of one program of a checkpoint in this process; see `compile_stages`."""
-    return compile_stages(one_layer_model(request), request, note)
+    return compile_stages(one_layer_model(request.checkpoint, request.device, request.dtype), request, note)
 
 
 def compile_stages(

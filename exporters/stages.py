@@ -4,11 +4,11 @@
     decode    begin(token_ids, cache) -> x, rotary                  layer(x, rotary, cache) -> x         end -> logits
 
 On a GPU, decode's end also writes the most probable tokens into its argument `next_tokens`
-(`model/kernels/decode/argmax.py`). Fed back, they make the next step, and the host need not take part.
+(`model/kernels/decode/argmax.py`). They are the next step's token ids, without a copy to the host.
 
-Layers are alike but for their weights, so weights are inputs like any other, and one compiled layer serves all.
-Every stage takes and gives a flat list of tensors. Their names come from the structures they live in (the plan, the
-cache, the model's parameters); what a stage does not use is not among its inputs.
+Layers differ in their weights alone. Weights are inputs like any other, so one compiled layer serves all layers.
+Every stage takes and returns a flat list of tensors, named by the structures that hold them (the plan, the cache, the
+model's parameters). Tensors that a stage does not use are not among its inputs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
+from transformers.utils import logging
 
-from ..model import MegalodonForCausalLM
+from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants
 from ..model.cache import FinalCache, LayerCache
 from ..model.modeling import last_valid
 from ..model.plan import BLOCK
@@ -88,6 +90,17 @@ def decode_stages(model: MegalodonForCausalLM) -> dict[str, Run]:
     return {BEGIN: begin, LAYER: layer, END: end_and_choose if body.backend.writes_next_tokens else end}
 
 
+def one_layer_model(checkpoint: str | Path, device: str, dtype: str) -> MegalodonForCausalLM:
+    """The checkpoint's first layer, embedding and head, frozen: all that a program's stages can depend on."""
+    config = MegalodonConfig.from_pretrained(checkpoint)
+    config.num_layers = 1
+    logging.set_verbosity_error()  # it would list the weights of all other layers
+    model = MegalodonForCausalLM.from_pretrained(checkpoint, config=config, dtype=getattr(torch, dtype))
+    model = model.eval().requires_grad_(False).to(device)
+    freeze_constants(model)
+    return model
+
+
 def export_stages(model: MegalodonForCausalLM, name: str, limits: Limits, all_logits: bool = False) -> dict[str, Stage]:
     """torch.export of the stages of a program (PREFILL, DECODE, DECODE_ONE), batch and length dynamic within `limits`.
 
@@ -100,11 +113,11 @@ def export_stages(model: MegalodonForCausalLM, name: str, limits: Limits, all_lo
     tracer = _Tracer(model, *_examples(model, name, limits))
     runs = prefill_stages(model, limits.max_length, all_logits) if name == PREFILL else decode_stages(model)
     begin = tracer.trace(runs[BEGIN])
-    tracer.go_on(begin, runs[BEGIN])
+    tracer.bind_outputs(begin, runs[BEGIN])
     traced = {LAYER: tracer.trace(runs[LAYER]), END: tracer.trace(runs[END])}
-    later = {stage: tracer.finish(f"{name}_{stage}", one, set(one.outputs)) for stage, one in traced.items()}
+    later = {stage: tracer.to_stage(f"{name}_{stage}", one, set(one.outputs)) for stage, one in traced.items()}
     wanted = {one.name for stage in later.values() for one in stage.inputs}
-    return {BEGIN: tracer.finish(f"{name}_{BEGIN}", begin, wanted), **later}
+    return {BEGIN: tracer.to_stage(f"{name}_{BEGIN}", begin, wanted), **later}
 
 
 def _examples(
@@ -112,12 +125,12 @@ def _examples(
 ) -> tuple[dict[str, Any], dict[str, dict[int, Any]]]:
     """Example arguments of a program, and the dynamic dimensions of their tensors."""
     device, vocabulary = model.device, model.config.vocab_size
-    # Ranges that end at 3 or later: where 1 is not special, torch takes it for 2 or more, and 1..2 for the constant 2.
+    # Ranges end at 3 at least. torch takes a size of 1 for 2 where 1 is not special, so 1..2 would be the constant 2.
     batch_size = min(3, limits.max_batch)
     batch = Dim("B", min=1, max=max(limits.max_batch, 3)) if limits.max_batch > 1 else Dim.STATIC
     cache = model.new_cache(batch_size)
     blocks = limits.max_length // limits.length_multiple
-    # Not the largest length, which may equal another size, and no size inside the graph may be 1 in the example.
+    # The example's length is not the largest, which may equal another size, and no size in the graph may be 1 in it.
     example = limits.length_multiple * (blocks - 1 if blocks > 3 else blocks)
     shape = (batch_size,) if name != PREFILL else (batch_size, example)
     values = {
@@ -143,12 +156,12 @@ class _Traced:
 
 @dataclass
 class _Tracer:
-    """Exports stages one after the other: the results of one are arguments of the next."""
+    """Exports stages in order: results of one are arguments of those that follow."""
 
     model: MegalodonForCausalLM
     values: dict[str, Any]  # example arguments
     dims: dict[str, dict[int, Any]]  # the dynamic dimensions of their tensors, by name
-    aliases: dict[str, str] = field(default_factory=dict)  # results that are tensors which came in
+    aliases: dict[str, str] = field(default_factory=dict)  # results that are inputs, unchanged: result -> input
 
     def __post_init__(self) -> None:
         self.weights = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
@@ -162,7 +175,7 @@ class _Tracer:
         return flatten_all(self.values) | self.weights
 
     def trace(self, run: Run) -> _Traced:
-        """Export a stage with everything that it might use as an input."""
+        """Export a stage, with every tensor that it might use as an input."""
         values = {key: self.values[key] for key in inspect.signature(run).parameters}
         given = {self.aliases.get(n, n): t for n, t in flatten_all(values).items()}
         tensors = given | self.weights
@@ -174,8 +187,8 @@ class _Tracer:
         outputs = tree_unflatten(range(count), program.call_spec.out_spec)
         return _Traced(program, tuple(tensors), tuple(outputs))
 
-    def go_on(self, traced: _Traced, run: Run) -> None:
-        """Learn the results of a stage: example values, dimensions in terms of those known, aliases of inputs."""
+    def bind_outputs(self, traced: _Traced, run: Run) -> None:
+        """Make a stage's results known to later stages: example values, dynamic dimensions, aliases of inputs."""
         with torch.no_grad():
             results = run(**{key: self.values[key] for key in inspect.signature(run).parameters})
         nodes = dict(zip(traced.program.graph.find_nodes(op="placeholder"), traced.inputs, strict=True))
@@ -192,8 +205,8 @@ class _Tracer:
             self.dims[name] = {axis: dimension(size, roots) for axis, size in enumerate(node.meta["val"].shape)}
         self.values |= results
 
-    def finish(self, name: str, traced: _Traced, wanted: set[str]) -> Stage:
-        """Leave out the results that nobody wants and the inputs that nothing uses."""
+    def to_stage(self, name: str, traced: _Traced, wanted: set[str]) -> Stage:
+        """The stage without results that no later stage wants, and without inputs that nothing uses."""
         module = traced.program.module(check_guards=False)
         graph = module.graph
         assert isinstance(graph, fx.Graph)
@@ -225,7 +238,7 @@ class _Tracer:
 
 
 class _StageModule(nn.Module):
-    """A stage as a function of one list of tensors; the model is none of its submodules, so it brings no weights."""
+    """A stage as a function of one list of tensors. The model is hidden from torch.export: it brings no weights."""
 
     def __init__(self, tracer: _Tracer, run: Run, values: dict[str, Any], names: tuple[str, ...]) -> None:
         super().__init__()
@@ -233,7 +246,7 @@ class _StageModule(nn.Module):
         self.names, self.weights = names, frozenset(tracer.weights)
 
     def forward(self, tensors: list[Tensor]) -> dict[str, Tensor]:
-        """Run the stage with the given tensors in the places of the example's, weights included."""
+        """Run the stage with the given tensors in place of the example's, weights included."""
         caller, run, values, aliases = self.hidden
         named = dict(zip(self.names, tensors, strict=True))
         arguments = {key: rebuild(value, key, lambda n: named[aliases.get(n, n)]) for key, value in values.items()}
@@ -243,7 +256,7 @@ class _StageModule(nn.Module):
 
 
 class _Caller(nn.Module):
-    """Runs a function of a model's methods, for functional_call, which knows `forward` alone."""
+    """Makes any function of a model's methods a `forward`, the only method that functional_call can call."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,8 @@
-"""Nested dataclasses, named tuples and lists as flat, named tensors; the sizes of such tensors in terms of others'."""
+"""Nested dataclasses, named tuples and lists as flat, named tensors; sizes of tensors in terms of other sizes.
+
+flatten(cache.layers, "layers") -> {"layers.0.key": tensor, "layers.0.value": tensor, ...}
+dimension(4 * s0 + 1, {s0: Dim("B")}) -> 4 * Dim("B") + 1
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from .torch_internals import is_found_in_values, size_expression, size_symbol, s
 
 
 def flatten(value: Any, name: str) -> dict[str, Tensor]:
-    """The tensors of a structure by their dotted names; numbers and the like are no part of it."""
+    """The tensors of a structure by their dotted names. Fields that are no tensors are left out."""
     if isinstance(value, Tensor):
         return {name: value}
     return {n: t for part, item in _parts(value) for n, t in flatten(item, f"{name}.{part}").items()}
@@ -26,7 +30,7 @@ def flatten_all(values: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def rebuild(value: Any, name: str, tensor: Callable[[str], Tensor]) -> Any:
-    """The same structure with other tensors, asked for by the names that `flatten` gives them."""
+    """A copy of a structure with other tensors: `tensor` gives each by the name that `flatten` gives it."""
     if isinstance(value, Tensor):
         return tensor(name)
     parts = {part: rebuild(item, f"{name}.{part}", tensor) for part, item in _parts(value)}
@@ -47,14 +51,14 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def root_of(size: int | SymInt, dim: Any) -> dict[sympy.Symbol, Any]:
-    """The symbol behind a traced size, and the torch.export.Dim it stands for; `dim` is how the size was declared."""
+    """The symbol of a traced size and its torch.export.Dim; `dim` is how the size was declared."""
     if not isinstance(size, SymInt):
         return {}
     return {size_symbol(size): getattr(dim, "root", dim)}
 
 
 def unbacked(size: int | SymInt) -> dict[sympy.Symbol, Any]:
-    """The symbol of a size that a stage finds in its inputs' values, and a torch.export.Dim of its own for it."""
+    """The symbol of a size that a stage reads from its inputs' values, and a new torch.export.Dim for it."""
     if not isinstance(size, SymInt) or not is_found_in_values(size):
         return {}
     symbol = size_symbol(size)
@@ -63,7 +67,7 @@ def unbacked(size: int | SymInt) -> dict[sympy.Symbol, Any]:
 
 
 def dimension(size: int | SymInt, roots: Mapping[sympy.Symbol, Any]) -> Any:
-    """A traced size as a Dim, or as a multiple of one plus a number; static if it is a number.
+    """A traced size as a multiple of a Dim plus a number, or static if it is a number.
 
     ValueError for a size of another form, which torch.export cannot declare.
     """

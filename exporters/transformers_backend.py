@@ -1,12 +1,12 @@
-"""AOTInductor as a back end of transformers' own exporters, under the name "aoti". Importing this registers it.
+"""AOTInductor as a back end of transformers' own exporters, named "aoti". Importing this module registers it.
 
     exported = AutoHfExporter.from_config({"export_format": "aoti"}).export(model, inputs, AotiConfig())
     exported.save_pretrained(FOLDER)
 
-It registers the cache with torch's pytrees too, without which no saved export that takes one can be loaded.
-
-One graph with its weights inside, of whatever forward is given: any model of transformers, and of this package too.
-A bundle (`megalodon_export.export.aoti`) is what to ship: programs for every length, which share one file of weights.
+The back end compiles the forward of any transformers model, this package's included, to one graph that holds its
+weights. To ship a model, make a bundle (`megalodon_export.export.aoti`): its programs take every length, and share one
+file of weights.
+The cache is registered with torch's pytrees, too: without that, no saved export that takes a cache can be loaded.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ NAME = "aoti"
 
 @dataclass
 class AotiConfig(DynamoConfig):
-    """As transformers' DynamoConfig."""
+    """The fields of transformers' DynamoConfig."""
 
     export_format: str = NAME  # type: ignore[assignment]  # a field of an enum there, which others may not extend
 
 
 class AotiPackage:
-    """A compiled package on disk, in a folder that goes with it unless it is one's own."""
+    """A compiled package on disk: at `path`, or in a temporary folder that is deleted with this object."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._folder = None if path is not None else tempfile.TemporaryDirectory()
@@ -50,7 +50,7 @@ class AotiPackage:
 
 
 class AotiExporter(HfExporter):
-    """Compiles what transformers' DynamoExporter traces; inputs, dynamic shapes and patches are its."""
+    """Compiles the program that transformers' DynamoExporter traces."""
 
     export_format = NAME
     config_class = AotiConfig
@@ -73,7 +73,7 @@ class AotiExporter(HfExporter):
 
     @classmethod
     def load_program(cls, path: str | Path) -> AotiPackage:
-        """The package at `path`, which stays there."""
+        """The package at `path`, without a copy."""
         return AotiPackage(Path(path))
 
 
@@ -82,17 +82,17 @@ class AotiModelRunner(ModelRunner):
 
     def __init__(self, program: AotiPackage, metadata: ExportMetadata) -> None:
         super().__init__(metadata)
-        self._program = program  # whose folder must outlive what is loaded from it
+        self._program = program  # its folder must outlive the library that is loaded from it
         self._run = torch._inductor.aoti_load_package(str(program.path))
 
     @property
     def device(self) -> torch.device:
-        """The export's."""
+        """The device that was exported for."""
         return torch.device(self.metadata.export_device or "cpu")
 
     @classmethod
     def from_program(cls, program: AotiPackage, metadata: ExportMetadata, device: Any = None) -> AotiModelRunner:
-        """ValueError for another kind of device than the package's."""
+        """A runner of a package. ValueError for another kind of device than the package's."""
         runner = cls(program, metadata)
         if device is not None and torch.device(device).type != runner.device.type:
             raise ValueError(f"the package is compiled for {runner.device}, not {device}; export it there")

@@ -1,4 +1,11 @@
-"""Compilations in processes of their own: run side by side, watched, and gone when the export is."""
+"""Processes of their own for what may crash or hang: compilations here, the doctor's probes.
+
+    workers = [Worker("prefill", "megalodon_export.exporters.aoti", request, folder), ...]
+    results = run_side_by_side(workers, print)     # {"prefill": ...}, or CompileError with the end of a log
+
+Each process runs in a session of its own, so that the compilers which it started end with it. Workers end when the
+export does, even one that is killed. This module needs the standard library only.
+"""
 
 from __future__ import annotations
 
@@ -39,16 +46,7 @@ class Worker:
         # passive: threads that wait must not take the cores from the other worker. The instruction sets are those of
         # /proc/cpuinfo; Inductor would compile a test program for each, which takes up to a minute.
         environment = {"OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_VEC_ISA_OK": "1", **os.environ}
-        with open(self.folder / "log", "wb") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-
-    def end(self) -> None:
-        """Kill the process, if it still runs, and the compilers that it runs."""
-        with self.process:  # closes its stdin, waits for it
-            if self.process.poll() is None:
-                _kill_group(self.process.pid)
+        self.process = start_process(command, self.folder / "log", environment, subprocess.PIPE)
 
     def report_progress(self, report: Callable[[str], None]) -> None:
         """Pass on what the worker has written since the last time."""
@@ -69,6 +67,23 @@ class Worker:
         return json.loads((self.folder / "result.json").read_text())
 
 
+def start_process(
+    command: list[str], log: Path, environment: dict[str, str], stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, with all its output in a log."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, stdin=stdin, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process of `start_process` and what it started, if it still runs, and wait for it."""
+    with process:  # closes its stdin, waits for it
+        if process.poll() is None:
+            _kill_group(process.pid)
+
+
 def run_side_by_side(workers: list[Worker], report: Callable[[str], None]) -> dict[str, Any]:
     """Run all workers, passing on their progress; results by name. The first failure ends the others."""
     results = {}
@@ -87,7 +102,7 @@ def run_side_by_side(workers: list[Worker], report: Callable[[str], None]) -> di
     finally:
         for worker in workers:
             if hasattr(worker, "process"):
-                worker.end()
+                end_process(worker.process)
     return results
 
 
@@ -109,7 +124,7 @@ def _end_with_parent() -> None:
     """A killed export must not leave compilers running."""
 
     def watch() -> None:
-        os.read(0, 1)  # nothing is ever written: it ends when the export does, even one killed before we got here
+        os.read(0, 1)  # nothing is ever written, so this returns when the export has ended
         _kill_group(os.getpid())
 
     threading.Thread(target=watch, daemon=True).start()

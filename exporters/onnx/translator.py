@@ -1,7 +1,9 @@
-"""From a stage's traced graph to ONNX: node by node, by the handlers of `ops.py` and `products.py`.
+"""From a stage's traced graph to ONNX: node by node, each by its handler in one of the `handlers_*.py`.
 
-Operations on constants alone are computed here and now. What a stage does in place becomes a new value of the tensor;
-the writes into the rings are TensorScatter, which a runtime can let work in place.
+    %silu = torch.ops.aten.silu.default(%x)  ->  HANDLERS[aten.silu.default](translator, node, x)  ->  Mul, Sigmoid
+
+An operation on constants alone is computed at export. A write in place gives the tensor a new value; writes into the
+rings are TensorScatter, which a runtime may do in place.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor, fx
 
 from ..stages import Stage
 from ..torch_internals import size_expression, size_symbol, symbol_bounds, tree_any, tree_map
-from .graph import FOUND, Const, Dims, Expr, GraphBuilder, InGraph, Operand, Steps, Val
+from .graph_builder import DATA_SIZE, Arange, Computed, Const, Dims, Expr, GraphBuilder, Operand, Val
 
 aten = torch.ops.aten
 Handler = Callable[..., Any]
@@ -43,7 +45,8 @@ class Translator:
         self.graph, self.stage = graph, stage
         self.env: dict[fx.Node, Any] = {}
         self.symbols: dict[Any, Expr] = {}
-        self.copies: dict[fx.Node, tuple[Val, Expr]] = {}  # of so many slots of a ring, first in a larger tensor
+        # For a ring: a tensor that begins with its slots, or with the first of them, and their number.
+        self.ring_copies: dict[fx.Node, tuple[Val, Expr]] = {}
         placeholders = stage.graph.graph.find_nodes(op="placeholder")
         self.inputs = dict(zip((one.name for one in stage.inputs), placeholders, strict=True))
         for name, node in self.inputs.items():
@@ -51,7 +54,7 @@ class Translator:
             self._learn(node, inputs[name].shape)
 
     def _learn(self, node: fx.Node, dims: Dims) -> None:
-        """What the stage's own symbols stand for."""
+        """Express the symbols of the stage's sizes by the graph's."""
         for size, dim in zip(node.meta["val"].shape, dims, strict=True):
             if isinstance(size, torch.SymInt):
                 symbol, expression = size_symbol(size), sympy.expand(size_expression(size))
@@ -74,21 +77,22 @@ class Translator:
     def _call(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
         if node.target is aten.item.default:
-            self._find(value, self.env[node.all_input_nodes[0]])
+            self._read_data_size(value, self.env[node.all_input_nodes[0]])
         if isinstance(value, torch.SymInt | torch.SymBool | int):
             return self.size(value)
         parts: list[Any] = [fx.node.map_arg(part, lambda n: self.env[n]) for part in (node.args, node.kwargs)]
         args, kwargs = parts
         if node.target is operator.getitem:
             return args[0][args[1]]
-        if node.target is aten.fft_rfft.default or tree_any(_unknown, (args, kwargs)):  # a folded spectrum is complex
+        # The spectrum of a constant is not computed at export: it would be a complex tensor.
+        if node.target is aten.fft_rfft.default or tree_any(_is_computed, (args, kwargs)):
             return self._handle(node, args, kwargs)
         return self._fold(node, args, kwargs)
 
-    def _find(self, value: Any, tensor: Operand) -> None:
-        """A size that is read from a tensor's value."""
-        self.symbols[size_symbol(value)] = FOUND
-        self.graph.find(self.graph.value(tensor), symbol_bounds(value)[1])
+    def _read_data_size(self, value: Any, tensor: Operand) -> None:
+        """A size that a tensor's value gives is DATA_SIZE in the graph."""
+        self.symbols[size_symbol(value)] = DATA_SIZE
+        self.graph.add_data_size(self.graph.value(tensor), symbol_bounds(value)[1])
 
     def _handle(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.target not in HANDLERS:
@@ -98,15 +102,15 @@ class Translator:
         return HANDLERS[node.target](self, node, *args, **kwargs)
 
     def _fold(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """The result of an operation on constants."""
+        """The result of an operation on constants, computed now."""
         numbers, options = tree_map(_as_torch, (args, kwargs))
         result = node.target(*numbers, **options)  # type: ignore[operator]
         return tree_map(lambda x: Const(x) if isinstance(x, Tensor) else x, result)
 
-    # ---- what handlers ask
+    # ---- used by handlers
 
     def size(self, size: Any) -> Any:
-        """A traced size in terms of B and the multiples; other things as they are."""
+        """A traced size in terms of B and MULTIPLES; other arguments unchanged."""
         if isinstance(size, torch.SymInt):
             return sympy.expand(size_expression(size).subs(self.symbols))
         return sympy.Integer(size) if type(size) is int else size
@@ -120,7 +124,7 @@ class Translator:
         """A tensor or a number as a value of the dtype."""
         if isinstance(x, sympy.Expr):
             return self.cast(self.graph.number(x), dtype) if not x.is_number else self.graph.constant(int(x), dtype)
-        if not isinstance(x, Val | Const | Steps):
+        if not isinstance(x, Val | Const | Arange):
             return self.graph.constant(x, dtype)
         return self.cast(self.graph.value(x), dtype)
 
@@ -135,8 +139,8 @@ class Translator:
         return Val.of(self.graph.op(kind, *inputs, dtype=dtype, **attributes), self.dims(node))
 
 
-def _unknown(x: Any) -> bool:
-    return isinstance(x, InGraph) or (isinstance(x, sympy.Expr) and not x.is_number)
+def _is_computed(x: Any) -> bool:
+    return isinstance(x, Computed) or (isinstance(x, sympy.Expr) and not x.is_number)
 
 
 def _as_torch(x: Any) -> Any:
@@ -160,7 +164,7 @@ def regroup(t: Translator, val: Val, groups: tuple[Dims, ...]) -> Val:
         return Val(t.graph.op("Unsqueeze", val.value, t.graph.constant(ones)), groups)
     try:
         return t.graph.reshape(val, dims, groups)
-    except ValueError:  # out with the old ones, in with the new
+    except ValueError:  # drop the old sizes of 1, then add the new ones
         old = [i for i, dim in enumerate(val.dims) if dim == 1]
         value = t.graph.op("Squeeze", val.value, t.graph.constant(old)) if old else val.value
         if rest != [d for d in val.dims if d != 1]:
@@ -168,11 +172,11 @@ def regroup(t: Translator, val: Val, groups: tuple[Dims, ...]) -> Val:
         return Val(t.graph.op("Unsqueeze", value, t.graph.constant(ones)) if ones else value, groups)
 
 
-def place(val: Val, axis: int) -> int:
-    """Where a dimension is among those of the ONNX value."""
+def onnx_axis(val: Val, axis: int) -> int:
+    """The ONNX value's axis at which a dimension of the Val begins."""
     return sum(len(group) for group in val.groups[:axis])
 
 
 def with_dim(val: Val, value: ir.Value, axis: int, dim: Expr) -> Val:
-    """A value shaped as another one, but for the size of a dimension."""
+    """A Val of an ONNX value with the groups of another, one of which has a new size."""
     return Val(value, (*val.groups[:axis], (dim,), *val.groups[axis + 1 :]))

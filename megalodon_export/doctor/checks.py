@@ -13,12 +13,13 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from ..exporters.workers import end_process, start_process
 
 MIN_PYTHON = (3, 11)
 MIN_MEMORY_GIB = 2.0
@@ -127,25 +128,10 @@ class _Job:
         # -P: the script's own folder must not shadow other packages with this package's module names.
         command = [sys.executable, "-P", str(probe.script), str(self.path), probe.title, probe.function]
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(self.path / "inductor"), "TRITON_CACHE_DIR": str(self.path / "triton")}
-        with (self.path / "output").open("wb") as output:
-            self.process = subprocess.Popen(
-                [*command, *probe.arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, **caches},
-                start_new_session=True,  # so that a timeout ends the compilers it started, too
-            )
+        self.process = start_process([*command, *probe.arguments], self.path / "output", {**os.environ, **caches})
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
-
-    def stop(self) -> None:
-        if hasattr(os, "killpg"):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        else:
-            self.process.kill()
-        self.process.wait()
 
     def checks(self, timed_out: bool) -> list[Check]:
         found = self.path / "checks"
@@ -186,7 +172,7 @@ def _run(probes: Sequence[Probe]) -> list[Check]:
             for index, job in list(running.items()):
                 timed_out = job.process.poll() is None and job.seconds() > job.probe.timeout
                 if timed_out:
-                    job.stop()
+                    end_process(job.process)
                 if job.process.returncode is None:
                     continue
                 results[index] = job.checks(timed_out)
@@ -196,7 +182,7 @@ def _run(probes: Sequence[Probe]) -> list[Check]:
             time.sleep(0.02)
     finally:
         for job in running.values():
-            job.stop()
+            end_process(job.process)
             job.folder.cleanup()
     return [check for index in range(len(probes)) for check in results[index]]
 

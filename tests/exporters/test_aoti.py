@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 import megalodon_export.model as m
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.weights import WeightStore, save_constants, with_sources
-from megalodon_export.exporters.aoti import CompileRequest, compile_stage, inductor_options, one_layer_model
+from megalodon_export.exporters.aoti import CompileRequest, compile_stage, inductor_options
 from megalodon_export.exporters.manifest_types import CompiledProgram, CompiledStage
 from megalodon_export.exporters.programs import Limits
-from megalodon_export.exporters.stages import Stage, export_stages
+from megalodon_export.exporters.stages import Stage, export_stages, one_layer_model
 from megalodon_export.model import MegalodonCache, MegalodonConfig
 from megalodon_export.runtimes import Runtime, open_runtime
 from support.small_models import make_model
@@ -158,8 +158,7 @@ def exported(layers: int, program: str, folder: Path) -> dict[str, Stage]:
     """The stages of a program, from the checkpoint of a model with some number of layers."""
     make_model(torch.float32, num_layers=layers).save_pretrained(folder / f"{layers}")
     limits = Limits.of(MegalodonConfig.from_pretrained(folder / f"{layers}"))
-    request = CompileRequest(str(folder / f"{layers}"), program, "cpu", "float32", limits, False, False, "")
-    return export_stages(one_layer_model(request), program, limits)
+    return export_stages(one_layer_model(folder / f"{layers}", "cpu", "float32"), program, limits)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -200,7 +199,7 @@ def test_kernels_of_other_sizes_are_not_taken_from_a_cache(tmp_path: Path) -> No
         request = CompileRequest(
             str(folder), "decode", "cpu", "float32", Limits.of(config), False, False, str(folder / "out")
         )
-        stage = export_stages(one_layer_model(request), "decode", request.limits)["begin"]
+        stage = export_stages(one_layer_model(folder, "cpu", "float32"), "decode", request.limits)["begin"]
         files = compile_stage(stage, inductor_options(request, stage.name)).files
         (library,) = (Path(file).read_bytes() for file in files if file.endswith(".so"))
         embeddings.append(f"< {vocabulary}L".encode() in library)  # the bound that ids are checked against
@@ -219,8 +218,7 @@ def test_a_tied_head_is_bound_to_the_embedding(tmp_path: Path) -> None:
     m.freeze_constants(model)
     save_constants(model, tmp_path)
     limits = Limits.of(model.config)
-    request = CompileRequest(str(tmp_path), "decode", "cpu", "float32", limits, False, False, "")
-    stages = export_stages(one_layer_model(request), "decode", limits)
+    stages = export_stages(one_layer_model(tmp_path, "cpu", "float32"), "decode", limits)
     compiled = CompiledProgram(*(CompiledStage(s.name, "", s.inputs, s.outputs) for s in stages.values()))
     program = with_sources({"decode": compiled}, 2, tmp_path)["decode"]
     store = WeightStore(tmp_path, torch.device("cpu"))

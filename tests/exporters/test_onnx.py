@@ -24,8 +24,7 @@ from megalodon_export.bundles.verify import BOUNDS, cases, compare
 from megalodon_export.export.onnx import add_onnx, export_onnx, halve
 from megalodon_export.export.steps import write_checkpoint
 from megalodon_export.exporters.manifest_types import Programs
-from megalodon_export.exporters.onnx import check as onnx_check
-from megalodon_export.exporters.onnx import graphs as exporter
+from megalodon_export.exporters.onnx import build_graphs, cuda_placement
 from megalodon_export.exporters.programs import Limits, ProgramName
 from megalodon_export.model import MegalodonForCausalLM
 from megalodon_export.runtimes import Runtime, RuntimeUnavailable, open_runtime
@@ -42,7 +41,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_numpy.py"
 def built(model: MegalodonForCausalLM, folder: Path, dtype: ModelDtype = "float32", **limits: Any) -> Manifest:
     """The graphs of a model in a folder, and their manifest."""
     write_checkpoint(model, Path("nowhere"), folder)
-    entry = exporter.build(folder, FILES, dtype, Limits.of(model.config, **limits), lambda message: None)
+    entry = build_graphs.build(folder, FILES, dtype, Limits.of(model.config, **limits), lambda message: None)
     return Manifest.of(model.config, dtype, Programs(onnx=entry), {})
 
 
@@ -121,7 +120,7 @@ def test_every_node_has_a_cuda_kernel_in_half_precision_too(tmp_path: Path, dtyp
     built(model, tmp_path, dtype)
     for name in GRAPHS:
         assert len(graph(tmp_path, name)) > 100
-        onnx_check.require(graph(tmp_path, name))
+        cuda_placement.require(graph(tmp_path, name))
         assert graph(tmp_path, name).inputs[-1].name == "past_key_values.final.position"
 
 
@@ -144,8 +143,8 @@ def one_node(kind: str, dtype: ir.DataType, **attributes: Any) -> ir.Graph:
     ids=["on the CPU", "no bfloat16", "on the CPU for integers", "unknown", "unknown dtype"],
 )
 def test_nodes_without_a_cuda_kernel_are_named(found: ir.Graph, message: str) -> None:
-    with pytest.raises(onnx_check.PlacementError, match=message):
-        onnx_check.require(found)
+    with pytest.raises(cuda_placement.PlacementError, match=message):
+        cuda_placement.require(found)
 
 
 def test_sizes_computed_in_the_graph_are_named() -> None:
@@ -154,7 +153,7 @@ def test_sizes_computed_in_the_graph_are_named() -> None:
     shape.outputs[0].type = ir.TensorType(ir.DataType.INT64)
     double = ir.node("Add", [shape.outputs[0], shape.outputs[0]], name="twice")
     found = ir.Graph([x], list(double.outputs), nodes=[shape, double], opset_imports={"": 24}, name="g")
-    assert onnx_check.not_on_cuda(found) == ["twice: Add computes with the sizes that size_of_x reads, on the CPU"]
+    assert cuda_placement.not_on_cuda(found) == ["twice: Add computes with the sizes that size_of_x reads, on the CPU"]
 
 
 def test_a_missing_gpu_is_no_silent_cpu(onnx_bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,13 +169,13 @@ def test_a_missing_gpu_is_no_silent_cpu(onnx_bundles: dict[str, Path], monkeypat
 @pytest.mark.parametrize("name", ["tiny", "short-chunk"])
 def test_a_read_of_the_ring_after_its_write_is_found(onnx_bundles: dict[str, Path], name: str) -> None:
     found = graph(onnx_bundles[name], "prefill")
-    assert onnx_check.unsafe_in_place(found) == []
+    assert cuda_placement.unsafe_in_place(found) == []
     ring = next(value for value in found.inputs if value.name == "past_key_values.0.key")
     scatter = next(user for user, _ in ring.uses() if user.op_type == "TensorScatter")
     late = ir.node("Neg", [ring], name="late")
     late.outputs[0].type = ring.type
     found.insert_after(scatter, late)
-    assert onnx_check.unsafe_in_place(found) == [
+    assert cuda_placement.unsafe_in_place(found) == [
         f"late may read past_key_values.0.key after {scatter.name} has written to it"
     ]
 

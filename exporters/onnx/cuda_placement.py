@@ -1,6 +1,8 @@
-"""What can be known of a graph without a GPU: that each node has a CUDA kernel, that caches may be updated in place.
+"""Checks of a graph that take no GPU: every node has a CUDA kernel, and caches may be updated in place.
 
-`cuda_kernels.json` is a table of where ONNX Runtime ran every operation, by opset and dtype, on a GPU.
+    not_on_cuda(graph) -> ["DFT_12: DFT of opset 24 has no CUDA kernel for f32"]
+
+`cuda_kernels.json` is a table of where ONNX Runtime ran every operation on a GPU machine, by opset and dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ _DTYPES = {
     **{ir.DataType.FLOAT: "f32", ir.DataType.FLOAT16: "f16", ir.DataType.BFLOAT16: "bf16", ir.DataType.DOUBLE: "f64"},
     **{ir.DataType.INT64: "i64", ir.DataType.INT32: "i32", ir.DataType.BOOL: "bool"},
 }
-# Where the dtype that picks the kernel is not the first input's; and what may take a size from host memory.
+# Operations whose kernel is chosen by the dtype of another input than the first, and inputs that are read on the host.
 _DECIDES = {"Where": 1, "TensorScatter": 0}
 _TAKES_SIZES = {"Slice": (1, 2, 3, 4), "Reshape": (1,), "Expand": (1,)}
 
@@ -66,7 +68,7 @@ def _kernel_problem(node: ir.Node, opsets: dict[str, int]) -> str | None:
 
 
 def _around(versions: dict[int, Any], opset: int) -> list[int]:
-    """The opsets in the table nearest below and above: a kernel that both have, the one between them has."""
+    """The nearest opsets of the table below and above: a kernel that both have exists in between, too."""
     below, above = [v for v in versions if v < opset], [v for v in versions if v > opset]
     return [max(below), *([min(above)] if above else [])] if below else []
 

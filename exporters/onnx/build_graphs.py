@@ -1,15 +1,16 @@
 """ONNX: prefill and decode as two graphs for all layers, over the weights in the bundle's own safetensors files.
 
+    build(folder, ("model.safetensors", "constants.safetensors"), "float32", limits, print)
+    -> folder/prefill.onnx, folder/decode.onnx, folder/onnx_constants.safetensors
+
 The stages that every exporter works from are traced once and written once for each layer, so that only writing takes
-longer for a deeper model. The graphs lie beside `model.safetensors`, since ONNX refers to files of the same folder
-alone, and hold no weights: an initializer is a place (offset, length) in that file or in one of derived constants.
-Everything that depends on weights alone is computed at export; `onnx_constants.safetensors` has what is large of it.
+longer for a deeper model. The graphs hold no weights: an initializer is an offset and a length in a file. They lie
+beside `model.safetensors`, since ONNX refers to files of the same folder alone.
+Everything that depends on weights alone is computed at export.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from functools import cache
@@ -19,13 +20,8 @@ import onnx_ir as ir
 import sympy
 import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
-from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ...model import MegalodonConfig, MegalodonForCausalLM
-from ..aoti import CompileRequest, one_layer_model
 from ..manifest_types import Graph, GraphTensor, OnnxPrograms, StageInput, Target, numbered
 from ..programs import (
     BEGIN,
@@ -40,16 +36,14 @@ from ..programs import (
     program_specs,
     static_sizes,
 )
-from ..stages import Stage, export_stages
-from . import ops, products  # noqa: F401 - register what they write
-from .check import require
-from .graph import BATCH, MULTIPLES, OPSET, Const, Expr, GraphBuilder, Operand
+from ..stages import Stage, export_stages, one_layer_model
+from . import handlers_elementwise, handlers_indexing, handlers_products  # noqa: F401 - register their handlers
+from .cuda_placement import require
+from .graph_builder import BATCH, MULTIPLES, OPSET, Const, Expr, GraphBuilder, Operand
 from .translator import Translator
+from .weight_files import CONSTANTS, WeightFiles, move_large_constants
 
-CONSTANTS = "onnx_constants.safetensors"
 IR_VERSION = 11  # an older one than onnx writes by default: ONNX Runtime lags behind it
-_SMALL = 1 << 16  # bytes; larger constants are in the file of that name
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 
 
 def past_name(name: str) -> str:
@@ -64,46 +58,6 @@ def present_name(name: str) -> str:
 
 def _short(name: str) -> str:
     return name.removeprefix("layers.")
-
-
-class WeightFiles:
-    """The tensors of a bundle's safetensors files, as values and as places in the files."""
-
-    def __init__(self, folder: Path, files: tuple[str, ...]) -> None:
-        self._opened = {file: safe_open(folder / file, framework="pt") for file in files}
-        self._entries = {name: (file, e) for file in files for name, e in _places(folder / file).items()}
-        self._folder = folder
-        tied = dict(MegalodonForCausalLM._tied_weights_keys)
-        self._alias = tied | {source: name for name, source in tied.items()}  # a file holds one of the two
-
-    def tensor(self, name: str) -> Tensor:
-        """A weight's value, mapped from the file."""
-        name = self._stored(name)
-        return self._opened[self._entries[name][0]].get_tensor(name)
-
-    def external(self, name: str) -> ir.ExternalTensor:
-        """A weight as ONNX refers to it."""
-        file, (dtype, shape, start, end) = self._entries[self._stored(name)]
-        kind = from_torch_dtype(getattr(torch, _DTYPES[dtype]))
-        return ir.ExternalTensor(
-            file, start, end - start, kind, shape=ir.Shape(shape), name=name, base_dir=self._folder
-        )
-
-    def _stored(self, name: str) -> str:
-        found = name if name in self._entries else self._alias.get(name)
-        if found not in self._entries:
-            raise KeyError(f"the program's input {name} is in none of the bundle's files {', '.join(self._opened)}")
-        return found  # type: ignore[return-value]
-
-
-def _places(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
-    """dtype, shape, first and last byte of every tensor of a safetensors file."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    start = 8 + size
-    return {n: (e["dtype"], e["shape"], *(start + at for at in e["data_offsets"])) for n, e in header.items()}
 
 
 def build(
@@ -122,8 +76,7 @@ def build(
             "export the float checkpoint, and quantise its graphs with onnxruntime.quantization"
         )
     weights = WeightFiles(folder, files)
-    request = CompileRequest(str(folder), "", "cpu", dtype, limits, all_logits, False, "")
-    model = one_layer_model(request)
+    model = one_layer_model(folder, "cpu", dtype)
     model.model.supported_dtypes += (torch.float16,)
     specs = program_specs(config, getattr(torch, dtype), all_logits)
     graphs: dict[ProgramName, ir.Graph] = {}
@@ -144,22 +97,6 @@ def build(
         files=(*(f"{name}.onnx" for name in graphs), CONSTANTS),
         graphs={name: boundary(specs[name]) for name in graphs},
     )
-
-
-def move_large_constants(graphs: list[ir.Graph], folder: Path) -> None:
-    """Write the large constants of graphs to one file, equal ones once, and let the graphs refer to it."""
-    places: dict[str, list[ir.Value]] = {}
-    tensors: dict[str, Tensor] = {}
-    for value in (value for graph in graphs for value in graph.initializers.values()):
-        constant = value.const_value
-        if isinstance(constant, TorchTensor) and constant.nbytes > _SMALL:
-            name = hashlib.sha256(constant.tobytes() + str(constant.shape).encode()).hexdigest()[:16]
-            tensors[name] = constant.raw
-            places.setdefault(name, []).append(value)
-    save_file(tensors, folder / CONSTANTS)
-    stored = WeightFiles(folder, (CONSTANTS,))
-    for name, value in ((name, value) for name, values in places.items() for value in values):
-        value.const_value = stored.external(name)
 
 
 def boundary(spec: ProgramSpec) -> Graph:

@@ -1,8 +1,11 @@
-"""The FFT as real matrix products, since ONNX Runtime has no DFT on CUDA. Importing registers the handlers.
+"""The FFT as real matrix products, since ONNX Runtime has no DFT on CUDA. Importing this module registers the handlers.
 
-A transform of N = N1 N2 points (N2 = 32; N at least twice the longest length, so that a product of spectra is a causal
-convolution) is one over t1 of N1 points, a factor, and one over t2 of N2 points, for t = N2 t1 + t2, k = k1 + N1 k2
-(Cooley-Tukey). Only the rows that hold tokens, t1 < L / N2, are multiplied. Spectra stay in the order (k1, k2).
+    rfft(x (B, L, D))  ->  Spectrum(re, im (B, D, N1, 32)): MatMul, Mul by the twiddle factors, MatMul
+
+A transform of N = N1 N2 points, N2 = 32, is by Cooley-Tukey a transform over t1 of N1 points, a multiplication by
+twiddle factors, and a transform over t2 of N2 points, for t = N2 t1 + t2 and k = k1 + N1 k2. N is at least twice the
+longest length, so that a product of spectra is a causal convolution. Only the rows that hold tokens, t1 < L / N2, are
+multiplied. Spectra stay in the order (k1, k2).
 """
 
 from __future__ import annotations
@@ -17,12 +20,12 @@ import torch
 from torch import Tensor, fx
 
 from ...model.plan import BLOCK
-from .graph import Const, Dims, Expr, InGraph, Operand, Val
+from .graph_builder import Computed, Const, Dims, Expr, Operand, Val
 from .translator import Translator, aten, handles
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum(InGraph):
+class Spectrum(Computed):
     """Real and imaginary parts (..., D, N1, N2) of a transform, and the shape of what was transformed, time last."""
 
     re: ir.Value
@@ -31,9 +34,9 @@ class Spectrum(InGraph):
 
 
 def _angles(rows: int, columns: int, points: int) -> Tensor:
-    """2 pi i j / points (rows, columns), float64, reduced to one turn before it is rounded."""
-    turns = torch.outer(torch.arange(rows), torch.arange(columns)) % points
-    return turns.double() * (2 * math.pi / points)
+    """2 pi i j / points (rows, columns) in float64. The integers i j are reduced modulo `points` first: no rounding."""
+    cycles = torch.outer(torch.arange(rows), torch.arange(columns)) % points
+    return cycles.double() * (2 * math.pi / points)
 
 
 def _pair(t: Translator, rows: int, columns: int, points: int) -> tuple[ir.Value, ir.Value]:
@@ -41,7 +44,7 @@ def _pair(t: Translator, rows: int, columns: int, points: int) -> tuple[ir.Value
     angles = _angles(rows, columns, points)
     parts = {"cos": angles.cos(), "sin": angles.sin()}
     cos, sin = (
-        t.graph.once((name, rows, columns, points), lambda part=part: t.graph.value(Const(part.float())))  # type: ignore
+        t.graph.shared((name, rows, columns, points), lambda part=part: t.graph.value(Const(part.float())))  # type: ignore
         for name, part in parts.items()
     )
     return cos, sin

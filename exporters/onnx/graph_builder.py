@@ -1,8 +1,13 @@
-"""An ONNX graph under construction: values with symbolic sizes, constants, and shapes that no CPU has to compute.
+"""An ONNX graph under construction: nodes, constants, and values with symbolic sizes.
 
-ONNX Runtime computes with shapes on the CPU, so a graph that does cannot run on CUDA alone. Here nothing does: a
-Reshape has a constant target (0 keeps a dimension, one -1), a dynamic size is taken from a tensor by one Shape node,
-and a join of two dynamic dimensions stays a note in `Val.groups`, since what follows usually splits it again.
+    x = graph.input("x", (BATCH, sympy.Integer(4)), torch.float32)      # Val with groups ((B,), (4,))
+    y = graph.op("Exp", x.value)                                        # an onnx_ir.Value, of x's dtype
+
+ONNX Runtime computes with sizes on the CPU, so a graph that does cannot run on CUDA alone. No node made here does:
+a Reshape has a constant target (0 keeps a dimension, one may be -1), and a Shape node reads a dynamic size from a
+tensor. Two dynamic dimensions are joined in `Val.groups` alone, since the next operation usually splits them again:
+
+    (B, L, 8).flatten(0, 1)   value (B, L, 8), groups ((B, L), (8,)), shape (B L, 8)
 """
 
 from __future__ import annotations
@@ -18,26 +23,26 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 OPSET = 24
-# FOUND: a size in a tensor's value.
-BATCH, MULTIPLES, FOUND = sympy.symbols("B multiples found", positive=True, integer=True)
+# L is length_multiple * MULTIPLES. DATA_SIZE: a size that the graph reads from a tensor's values.
+BATCH, MULTIPLES, DATA_SIZE = sympy.symbols("B multiples found", positive=True, integer=True)
 Expr: TypeAlias = sympy.Expr
 Dims: TypeAlias = tuple[Expr, ...]
 
 
-class InGraph:
-    """What a call of the graph computes, so that it is not known at export."""
+class Computed:
+    """Something that depends on the graph's inputs, so that it is not known at export."""
 
 
 @dataclass(frozen=True, eq=False)
-class Val(InGraph):
-    """A value of the graph. Each dimension that it stands for joins a group of the ONNX value's own."""
+class Val(Computed):
+    """A tensor of the traced program. Each of its dimensions is the product of a group of the ONNX value's."""
 
     value: ir.Value
     groups: tuple[Dims, ...]
 
     @classmethod
     def of(cls, value: ir.Value, dims: Sequence[Expr]) -> Val:
-        """A value with the dimensions it has."""
+        """A Val with the dimensions of its ONNX value."""
         return cls(value, tuple((dim,) for dim in dims))
 
     @property
@@ -47,13 +52,13 @@ class Val(InGraph):
 
     @property
     def shape(self) -> Dims:
-        """The dimensions that it stands for."""
+        """The dimensions of the tensor in the traced program."""
         return tuple(sympy.prod(group) for group in self.groups)
 
 
 @dataclass(frozen=True, eq=False)
 class Const:
-    """A tensor known at export: a weight of the checkpoint (it has a name), or what follows from weights."""
+    """A tensor known at export: a weight of the checkpoint, which has a name, or one computed from weights."""
 
     tensor: Tensor
     name: str | None = None
@@ -65,8 +70,8 @@ class Const:
 
 
 @dataclass(frozen=True)
-class Steps(InGraph):
-    """The whole numbers from start up to stop, not yet in the graph."""
+class Arange(Computed):
+    """torch.arange(start, stop), for which the graph has no nodes yet."""
 
     start: Expr
     stop: Expr
@@ -78,7 +83,7 @@ class Steps(InGraph):
         return (sympy.expand(self.stop - self.start),)
 
 
-Operand: TypeAlias = Val | Const | Steps
+Operand: TypeAlias = Val | Const | Arange
 
 
 class GraphBuilder:
@@ -94,7 +99,7 @@ class GraphBuilder:
         self.initializers: dict[str, ir.Value] = {}
         self._length_multiple, self._largest, self._weight = length_multiple, largest, weight
         self._constants: dict[Any, ir.Value] = {}
-        self._made: dict[Const | Steps, ir.Value] = {}
+        self._made: dict[Const | Arange, ir.Value] = {}
         self._kept: list[Const] = []  # a Const is known by its identity, so it must not go
         self._sources: dict[Expr, tuple[ir.Value, int]] = {}
         self._shared: dict[Any, ir.Value] = {}
@@ -127,14 +132,14 @@ class GraphBuilder:
         return ir.Shape([int(dim) if dim.is_number else names[dim] for dim in dims])
 
     def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> ir.Value:
-        """A small constant (a number or nested lists), once for all who use it."""
+        """A small constant (a number or nested lists); equal ones are one initializer."""
         key = repr(value), dtype
         if key not in self._constants:
             self._constants[key] = self._initializer(torch.tensor(value, dtype=dtype))
         return self._constants[key]
 
-    def once(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
-        """What is made for the first who asks, for all who do."""
+    def shared(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
+        """The value that `make` gives, made once per key."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
@@ -151,9 +156,9 @@ class GraphBuilder:
         """The operand as a value of the graph, joined dimensions left as they are."""
         return operand if isinstance(operand, Val) else Val.of(self.value(operand), operand.shape)
 
-    def _make(self, operand: Const | Steps) -> ir.Value:
-        if isinstance(operand, Steps):
-            return self._steps(operand)
+    def _make(self, operand: Const | Arange) -> ir.Value:
+        if isinstance(operand, Arange):
+            return self._arange(operand)
         self._kept.append(operand)
         if operand.name is not None:
             external = self._weight(operand.name)
@@ -173,7 +178,7 @@ class GraphBuilder:
     # ---- shapes
 
     def reshape(self, x: Val, dims: Sequence[Expr], groups: tuple[Dims, ...] | None = None) -> Val:
-        """x with other dimensions, by a constant target. ValueError where only computed sizes could say it."""
+        """x with other dimensions, by a constant target. ValueError if the target would need two dynamic sizes."""
         own, dims = x.dims, tuple(dims)
         result = groups or tuple((dim,) for dim in dims)
         if own == dims:
@@ -195,23 +200,23 @@ class GraphBuilder:
         value, axis = self._sources[dim]
         return self.op("Shape", value, dtype=torch.int64, start=axis, end=axis + 1)
 
-    def find(self, number: ir.Value, largest: int) -> None:
-        """Let FOUND be a number that the graph computes, an integer scalar."""
-        self._largest[FOUND] = largest
+    def add_data_size(self, number: ir.Value, largest: int) -> None:
+        """Make DATA_SIZE the value of an integer scalar that the graph computes."""
+        self._largest[DATA_SIZE] = largest
         count = self.op("Cast", number, dtype=torch.int64, to=int(ir.DataType.INT64))
-        self._sources[FOUND] = self._first(FOUND, self.op("Reshape", count, self.constant([1]))), 0
+        self._sources[DATA_SIZE] = self._first(DATA_SIZE, self.op("Reshape", count, self.constant([1]))), 0
 
     def _first(self, dim: Expr, count: ir.Value) -> ir.Value:
-        """The first so many whole numbers, out of a table.
+        """The integers 0 up to a count (of the size `dim`), as a slice of a constant table.
 
-        Not of one entry: ONNX Runtime would take it for the same constant as the axis, which lies on the host, and
-        CUDA's Slice would read it there.
+        At least two entries: ONNX Runtime merges a one-element table with the constant of the axis, which lies in host
+        memory, where CUDA's Slice would then read the table.
         """
         table = self.value(Const(torch.arange(max(self.largest(dim), 2))))
         return self.op("Slice", table, self.constant([0]), count, self.constant([0]))
 
     def _source(self, dim: Expr) -> tuple[ir.Value, int]:
-        """A tensor with a dimension of a size: the length in parts, or several vectors one after the other."""
+        """A tensor that has a dimension of a size, and its axis: an input reshaped, or joined vectors."""
         terms = dim.as_coefficients_dict()
         factor = terms.get(MULTIPLES, 0)
         if set(terms) == {MULTIPLES} and self._length_multiple % factor == 0:
@@ -234,7 +239,7 @@ class GraphBuilder:
         """The largest value of a size within the limits."""
         return int(dim.subs(self._largest))
 
-    def _steps(self, steps: Steps) -> ir.Value:
+    def _arange(self, steps: Arange) -> ir.Value:
         (size,) = steps.shape
         result = self._first(size, self.size(size))
         if steps.start != 0:
@@ -244,14 +249,14 @@ class GraphBuilder:
         return result
 
     def number(self, expression: Expr) -> ir.Value:
-        """A dynamic size as an int64 scalar on the device: the last of so many steps."""
-        steps = self.value(Steps(sympy.Integer(1), expression + 1))
-        return self.op("Gather", steps, self.constant(-1), axis=0)
+        """A dynamic size as an int64 scalar on the device: the last entry of arange(1, size + 1)."""
+        integers = self.value(Arange(sympy.Integer(1), expression + 1))
+        return self.op("Gather", integers, self.constant(-1), axis=0)
 
     # ---- the finished graph
 
     def graph(self, name: str, outputs: dict[str, Val]) -> ir.Graph:
-        """The graph with the outputs by name; what none of them needs is left out."""
+        """The finished graph, with its outputs by name."""
         results = []
         for label, val in outputs.items():
             value = self.value(val)

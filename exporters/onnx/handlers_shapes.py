@@ -1,10 +1,17 @@
-"""How ONNX says elementwise operations, sizes and the order of dimensions. Importing registers the handlers."""
+"""Operations on shapes in ONNX: views, transpositions, slices, joins. Importing this module registers the handlers.
+
+    x.flatten(0, 1)       no node: the two dimensions become one group of `Val.groups`
+    x.unflatten(0, ...)   a Reshape with a constant target, or no node where it undoes a flatten
+    x[:, :length]         a Slice, whose end a Shape node reads from a tensor of that length
+
+No node computes with sizes: ONNX Runtime would do that on the CPU. Tensors of a dynamic size are slices of constant
+tables, or sums with zeros of that size.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -12,110 +19,15 @@ import sympy
 import torch
 from torch import fx
 
-from .fft import Spectrum, multiply
-from .graph import Expr, Operand, Steps, Val
-from .translator import Translator, aten, axis_of, handles, place, regroup, with_dim
-
-# ---- elementwise -----------------------------------------------------------------------------------------------------
-
-BINARY: dict[Any, str] = {
-    **{aten.add.Tensor: "Add", aten.sub.Tensor: "Sub", aten.mul.Tensor: "Mul", aten.div.Tensor: "Div"},
-    **{aten.minimum.default: "Min", aten.remainder.Scalar: "Mod", aten.floor_divide.default: "Div"},
-}
-COMPARE: dict[Any, str] = {
-    **{aten.le.Tensor: "LessOrEqual", aten.ge.Tensor: "GreaterOrEqual", aten.lt.Tensor: "Less"},
-    **{aten.le.Scalar: "LessOrEqual", aten.ge.Scalar: "GreaterOrEqual", aten.lt.Scalar: "Less"},
-    **{aten.gt.Scalar: "Greater", aten.eq.Scalar: "Equal"},
-}
-UNARY: dict[Any, str] = {
-    **{aten.exp.default: "Exp", aten.cos.default: "Cos", aten.sin.default: "Sin", aten.neg.default: "Neg"},
-    **{aten.floor.default: "Floor", aten.reciprocal.default: "Reciprocal"},
-}
-
-
-@handles(*BINARY)
-def _binary(t: Translator, node: fx.Node, a: Any, b: Any) -> Any:
-    """Whole numbers are divided as if they were not negative, which those of the model are not."""
-    if isinstance(a, Steps) and node.target is aten.add.Tensor and isinstance(b, int | sympy.Integer):
-        return replace(a, start=a.start + b, stop=a.stop + b)
-    if isinstance(a, Spectrum):
-        return multiply(t, a, b)
-    dtype = node.meta["val"].dtype
-    return t.op(node, BINARY[node.target], t.operand(a, dtype), t.operand(b, dtype))
-
-
-@handles(*COMPARE)
-def _compare(t: Translator, node: fx.Node, a: Any, b: Any) -> Val:
-    dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
-    return t.op(node, COMPARE[node.target], t.operand(a, dtype), t.operand(b, dtype))
-
-
-@handles(*UNARY)
-def _unary(t: Translator, node: fx.Node, x: Operand) -> Val:
-    return t.op(node, UNARY[node.target], t.graph.value(x))
-
-
-@handles(aten.__and__.Tensor)
-def _and(t: Translator, node: fx.Node, a: Operand, b: Operand) -> Val:
-    return t.op(node, "And", t.graph.value(a), t.graph.value(b))
-
-
-@handles(aten.clamp.default)
-def _clamp(t: Translator, node: fx.Node, x: Operand, low: Any = None, high: Any = None) -> Val:
-    """Max, not Clip, which has no float64 kernel on CUDA."""
-    dtype = node.meta["val"].dtype
-    value = t.graph.value(x)
-    if low is not None:
-        value = t.graph.op("Max", value, t.operand(low, dtype))
-    if high is not None:
-        value = t.graph.op("Min", value, t.operand(high, dtype))
-    return Val.of(value, t.dims(node))
-
-
-@handles(aten.square.default)
-def _square(t: Translator, node: fx.Node, x: Operand) -> Val:
-    return t.op(node, "Mul", t.graph.value(x), t.graph.value(x))
-
-
-@handles(aten.rsqrt.default)
-def _rsqrt(t: Translator, node: fx.Node, x: Operand) -> Val:
-    return t.op(node, "Reciprocal", t.graph.op("Sqrt", t.graph.value(x)))
-
-
-@handles(aten.silu.default)
-def _silu(t: Translator, node: fx.Node, x: Operand) -> Val:
-    value = t.graph.value(x)
-    return t.op(node, "Mul", value, t.graph.op("Sigmoid", value))
-
-
-@handles(aten.to.dtype)
-def _to(t: Translator, node: fx.Node, x: Operand, dtype: torch.dtype) -> Val:
-    return Val.of(t.cast(t.graph.value(x), dtype), t.dims(node))
-
-
-@handles(aten.where.self, aten.where.ScalarOther)
-def _where(t: Translator, node: fx.Node, condition: Operand, a: Any, b: Any) -> Val:
-    """Among booleans by And and Or: Where has no kernel for them on CUDA."""
-    dtype, chosen = node.meta["val"].dtype, t.graph.value(condition)
-    yes, no = t.operand(a, dtype), t.operand(b, dtype)
-    if dtype != torch.bool:
-        return t.op(node, "Where", chosen, yes, no)
-    otherwise = t.graph.op("And", t.graph.op("Not", chosen), no)
-    return t.op(node, "Or", t.graph.op("And", chosen, yes), otherwise)
-
-
-@handles(aten.clone.default, aten.detach.default)
-def _same(t: Translator, node: fx.Node, x: Operand, memory_format: Any = None) -> Operand:
-    return x
-
-
-# ---- sizes and order -------------------------------------------------------------------------------------------------
+from .graph_builder import Arange, Expr, Operand, Val
+from .handlers_fft import Spectrum
+from .translator import Translator, aten, axis_of, handles, onnx_axis, regroup, with_dim
 
 
 @handles(aten.arange.default, aten.arange.start)
-def _arange(t: Translator, node: fx.Node, *bounds: Expr, **_: Any) -> Steps:
+def _arange(t: Translator, node: fx.Node, *bounds: Expr, **_: Any) -> Arange:
     start, stop = bounds if len(bounds) == 2 else (sympy.Integer(0), *bounds)
-    return Steps(sympy.sympify(start), stop, node.meta["val"].dtype)
+    return Arange(sympy.sympify(start), stop, node.meta["val"].dtype)
 
 
 @handles(aten.expand.default)
@@ -142,7 +54,7 @@ def _unsqueeze(t: Translator, node: fx.Node, x: Operand, axis: int) -> Val:
 
 @handles(aten.flatten.using_ints)
 def _flatten(t: Translator, node: fx.Node, x: Operand, start: int = 0, end: int = -1) -> Val:
-    """Joins dimensions, on paper."""
+    """Joins dimensions without a node: the ONNX value keeps them, the Val has them in one group."""
     val = t.graph.val(x)
     first, last = axis_of(node, start), axis_of(node, end)
     joined = tuple(dim for group in val.groups[first : last + 1] for dim in group)
@@ -168,7 +80,7 @@ def _permute(t: Translator, node: fx.Node, x: Operand, order: Sequence[Any]) -> 
 
 @handles(aten.transpose.int, aten.mT.default)
 def _transpose(t: Translator, node: fx.Node, x: Any, first: int = -2, second: int = -1) -> Any:
-    if isinstance(x, Spectrum):  # is in one order always
+    if isinstance(x, Spectrum):  # always has its time last
         return x
     order = list(range(node.args[0].meta["val"].dim()))  # type: ignore[union-attr]
     order[first], order[second] = order[second], order[first]
@@ -176,7 +88,7 @@ def _transpose(t: Translator, node: fx.Node, x: Any, first: int = -2, second: in
 
 
 def transposed(t: Translator, x: Operand, order: Sequence[int]) -> Val:
-    """Dimensions in another order; back in the first one, it is what it was."""
+    """Dimensions in another order. A transposition that undoes an earlier one adds no node."""
     val = t.graph.val(x)
     places = iter(range(len(val.dims)))
     grouped = [[next(places) for _ in group] for group in val.groups]
@@ -195,13 +107,13 @@ def _cat(t: Translator, node: fx.Node, parts: Sequence[Operand], axis: int = 0) 
     others = {(*val.groups[:axis], *val.groups[axis + 1 :]) for val in vals}
     if len(others) > 1 or any(len(val.groups[axis]) > 1 for val in vals):
         vals = [t.graph.reshape(val, val.shape) for val in vals]
-    value = t.graph.op("Concat", *(val.value for val in vals), axis=place(vals[0], axis))
+    value = t.graph.op("Concat", *(val.value for val in vals), axis=onnx_axis(vals[0], axis))
     result = with_dim(vals[0], value, axis, t.dims(node)[axis])
     source = node.args[0][0]  # type: ignore[index]
     while source.target in (aten.unsqueeze.default, aten.index_select.default):  # type: ignore[union-attr,operator]
         source = source.args[0]  # type: ignore[union-attr]
     if source in t.inputs.values():
-        t.copies[source] = result, vals[0].shape[axis]  # type: ignore[index]
+        t.ring_copies[source] = result, vals[0].shape[axis]  # type: ignore[index]
     return result
 
 
@@ -255,7 +167,7 @@ def slice_of(t: Translator, node: fx.Node, x: Operand, axis: int = 0, start: Any
     else:
         stop = t.graph.size(end)
     first = t.graph.constant([int(start)]) if start.is_number else t.graph.size(start)
-    value = t.graph.op("Slice", val.value, first, stop, t.graph.constant([place(val, axis)]))
+    value = t.graph.op("Slice", val.value, first, stop, t.graph.constant([onnx_axis(val, axis)]))
     return with_dim(val, value, axis, t.dims(node)[axis])
 
 
@@ -284,13 +196,13 @@ def _pad(t: Translator, node: fx.Node, x: Operand, sizes: Sequence[Any]) -> Oper
 
 
 def zero_vector(t: Translator, dim: Expr, dtype: torch.dtype) -> ir.Value:
-    """As many zeros as a size says."""
-    steps = t.graph.value(Steps(sympy.Integer(0), dim))
+    """Zeros (dim), of a size that may be dynamic."""
+    steps = t.graph.value(Arange(sympy.Integer(0), dim))
     return t.cast(t.graph.op("Sub", steps, steps), dtype)
 
 
 def zeros(t: Translator, dims: tuple[Expr, ...], dtype: torch.dtype) -> ir.Value:
-    """Zeros of a shape, made once: sums of vectors, since to be told the sizes a node would need them in one tensor."""
+    """Zeros of a shape, made once, as a sum of vectors: a node that takes sizes would need them in one tensor."""
 
     def make() -> ir.Value:
         parts = []
@@ -300,4 +212,4 @@ def zeros(t: Translator, dims: tuple[Expr, ...], dtype: torch.dtype) -> ir.Value
             parts.append(t.graph.op("Unsqueeze", vector, t.graph.constant(others)) if others else vector)
         return functools.reduce(lambda a, b: t.graph.op("Add", a, b), parts)
 
-    return t.graph.once(("zeros", dims, dtype), make)
+    return t.graph.shared(("zeros", dims, dtype), make)
