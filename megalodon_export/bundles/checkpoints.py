@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ def load_model(
         hint = "; convert it first: megalodon-export convert --help" if list(folder.glob("*.pth")) else ""
         raise CheckpointError(f"{folder} is no checkpoint: it has no {WEIGHTS}{hint}")
     try:
-        form = {} if ema_prefill is None else {"ema_prefill": ema_prefill}
+        form: dict[str, Any] = {} if ema_prefill is None else {"ema_prefill": ema_prefill}
         model = MegalodonForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **form)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error

@@ -76,7 +76,7 @@ def verify(
 def verify_folder(
     folder: Path, manifest: Manifest, runtimes: list[str], report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """As `verify`, for a folder that is not sealed yet; writes nothing."""
+    """The checks of `verify` on a folder that is not sealed yet; writes nothing, and returns what it measured."""
     return require(measure(folder, manifest, runtimes, report))
 
 
