@@ -80,15 +80,21 @@ def command() -> Callable[..., subprocess.Popen[str]]:
     return start_command
 
 
+def _names(item: pytest.Item) -> set[str]:
+    """The fixtures that a test needs: its arguments, theirs, and those that its parameters name."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return {*getattr(item, "fixturenames", ()), *(value for value in parameters if isinstance(value, str))}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def background(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]:
     """Whatever takes long and the selected tests need is under way from the first test on; see JOBS."""
     background = Background()
-    needed = {name for item in request.session.items for name in item.fixturenames}
-    for name, (job, *arguments) in JOBS.items():
+    needed = set[str]().union(*map(_names, request.session.items))
+    for name, (job, fixtures, arguments) in JOBS.items():
         if name in needed:
-            values = [request.getfixturevalue(argument) for argument in arguments]
-            background.start(name, job, tmp_path_factory.mktemp(name), *values)
+            values = [request.getfixturevalue(fixture) for fixture in fixtures]
+            background.start(name, job, tmp_path_factory.mktemp(name), *values, *arguments)
     yield background
     background.close()
 
@@ -98,24 +104,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ends = {name: number for number, name in enumerate(JOBS)}
     modules: dict[Path, int] = {}
     for item in items:
-        end = max((ends.get(name, -1) for name in getattr(item, "fixturenames", ())), default=-1)
-        modules[item.path] = max(end, modules.get(item.path, -1))
+        modules[item.path] = max([ends.get(name, -1) for name in _names(item)] + [modules.get(item.path, -1)])
     items.sort(key=lambda item: modules[item.path])
 
 
-def _export(run: Run, folder: Path, checkpoints: dict[str, Path], kind: str, *options: object) -> dict[str, Path]:
-    """Every checkpoint exported, side by side, by the command that a user would give."""
-    made = {name: folder / name for name in checkpoints}
-    run(*(megalodon(kind, "--checkpoint", path, "--out", made[name], *options) for name, path in checkpoints.items()))
-    return made
-
-
-def _export_aoti(run: Run, folder: Path, checkpoints: dict[str, Path]) -> dict[str, Path]:
-    return _export(run, folder, checkpoints, "aoti", "--max-batch", 8, "--device", "cpu")
-
-
-def _export_onnx(run: Run, folder: Path, checkpoints: dict[str, Path]) -> dict[str, Path]:
-    return _export(run, folder, checkpoints, "onnx", "--max-batch", 8)
+def _export(run: Run, folder: Path, checkpoints: dict[str, Path], kind: str, name: str, *options: object) -> Path:
+    """A checkpoint exported by the command that a user would give."""
+    run(megalodon(kind, "--checkpoint", checkpoints[name], "--out", folder / "made", "--max-batch", 8, *options))
+    return folder / "made"
 
 
 def _export_default(run: Run, folder: Path) -> Path:
@@ -136,38 +132,65 @@ def _build_cpp(run: Run, folder: Path) -> Path:
     return folder
 
 
-# Fixture -> what makes it, and the fixtures that this takes.
-JOBS: dict[str, tuple[Any, ...]] = {
-    "bundles": (_export_aoti, "checkpoints"),
-    "onnx_bundles": (_export_onnx, "checkpoints"),
-    "workplace": (_export_default,),
-    "cpp_build": (_build_cpp,),
-    "interpreted_kernels": (interpret_kernels, "wanted_kernels"),
+CPU = ("--device", "cpu")
+INT4 = ("--weight-format", "int4", "--group-size", 4, "--dtype", "bfloat16")
+# Fixture -> the function that makes its value, the fixtures and the other arguments that the function takes.
+JOBS: dict[str, tuple[Callable[..., Any], tuple[str, ...], tuple[object, ...]]] = {
+    "tiny_bundle": (_export, ("checkpoints",), ("aoti", "tiny", *CPU)),
+    "tiny_onnx_bundle": (_export, ("checkpoints",), ("onnx", "tiny")),
+    "short_chunk_onnx_bundle": (_export, ("checkpoints",), ("onnx", "short-chunk")),
+    "int8_bundle": (_export, ("checkpoints",), ("aoti", "tiny", *CPU, "--weight-format", "int8")),
+    "workplace": (_export_default, (), ()),
+    "short_chunk_bundle": (_export, ("checkpoints",), ("aoti", "short-chunk", *CPU)),
+    "int4_bundle": (_export, ("checkpoints",), ("aoti", "tiny", *CPU, *INT4)),
+    "cpp_build": (_build_cpp, (), ()),
+    "interpreted_kernels": (interpret_kernels, ("wanted_kernels",), ()),
 }
 
 
 @pytest.fixture(scope="session")
-def bundles(background: Background) -> dict[str, Path]:
-    """Every checkpoint of CHECKPOINTS exported with AOTInductor."""
-    return background.result("bundles")
+def tiny_bundle(background: Background) -> Path:
+    """AOTInductor's programs of a model of two layers and chunks of 64 tokens."""
+    return background.result("tiny_bundle")
 
 
 @pytest.fixture(scope="session")
-def onnx_bundles(background: Background) -> dict[str, Path]:
-    """Every checkpoint of CHECKPOINTS exported to ONNX."""
-    return background.result("onnx_bundles")
+def short_chunk_bundle(background: Background) -> Path:
+    """AOTInductor's programs of a model of one layer and chunks of 8 tokens, shorter than a block.
+
+    What needs it is marked slow: the same model runs in eager mode and in ONNX in faster tests.
+    """
+    return background.result("short_chunk_bundle")
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(bundles: dict[str, Path]) -> Path:
-    """Two layers, chunks of 64 tokens."""
-    return bundles["tiny"]
+def int8_bundle(background: Background) -> Path:
+    """The model of `tiny_bundle` in int8 and float32."""
+    return background.result("int8_bundle")
 
 
 @pytest.fixture(scope="session")
-def short_chunk_bundle(bundles: dict[str, Path]) -> Path:
-    """One layer, chunks of 8 tokens: shorter than a block."""
-    return bundles["short-chunk"]
+def int4_bundle(background: Background) -> Path:
+    """The model of `tiny_bundle` in int4 and bfloat16."""
+    return background.result("int4_bundle")
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx_bundle(background: Background) -> Path:
+    """ONNX graphs of the model of `tiny_bundle`."""
+    return background.result("tiny_onnx_bundle")
+
+
+@pytest.fixture(scope="session")
+def short_chunk_onnx_bundle(background: Background) -> Path:
+    """ONNX graphs of the model of `short_chunk_bundle`."""
+    return background.result("short_chunk_onnx_bundle")
+
+
+@pytest.fixture(scope="session")
+def onnx_bundles(tiny_onnx_bundle: Path, short_chunk_onnx_bundle: Path) -> dict[str, Path]:
+    """ONNX graphs of every checkpoint of CHECKPOINTS."""
+    return {"tiny": tiny_onnx_bundle, "short-chunk": short_chunk_onnx_bundle}
 
 
 @pytest.fixture(scope="session")
@@ -175,7 +198,7 @@ def wanted_kernels(request: pytest.FixtureRequest) -> dict[str, list[str]]:
     """What the selected tests of interpreted kernels look at: values by parameter, see support/interpreted.py."""
     wanted: dict[str, dict[str, None]] = {}
     for item in request.session.items:
-        if "interpreted_kernels" in getattr(item, "fixturenames", ()):
+        if "interpreted_kernels" in _names(item):
             for parameter in MODULES.keys() & item.callspec.params.keys():
                 wanted.setdefault(parameter, {})[item.callspec.params[parameter]] = None
     return {parameter: list(values) for parameter, values in wanted.items()}

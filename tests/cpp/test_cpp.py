@@ -160,7 +160,9 @@ def test_logits_are_equal(session: native.Session, python: megalodon_export.Sess
     assert np.array_equal(session.prefill(ids, len(expected)), expected)
 
 
+@pytest.mark.slow
 def test_chunks_shorter_than_a_block(library: native.Library, short_chunk_bundle: Path) -> None:
+    """Slow, because it needs an export of its own; the library does with it what it does with any."""
     python = megalodon_export.load(short_chunk_bundle)
     session = native.Session(native.Engine(library, short_chunk_bundle))
     prompt = [i * 37 % 251 for i in range(301)]
@@ -235,9 +237,9 @@ def test_snapshots_go_both_ways(session: native.Session, python: megalodon_expor
 
 
 def test_snapshots_of_others_are_refused(
-    session: native.Session, short_chunk_bundle: Path, tiny_bundle: Path, tmp_path: Path
+    session: native.Session, short_chunk_onnx_bundle: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    megalodon_export.load(short_chunk_bundle).snapshot().save(tmp_path / "other")
+    megalodon_export.load(short_chunk_onnx_bundle, runtime="eager").snapshot().save(tmp_path / "other")
     with pytest.raises(native.NativeError, match="another cache layout") as caught:
         session.restore(tmp_path / "other")
     assert caught.value.status == INVALID

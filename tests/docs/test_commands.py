@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from support.readme import PAGES, README, ROOT, blocks, commands, run
+from support.slow import slow_except
 
 DOCS = ROOT / "docs"
 WORDS = re.compile(r"\b(the|and|of|shall|LORD|unto|that|his)\b")
@@ -53,7 +54,10 @@ def shell(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return lambda command: run(["bash", "-c", command], workplace, PATH=path)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(map(runs, commands(p)))], ids=lambda page: page.name)
+# The pages of docs/ are slow: they repeat what other tests do, the ONNX export for one, on the default checkpoint.
+@pytest.mark.parametrize(
+    "page", slow_except([p for p in PAGES if any(map(runs, commands(p)))], README), ids=lambda page: page.name
+)
 def test_commands_run(shell: Callable[[str], str], page: Path) -> None:
     """In their order: some read what an earlier one wrote. The README's first command has run already."""
     for command in filter(runs, commands(page)):

@@ -51,3 +51,12 @@ def test_tests_and_benchmarks_import_what_is_declared() -> None:
     declared = set.union(*OPTIONAL.values()) - TOOLS - UNIMPORTED
     assert others <= REQUIRED | declared
     assert declared <= PACKAGE | others
+
+
+def test_no_test_module_imports_another() -> None:
+    """What they share is in tests/support and in fixtures; modules have names of their own in all folders."""
+    modules = [path.stem for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(set(modules)) == len(modules)
+    imports = re.compile(r"^\s*(?:from|import)\s+(?:[\w.]*\.)?(?:test_\w+|conftest)\b", re.MULTILINE)
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not imports.search(path.read_text()), path

@@ -19,6 +19,7 @@ from megalodon_export.exporters.programs import Limits
 from megalodon_export.exporters.stages import Stage, export_stages, one_layer_model
 from megalodon_export.model import MegalodonCache, MegalodonConfig
 from megalodon_export.runtimes import Runtime, open_runtime
+from support.slow import slow_except
 from support.small_models import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,9 +29,10 @@ PROGRAMS = ("prefill", "decode", "decode_one")
 Pair = tuple[Runtime, Runtime]
 
 
-@pytest.fixture(scope="module", params=["tiny", "short-chunk"])
-def folder(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Path:
-    return bundles[request.param]
+# Short chunks add that what is refused does not depend on prefill's form.
+@pytest.fixture(scope="module", params=slow_except(("tiny_bundle", "short_chunk_bundle"), "tiny_bundle"))
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +172,8 @@ def test_what_is_compiled_does_not_depend_on_the_number_of_layers(program: str, 
         assert (stage.inputs, stage.outputs) == (many[name].inputs, many[name].outputs)
 
 
-def test_a_bundle_has_three_libraries_a_program_however_deep(bundles: dict[str, Path]) -> None:
-    for folder in bundles.values():  # of two layers, and of one
+def test_a_bundle_has_three_libraries_a_program_however_deep(tiny_bundle: Path, default_bundle: Path) -> None:
+    for folder in (tiny_bundle, default_bundle):  # of two layers, and of more
         libraries = {stage.library for _, stage in stages_of(folder)}
         assert libraries == {f"{p}_{s}.so" for p in PROGRAMS for s in ("begin", "layer", "end")}
         assert {path.name for path in (folder / "aoti").iterdir()} == {"model.pt2", *libraries}
@@ -190,7 +192,9 @@ def test_stages_take_only_what_they_use(tmp_path: Path) -> None:
         assert stages["end"].outputs == ("logits",)
 
 
+@pytest.mark.slow
 def test_kernels_of_other_sizes_are_not_taken_from_a_cache(tmp_path: Path) -> None:
+    """Two compilations; slow, because one option of AOTInductor decides it, and that seldom changes."""
     embeddings = []
     for vocabulary in (40, 30):
         folder = tmp_path / f"{vocabulary}"
@@ -265,11 +269,11 @@ def test_wrong_arguments_leave_the_cache_untouched(pair: Pair, name: str) -> Non
         assert unchanged(cache, before)
 
 
-def test_caches_that_do_not_fit_are_refused(pair: Pair, short_chunk_bundle: Path, tiny_bundle: Path) -> None:
+def test_caches_that_do_not_fit_are_refused(pair: Pair, short_chunk_onnx_bundle: Path, tiny_bundle: Path) -> None:
     for runtime in pair:
         config = runtime.config
         every_other_row = [t[::2] for t in runtime.new_cache(4).tensors()]
-        others = [open_runtime("eager", f, bundle.read(f)) for f in (short_chunk_bundle, tiny_bundle)]
+        others = [open_runtime("eager", f, bundle.read(f)) for f in (short_chunk_onnx_bundle, tiny_bundle)]
         foreign = next(other for other in others if other.config.chunk_size != config.chunk_size)
         wrong = {
             "bfloat16": MegalodonCache.allocate(config, 2, torch.bfloat16),

@@ -41,8 +41,10 @@ def test_no_size_is_taken_for_a_constant(max_batch: int, blocks: int) -> None:
                         assert bounds.lower < bounds.upper, (program, stage.name, size, limits)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_programs_for_two_rows_run_one(tmp_path: Path) -> None:
+    """Slow, because it compiles a stage for what the test above reads in its graph."""
     limits, found = stages("prefill", 2, 2)
     stage = found["layer"]
     request = CompileRequest("", "prefill", "cpu", "float32", limits, False, False, str(tmp_path / "out"))

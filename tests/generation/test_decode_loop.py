@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def short_chunks(short_chunk_bundle: Path) -> Session:
+def short_chunks(short_chunk_onnx_bundle: Path) -> Session:
     """Chunks of 8 tokens."""
-    return megalodon_export.load(short_chunk_bundle, runtime="eager")
+    return megalodon_export.load(short_chunk_onnx_bundle, runtime="eager")
 
 
 def visible(session: Session) -> list[Tensor]:

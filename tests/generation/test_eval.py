@@ -18,6 +18,7 @@ from megalodon_export.export.onnx import export_onnx
 from megalodon_export.measure.evaluation import Score, Target, encode, score, texts
 from megalodon_export.runtimes.eager import ModelRuntime
 from support.golden_data import convert, load, write_checkpoint
+from support.slow import slow_except
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,7 +73,8 @@ def test_perplexity_of_a_checkpoint(evaluate: Eval, file: Path, batch: int) -> N
     assert (found["tokens"], found["documents"], found["runtime"]) == (count, len(TEXTS), "eager")
 
 
-@pytest.mark.parametrize("runtime", ["eager", "aoti", "onnx"])
+# ONNX is slow: it exports the default checkpoint once more, with logits of every token.
+@pytest.mark.parametrize("runtime", slow_except(["eager", "aoti", "onnx"], "eager", "aoti"))
 def test_perplexity_of_the_default_bundles(
     evaluate: Eval, file: Path, default_bundle: Path, tmp_path: Path, runtime: str
 ) -> None:

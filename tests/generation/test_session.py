@@ -215,10 +215,10 @@ def test_a_snapshot_is_constant_in_size(session: Session, tmp_path: Path) -> Non
     assert abs(sizes[0] - sizes[1]) < 16
 
 
-def test_snapshots_of_another_model_are_refused(session: Session, short_chunk_bundle: Path) -> None:
+def test_snapshots_of_another_model_are_refused(session: Session, short_chunk_onnx_bundle: Path) -> None:
     write(session, 10, PROMPT)
     before = [t.clone() for t in session.cache.tensors()]
-    other = megalodon_export.load(short_chunk_bundle, runtime="eager").snapshot()
+    other = megalodon_export.load(short_chunk_onnx_bundle, runtime="eager").snapshot()
     with pytest.raises(ValueError, match="another cache layout"):
         session.restore(other)
     assert all(torch.equal(a, b) for a, b in zip(session.cache.tensors(), before, strict=True))

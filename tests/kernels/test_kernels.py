@@ -15,6 +15,7 @@ from support.golden_data import names
 from support.interpreted import TESTS
 from support.kernel_cases import CASES, OTHERS, golden_difference, make, wrong_ends, wrong_next_tokens
 from support.kernel_samples import DTYPES, EXTREMES, excess
+from support.slow import slow_except
 from support.small_models import VARIANTS, random_tokens
 
 needs_triton = pytest.mark.skipif(
@@ -28,8 +29,9 @@ def test_interpreted_kernels_compute_what_they_should(interpreted_kernels: dict[
     assert max(interpreted_kernels[case]) < BOUNDS["float32"]
 
 
+# The samples in bfloat16 add its roundings; every path of the kernels is in those in float32.
 @needs_triton
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", slow_except(DTYPES, "float32"))
 def test_interpreted_kernels_are_right_on_random_and_extreme_samples(
     interpreted_kernels: dict[str, list[float]], dtype: str
 ) -> None:

@@ -227,8 +227,8 @@ def test_generate_json_from_stdin_with_sampling(call: Callable[..., Result], tin
     assert json.loads(output) == {"prompt": "Let there be\n", "text": text, "runtime": "eager", **sampling}
 
 
-def test_generate_writes_the_same_in_both_runtimes(here: Callable[..., Result], short_chunk_bundle: Path) -> None:
-    arguments = ("generate", short_chunk_bundle, "--prompt", "And God said", "--max-new-tokens", 80)
+def test_generate_writes_the_same_in_both_runtimes(here: Callable[..., Result], tiny_bundle: Path) -> None:
+    arguments = ("generate", tiny_bundle, "--prompt", "And God said", "--max-new-tokens", 80)
     outputs = [here(*arguments, "--runtime", name) for name in ("eager", "aoti")]
     assert [status for status, _, _ in outputs] == [0, 0]
     assert outputs[0][1] == outputs[1][1]

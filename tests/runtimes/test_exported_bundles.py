@@ -28,6 +28,7 @@ from megalodon_export.bundles.writing import seal, staged
 from megalodon_export.cli import run
 from megalodon_export.runtimes import RuntimeUnavailable
 from support.damaged_bundles import EXPORT_DAMAGE, OTHER_MACHINES, Change, edit, flip, truncate
+from support.slow import slow_except
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -311,7 +312,8 @@ def test_a_killed_export_leaves_neither_bundle_nor_compilers(
     assert not list(destination.parent.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+# One handler takes both signals.
+@pytest.mark.parametrize("number", slow_except([signal.SIGTERM, signal.SIGINT], signal.SIGINT))
 def test_an_interrupted_export_cleans_up(
     export: tuple[subprocess.Popen[str], Path, str], tmp_path: Path, number: signal.Signals
 ) -> None:

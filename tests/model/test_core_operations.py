@@ -159,7 +159,7 @@ def make_norm(golden: dict[str, Tensor], case: dict[str, Any]) -> TimestepNorm:
     return norm
 
 
-# A prefill is padded on the right alone; tests/test_operations.py has padding anywhere.
+# A prefill is padded on the right alone; tests/model/test_compat_operations.py has padding anywhere.
 NORM_CASES = [case for case in load("op_timestep_norm")[0]["cases"] if case["mask"] != "mixedmask"]
 
 
