@@ -49,7 +49,8 @@ def main() -> None:
         for tensor in cache.tensors()[:-1]:
             tensor.normal_().abs_()
         ids = torch.zeros(args.batch, dtype=torch.int64, device=runtime.device)
-        step = median_seconds(lambda run=runtime, ids=ids, cache=cache: run.decode(ids, cache), runtime.device, 30)
+        programs = runtime.bind(cache, capture=False)
+        step = median_seconds(lambda programs=programs, ids=ids: programs.decode(ids), runtime.device, 30)
         rings = [ring for layer in cache.layers for ring in (layer.key, layer.value)]
         read = median_seconds(lambda rings=rings: [ring.sum() for ring in rings], runtime.device, 30)
         copy = median_seconds(lambda rings=rings: [ring.clone() for ring in rings], runtime.device, 30)

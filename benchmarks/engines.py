@@ -33,9 +33,9 @@ from megalodon_export.model import (
 )
 from megalodon_export.model.config import WeightFormat
 from megalodon_export.model.ema import ComplexEMA
-from megalodon_export.runtimes import RUNTIMES, Runtime, open_runtime
+from megalodon_export.runtimes import RUNTIMES, BoundPrograms, Runtime, open_runtime
 from megalodon_export.runtimes.aoti import AotiRuntime
-from megalodon_export.runtimes.eager import ModelRuntime
+from megalodon_export.runtimes.eager import BoundModelPrograms, ModelRuntime
 
 
 @dataclass(frozen=True)
@@ -111,29 +111,38 @@ def make_bundle(subject: Subject, destination: Path, runtimes: Sequence[str]) ->
 
 
 class CompiledRuntime(ModelRuntime):
-    """torch.compile of both passes, once for all sizes; decode is captured by `decoder` as for every runtime."""
+    """torch.compile of both passes, once for all sizes; captured as for every runtime."""
 
     def __init__(self, model: MegalodonForCausalLM) -> None:
         super().__init__(model)
-        self._prefill = torch.compile(model.prefill, fullgraph=True)
-        self._decode = torch.compile(model.decode, fullgraph=True)
+        self.compiled_prefill = torch.compile(model.prefill, fullgraph=True)
+        self.compiled_decode = torch.compile(model.decode, fullgraph=True)
+
+    def _bind(self, cache: MegalodonCache, capture: bool) -> BoundPrograms:
+        return CompiledPrograms(self, cache, capture)
+
+
+class CompiledPrograms(BoundModelPrograms):
+    """Both passes over one cache."""
+
+    runtime: CompiledRuntime
 
     @torch.no_grad()
-    def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
+    def run_prefill(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """Compiled on the first call."""
         # One row of a slice has strides of its own, to which a graph would be specialised.
         token_ids = token_ids.clone(memory_format=torch.contiguous_format)
-        _vary(token_ids, lengths, cache=cache)
+        _vary(token_ids, lengths, cache=self.cache)
         torch._dynamo.maybe_mark_dynamic(token_ids, 1)
         with sizes_from_one():  # batch 1 and one block are sizes like any
-            return self._prefill(token_ids, lengths, cache, self.limits.max_length)
+            return self.runtime.compiled_prefill(token_ids, lengths, self.cache, self.runtime.limits.max_length)
 
     @torch.no_grad()
-    def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
+    def run_decode(self, token_ids: Tensor) -> Tensor:
         """Compiled on the first call."""
-        _vary(token_ids, cache=cache)
+        _vary(token_ids, cache=self.cache)
         with sizes_from_one():
-            return self._decode(token_ids, cache)
+            return self.runtime.compiled_decode(token_ids, self.cache)
 
 
 def _vary(*inputs: Tensor, cache: MegalodonCache) -> None:
@@ -142,7 +151,7 @@ def _vary(*inputs: Tensor, cache: MegalodonCache) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-class BoundPrograms(AotiRuntime):
+class InMemoryAotiRuntime(AotiRuntime):
     """AOTInductor programs bound to a model's weights where they are, without a file of them."""
 
     def __init__(self, model: MegalodonForCausalLM, entry: AotiPrograms, folder: Path) -> None:
@@ -166,7 +175,7 @@ def compile_from_config(subject: Subject) -> Runtime:
     model = random_model(subject)
     freeze_constants(model)
     assert subject.programs is not None
-    return BoundPrograms(model, entry, subject.programs)
+    return InMemoryAotiRuntime(model, entry, subject.programs)
 
 
 def programs_of(subject: Subject) -> tuple[AotiPrograms, float]:

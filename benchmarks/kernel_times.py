@@ -30,11 +30,12 @@ def kernel_times(runtime: Runtime, batch: int, tokens: int) -> Iterator[dict[str
     counted.
     """
     cache, lengths = runtime.new_cache(batch), torch.full((batch,), tokens)
+    programs = runtime.bind(cache, capture=False)
     prompt = random_tokens(runtime, batch, tokens).to(runtime.device)
 
     def prefill() -> None:
         cache.position.zero_()
-        runtime.prefill(prompt, lengths, cache)
+        programs.prefill(prompt, lengths)
 
     yield {"pass": "prefill", "batch": batch, "tokens": tokens, **_profiled(prefill)}
     position = runtime.config.chunk_size - _CALLS - WARM_UP
@@ -43,7 +44,7 @@ def kernel_times(runtime: Runtime, batch: int, tokens: int) -> Iterator[dict[str
         "pass": "decode",
         "batch": batch,
         "position": position,
-        **_profiled(lambda: runtime.decode(prompt[:, 0], cache)),
+        **_profiled(lambda: programs.decode(prompt[:, 0])),
     }
 
 

@@ -53,10 +53,10 @@ def bits_per_byte(runtime: OnnxRuntime, tokens: torch.Tensor) -> float:
 
 def step_milliseconds(runtime: OnnxRuntime) -> float:
     """Median time of a decode step for one stream."""
-    cache, times = runtime.new_cache(1), []
+    programs, times = runtime.bind(runtime.new_cache(1)), []
     for _ in range(60):
         started = time.perf_counter()
-        runtime.decode(torch.tensor([65]), cache)
+        programs.decode(torch.tensor([65]))
         times.append(time.perf_counter() - started)
     return statistics.median(times[10:]) * 1e3
 

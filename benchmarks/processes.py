@@ -43,10 +43,10 @@ def added_memory(folder: Path, device: str) -> dict[str, int]:
     torch.zeros(1, device=device)
     before = resident_memory()
     runtime = open_runtime("aoti", folder, manifest, device)
-    cache = runtime.new_cache(1)
+    programs = runtime.bind(runtime.new_cache(1), capture=False)
     ids = torch.randint(runtime.config.vocab_size, (1, 64), device=runtime.device)
-    runtime.prefill(ids, torch.tensor([64]), cache)
-    runtime.decode(ids[:, 0], cache)
+    programs.prefill(ids, torch.tensor([64]))
+    programs.decode(ids[:, 0])
     after = resident_memory()
     added = {name: after[name] - before[name] for name in after}
     weights = sum((folder / name).stat().st_size for name in (manifest.weights, manifest.derived_constants))
@@ -67,20 +67,19 @@ def graph_against_none(runtime: Runtime, steps: int) -> dict[str, Any]:
             tokens.append(token)
         return torch.cat(tokens)
 
-    plain, graphed = runtime.new_cache(1), runtime.new_cache(1)
-    expected = run(lambda token: runtime.decode(token, plain))
-    replay = runtime.decoder(graphed)
-    replay(first)
-    graphed.reset()
+    plain, graphed = (runtime.bind(runtime.new_cache(1), capture) for capture in (False, True))
+    expected = run(plain.decode)
+    graphed.decode(first)
+    graphed.cache.reset()
     before = torch.cuda.memory_allocated()
-    found = run(replay)
+    found = run(graphed.decode)
     grown = torch.cuda.memory_allocated() - before - found.nbytes
     return {
         "steps": steps,
         "equal_tokens": bool(torch.equal(expected, found)),
         "gpu_bytes_grown": grown,
-        "graph_ms": median_seconds(lambda: replay(first), runtime.device, 200) * 1e3,
-        "no_graph_ms": median_seconds(lambda: runtime.decode(first, plain), runtime.device, 50) * 1e3,
+        "graph_ms": median_seconds(lambda: graphed.decode(first), runtime.device, 200) * 1e3,
+        "no_graph_ms": median_seconds(lambda: plain.decode(first), runtime.device, 50) * 1e3,
     }
 
 

@@ -190,16 +190,17 @@ def stream(runtime: Runtime, contexts: Sequence[int], steps: int, ceilings: Ceil
     tokens as came last, in fresh streams of one segment each: a device that has worked for seconds is slower than one
     that begins, whatever the context.
     """
-    config, device, cache = runtime.config, runtime.device, runtime.new_cache(1)
-    prefill, copy = runtime.prefiller(cache), runtime.new_cache(1)
+    config, device = runtime.config, runtime.device
+    programs, branch = (runtime.bind(runtime.new_cache(1)) for _ in range(2))
+    cache = programs.cache
 
     def feed(tokens: int) -> None:
-        prefill(torch.randint(config.vocab_size, (1, tokens), device=device), torch.tensor([tokens]))
+        programs.prefill(torch.randint(config.vocab_size, (1, tokens), device=device), torch.tensor([tokens]))
 
     segment = runtime.limits.max_length
     for _ in range(WARM_UP):
         feed(segment)
-    step, token_ids = runtime.decoder(copy), torch.randint(config.vocab_size, (1,), device=device)
+    token_ids = torch.randint(config.vocab_size, (1,), device=device)
     cache.reset()
     fed = 0
     for context in contexts:
@@ -213,9 +214,8 @@ def stream(runtime: Runtime, contexts: Sequence[int], steps: int, ceilings: Ceil
             seconds = time.perf_counter() - started
             operations = prefill_flops(config, 1, fed, start, runtime.all_logits)
             row |= rates(fed, seconds, operations, ceilings)
-        for new, old in zip(copy.tensors(), cache.tensors(), strict=True):
-            new.copy_(old)
-        seconds = median_seconds(lambda: step(token_ids), device, steps)
+        branch.cache.copy_(cache)
+        seconds = median_seconds(lambda: branch.decode(token_ids), device, steps)
         visible = visible_tokens(config, start + fed + WARM_UP, steps) / steps
         moved = decode_bytes(config, runtime.dtype, 1, visible)
         yield row | {

@@ -31,7 +31,7 @@ def bits_per_byte(model: MegalodonForCausalLM, stream: Tensor) -> tuple[float, i
 
     Predicting the END_OF_TEXT between the texts costs bits too, but is not counted as a byte.
     """
-    nats = score(ModelRuntime(model, Limits(max_length=PIECE), all_logits=True), [stream]).nats
+    nats = score(ModelRuntime(model, Limits(max_length=PIECE)), [stream]).nats
     count = int((stream != corpus.END_OF_TEXT).sum())
     return nats / math.log(2) / count, count
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import MegalodonCache
+from ..model import ModelCache
 from ..runtimes import RUNTIMES, Runtime, open_runtime
 from . import bundle
 from .manifest import Manifest
@@ -121,39 +121,28 @@ def require(parity: dict[str, Any]) -> dict[str, Any]:
 def compare(candidate: Runtime, reference: Runtime, case: Case) -> tuple[float, float, float]:
     """Run a case on both; largest logits difference, largest relative cache difference, share of equal best tokens."""
     generator = torch.Generator().manual_seed(0)
-    caches = [runtime.new_cache(case.batch) for runtime in (candidate, reference)]
+    pair = [runtime.bind(runtime.new_cache(case.batch), capture=False) for runtime in (candidate, reference)]
     worst, equal, compared = 0.0, 0, 0
     for call in case.calls:
         lengths = torch.tensor(call if call is not None else (1,) * case.batch)
         shape = (case.batch, int(lengths.max())) if call is not None else (case.batch,)
         token_ids = torch.randint(candidate.config.vocab_size, shape, generator=generator)
-        pair = []
-        for runtime, cache in zip((candidate, reference), caches, strict=True):
-            ids = token_ids.to(runtime.device)
-            if call is None:
-                logits = runtime.decode(ids, cache)
-            else:
-                logits = last_logits(runtime.prefill(ids, lengths, cache), lengths)
-            pair.append(logits[lengths.to(logits.device) > 0].clone())
-        worst = max(worst, _difference(pair[0], pair[1]))
-        equal += int((pair[0].argmax(-1) == pair[1].argmax(-1)).sum())
-        compared += pair[0].shape[0]
+        found = []
+        for programs in pair:
+            ids = token_ids.to(programs.runtime.device)
+            logits = programs.decode(ids) if call is None else programs.prefill(ids, lengths)
+            found.append(logits[lengths.to(logits.device) > 0].clone())
+        worst = max(worst, _difference(found[0], found[1]))
+        equal += int((found[0].argmax(-1) == found[1].argmax(-1)).sum())
+        compared += found[0].shape[0]
     cache_difference = max(
         _difference(a, b, max(float(b.abs().max()), 1e-6))
-        for a, b in zip(visible(caches[0]), visible(caches[1]), strict=True)
+        for a, b in zip(visible(pair[0].cache), visible(pair[1].cache), strict=True)
     )
     return worst, cache_difference, equal / compared
 
 
-def last_logits(logits: Tensor, lengths: Tensor) -> Tensor:
-    """The logits (B, V) after each row's last token, also of a prefill that returned those of all tokens (B, L, V)."""
-    if logits.dim() == 2:
-        return logits
-    rows = torch.arange(logits.shape[0], device=logits.device)
-    return logits[rows, (lengths.to(logits.device) - 1).clamp(min=0)]
-
-
-def visible(cache: MegalodonCache) -> Iterator[Tensor]:
+def visible(cache: ModelCache) -> Iterator[Tensor]:
     """The cache as a stream can see it: slots of the rings that hold no token of the chunk are zeroed."""
     chunk = cache.layers[0].key.shape[2]
     valid = torch.arange(chunk, device=cache.position.device) < (cache.position % chunk)[:, None]

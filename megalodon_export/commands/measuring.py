@@ -21,7 +21,7 @@ def evaluate(args: argparse.Namespace) -> int:
         return 2
     set_threads(args, args.folder)
     target = Target.open(args.folder, args.runtime, args.device, args.dtype)
-    if args.ppl and not target.runtime.all_logits:
+    if args.ppl and not target.runtime.can_score:
         note = "prefill returns the last token's logits alone, so every token is scored by a decode step; a bundle "
         print(f"{args.folder}: {note}exported with --all-logits is scored faster", file=sys.stderr)
     for path in args.ppl:

@@ -41,7 +41,7 @@ _LOG2_E = 1.4426950408889634
 _LN2_HIGH = 6.93147180369123816490e-01
 _LN2_LOW = 1.90821492927058770002e-10
 _TAYLOR = tuple(1.0 / math.factorial(k) for k in range(14))
-_BAD_DRAW = -3  # a fault of a row, as POSITIVE_INFINITY and ALL_MASKED are
+_BAD_DRAW = -3  # a row's error beside POSITIVE_INFINITY and ALL_MASKED
 _LOWEST_EXPONENT = -64.0  # exp(-64) is below half a unit of every weight, and 2**n stays far from subnormal
 
 
@@ -117,15 +117,15 @@ def wrap(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-class Kind(Enum):
-    """The operations that a choice takes. Everything else about it is in tensors, so one captured graph serves all."""
+class SamplerKind(Enum):
+    """Which operations choose a token. All other parameters are in tensors, so a kind needs one captured graph."""
 
     GREEDY = "greedy"
     UNRANKED = "unranked"  # no top-k, no top-p: nothing has to be sorted
     RANKED = "ranked"
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingParams]) -> Kind:
+    def of(cls, rows: Sequence[SamplingParams]) -> SamplerKind:
         """The kind for a batch; ValueError if some rows are greedy and some are not."""
         greedy = {row.greedy for row in rows}
         _require(len(greedy) == 1, "temperature is 0 for some rows of the batch only; sample those apart")
@@ -141,27 +141,27 @@ def controls(rows: Sequence[SamplingParams]) -> Tensor:
 
 
 def choose(
-    logits: Tensor, kind: Kind, control: Tensor | None = None, draws: Tensor | None = None
+    logits: Tensor, kind: SamplerKind, control: Tensor | None = None, draws: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """One token id per row, by the algorithm in the module's docstring, without waiting for the device.
 
     logits (B, V) any float dtype; control (4, B, 1) from `controls` and draws (B) float64, both None if greedy
-    -> token ids (B) int64, faults (B) int64. Where `faults` is not 0 the token is 0 and `raise_faults` says what was
-    wrong. Every operation can be captured in a CUDA graph.
+    -> token ids (B) int64, logit_errors (B) int64. Where `logit_errors` is not 0 the token is 0, and
+    `raise_logit_errors` says what was wrong. Every operation can be captured in a CUDA graph.
     """
     peak = logits.amax(dim=-1, keepdim=True)  # (B, 1); NaN if the row holds one
-    faults = _faults(logits, peak[:, 0], draws)
-    if kind is Kind.GREEDY or control is None or draws is None:
-        return logits.argmax(dim=-1).where(faults == 0, 0), faults  # the first of equal maxima
+    logit_errors = _logit_errors(logits, peak[:, 0], draws)
+    if kind is SamplerKind.GREEDY or control is None or draws is None:
+        return logits.argmax(dim=-1).where(logit_errors == 0, 0), logit_errors  # the first of equal maxima
     temperature, top_k, top_p, min_p = control
     weights = _integer_weights(logits.double() - peak.double(), temperature)  # (B, V)
-    if kind is Kind.RANKED:
+    if kind is SamplerKind.RANKED:
         weights = _keep_most_probable(weights, logits, top_k, top_p)
     weights = weights.where(weights >= min_p * _unit(logits.shape[-1]), 0.0)
     cumulative = weights.cumsum(dim=-1)
     target = draws[:, None] * cumulative[:, -1:]
     tokens = (cumulative <= target).sum(dim=-1)  # cumulative never falls: how many ids lie before the first beyond it
-    return tokens.where(faults == 0, 0), faults
+    return tokens.where(logit_errors == 0, 0), logit_errors
 
 
 def sample(logits: Tensor, params: SamplingParams, draws: Tensor | None = None) -> Tensor:
@@ -173,20 +173,20 @@ def sample(logits: Tensor, params: SamplingParams, draws: Tensor | None = None) 
     """
     _check_shapes(logits, params, draws)
     draws = None if params.greedy or draws is None else draws.to(logits.device)
-    tokens, faults = choose(logits, Kind.of([params]), controls([params]).to(logits.device), draws)
-    raise_faults(faults.tolist(), logits.shape[-1], list if draws is None else draws.tolist)
+    tokens, logit_errors = choose(logits, SamplerKind.of([params]), controls([params]).to(logits.device), draws)
+    raise_logit_errors(logit_errors.tolist(), logits.shape[-1], list if draws is None else draws.tolist)
     return tokens
 
 
-def raise_faults(faults: Sequence[int], vocab_size: int, draws: Callable[[], list[float]] = list) -> None:
-    """ValueError for the first row whose fault is not 0; `draws` is called if a draw was wrong."""
-    row = next((i for i, fault in enumerate(faults) if fault), None)
+def raise_logit_errors(logit_errors: Sequence[int], vocab_size: int, draws: Callable[[], list[float]] = list) -> None:
+    """ValueError for the first row whose error is not 0; `draws` is called if a draw was wrong."""
+    row = next((i for i, error in enumerate(logit_errors) if error), None)
     if row is None:
         return
-    if faults[row] == _BAD_DRAW:
+    if logit_errors[row] == _BAD_DRAW:
         raise ValueError(f"draw of row {row} is {draws()[row]}, expected a number in [0, 1); use uniform()")
     found = {POSITIVE_INFINITY: "+inf among the logits", ALL_MASKED: "-inf for every token"}.get(
-        faults[row], f"NaN in {faults[row]} of {vocab_size} logits"
+        logit_errors[row], f"NaN in {logit_errors[row]} of {vocab_size} logits"
     )
     raise ValueError(
         f"row {row} cannot be sampled: {found}, expected finite logits (or -inf for tokens that are ruled out); "
@@ -217,13 +217,13 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _faults(logits: Tensor, peak: Tensor, draws: Tensor | None) -> Tensor:
-    faults = logits.isnan().sum(dim=-1)
-    faults = faults.masked_fill(peak == math.inf, POSITIVE_INFINITY)
-    faults = faults.masked_fill(peak == -math.inf, ALL_MASKED)
+def _logit_errors(logits: Tensor, peak: Tensor, draws: Tensor | None) -> Tensor:
+    logit_errors = logits.isnan().sum(dim=-1)
+    logit_errors = logit_errors.masked_fill(peak == math.inf, POSITIVE_INFINITY)
+    logit_errors = logit_errors.masked_fill(peak == -math.inf, ALL_MASKED)
     if draws is None:
-        return faults
-    return faults.masked_fill(~((draws >= 0.0) & (draws < 1.0)), _BAD_DRAW)
+        return logit_errors
+    return logit_errors.masked_fill(~((draws >= 0.0) & (draws < 1.0)), _BAD_DRAW)
 
 
 def _integer_weights(below_peak: Tensor, temperature: Tensor) -> Tensor:

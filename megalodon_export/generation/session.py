@@ -1,5 +1,7 @@
 """Sessions: text in, text out, over any runtime. A session owns the state of its stream; the runtime owns the weights.
 
+Example:
+
 session = megalodon_export.load(BUNDLE, runtime="aoti")
 for piece in session.generate("In the beginning", max_new_tokens=64):
     print(piece, end="")
@@ -7,7 +9,7 @@ for piece in session.generate("In the beginning", max_new_tokens=64):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,7 @@ from torch import Tensor
 
 from ..bundles import bundle
 from ..bundles.manifest import TOKENIZER
-from ..bundles.verify import last_logits
-from ..model import MegalodonCache
+from ..model import ModelCache
 from ..runtimes import Runtime, default_runtime, open_runtime
 from .decode_loop import DecodeLoop, padded_batch
 from .sampling import SamplingParams
@@ -48,27 +49,26 @@ def load(folder: str | Path, runtime: str | None = None, device: str | None = No
 class Session:
     """One stream of tokens, which may run forever at constant memory.
 
-    `generate` goes on from wherever the stream is: text generated before is context. `reset` starts anew. After an
-    error inside a call the session refuses further calls until `reset` or `restore`.
+    `generate` continues the stream: text generated before is context. `reset` starts a new stream. After an error
+    inside a call the session refuses further calls until `reset` or `restore`.
     """
 
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer | None = None, lookahead: int | None = None) -> None:
-        """`lookahead`: how many steps the device may run ahead of the reader; by default 0 on a CPU, 2 on a GPU."""
+        """`lookahead`: steps that the device runs ahead of the reader; by default 0 on a CPU, 2 on a GPU."""
         self.runtime, self.tokenizer = runtime, tokenizer
-        self._cache = runtime.new_cache(1)
+        self.programs = runtime.bind(runtime.new_cache(1))
         self._lookahead = lookahead
-        self._loop = DecodeLoop(runtime, self._cache, lookahead)
-        self._batch_loop: DecodeLoop | None = None  # of the last batch: one of the same size need not be captured again
-        self._step: Callable[[Tensor], Tensor] | None = None  # decode by hand, captured on first use
-        self._pending: int | None = None  # sampled and given out, not yet fed
+        self._loop = DecodeLoop(self.programs, lookahead)
+        self._batch_loop: DecodeLoop | None = None  # of the last batch; one of the same size uses its CUDA graphs again
+        self._pending: int | None = None  # sampled and returned, not yet fed
         self._broken = False
-        self._moves = 0  # calls that moved the stream, so that a generator notices those of others
+        self._moves = 0  # calls that moved the stream, so that a generator notices those made meanwhile
 
     @property
-    def cache(self) -> MegalodonCache:
-        """The stream's state. The token given out last by `generate` is not in it yet."""
+    def cache(self) -> ModelCache:
+        """The stream's state. The token that `generate` returned last is not in it yet."""
         self._settle()
-        return self._cache
+        return self.programs.cache
 
     def fork(self) -> Session:
         """A new session on the same weights, at the same point of the stream."""
@@ -78,33 +78,33 @@ class Session:
 
     def reset(self) -> None:
         """Forget the stream."""
-        self._loop.forget()
-        self._cache.reset()
+        self._loop.discard_lookahead()
+        self.programs.cache.reset()
         self._pending, self._broken = None, False
         self._moves += 1
 
     def snapshot(self) -> Snapshot:
-        """A copy of the stream's state, constant in size; `save` and `Snapshot.load` keep it on disk."""
+        """A copy of the stream's state, constant in size. `Snapshot.save` and `Snapshot.load` keep it on disk."""
         self._usable()
-        return Snapshot.of(self.runtime.config, self._cache, self._pending)
+        return Snapshot.of(self.runtime.config, self.programs.cache, self._pending)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this model; ValueError if it is another model's."""
         self._settle()
-        snapshot.copy_to(self.runtime.config, self._cache)
-        self._loop.forget()
+        snapshot.copy_to(self.runtime.config, self.programs.cache)
+        self._loop.discard_lookahead()
         self._pending, self._broken = snapshot.pending, False
         self._moves += 1
 
     def prefill(self, token_ids: Sequence[int]) -> Tensor:
-        """Feed tokens; float32 logits (V) after the last. For those who drive the model themselves."""
+        """Feed tokens; float32 logits (V) after the last. For callers that choose tokens themselves."""
         fed = [*([] if self._pending is None else [self._pending]), *token_ids]
         if not fed:
             raise ValueError("there are no tokens to feed; give at least one")
         with self._guarded():
             ids = torch.tensor([fed], device=self.runtime.device)
             lengths = torch.tensor([len(fed)])
-            logits = last_logits(self._loop.prefill(ids, lengths), lengths)[0]
+            logits = self.programs.prefill(ids, lengths)[0]
         self._pending = None
         return logits
 
@@ -113,9 +113,7 @@ class Session:
         if self._pending is not None:
             return self.prefill([token_id])
         with self._guarded():
-            if self._step is None:
-                self._step = self.runtime.decoder(self._cache)
-            return self._step(torch.tensor([token_id], device=self.runtime.device))[0].clone()
+            return self.programs.decode(torch.tensor([token_id], device=self.runtime.device))[0].clone()
 
     def generate(
         self,
@@ -143,7 +141,10 @@ class Session:
     def generate_ids(
         self, prompt: Sequence[int] = (), max_new_tokens: int = 256, eos_token_id: int | None = None, **sampling: Any
     ) -> Iterator[int]:
-        """As `generate`, with token ids; `eos_token_id` replaces the model's own, -1 switches it off."""
+        """Feed a prompt of token ids and yield the continuation's ids; see `generate` for the other arguments.
+
+        `eos_token_id` replaces the model's end-of-sequence token; -1 turns it off.
+        """
         params = SamplingParams(**sampling)
         _check_count(max_new_tokens)
         eos = self.runtime.config.eos_token_id if eos_token_id is None else eos_token_id
@@ -197,20 +198,21 @@ class Session:
         return [text + ("" if s.stopped else s.flush()) for text, s in zip(texts, streams, strict=True)]
 
     def _loop_for(self, batch: int) -> DecodeLoop:
-        """A loop over fresh streams, at least `batch` of them: the last one's if it has as many, captured already."""
+        """A loop over at least `batch` fresh streams. The last batch's loop, if of that size, keeps its CUDA graphs."""
         rows, loop = padded_batch(self.runtime, batch), self._batch_loop
         if loop is not None and loop.cache.batch == rows:
             loop.cache.reset()
             return loop
-        self._batch_loop = loop = None  # its memory goes first
-        return DecodeLoop(self.runtime, self.runtime.new_cache(rows), self._lookahead, rewindable=False)
+        self._batch_loop = loop = None  # frees its memory before the new cache is allocated
+        programs = self.runtime.bind(self.runtime.new_cache(rows))
+        return DecodeLoop(programs, self._lookahead, can_roll_back=False)
 
     def _opening(self, prompt: Sequence[int]) -> Sequence[int]:
         fresh = self._pending is None and int(self.cache.position[0]) == 0
         return self._with_start(prompt) if fresh else prompt
 
     def _with_start(self, prompt: Sequence[int]) -> Sequence[int]:
-        """A stream must begin with something: the beginning-of-sequence token stands in for an empty prompt."""
+        """The prompt, or the beginning-of-sequence token for an empty one: a stream must begin with some token."""
         start = self.runtime.config.bos_token_id
         if prompt:
             return prompt
@@ -231,9 +233,9 @@ class Session:
         self._settle()
 
     def _settle(self) -> None:
-        """Bring the cache to where the stream is, if the device ran ahead of it."""
+        """Roll the cache back to where the stream is, if the device is ahead of it."""
         if not self._broken:
-            self._loop.rewind()
+            self._loop.roll_back()
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -260,7 +262,7 @@ def _prefill_rows(loop: DecodeLoop, prompts: Sequence[Sequence[int]]) -> Tensor:
     padded = torch.zeros(batch, int(lengths.max()), dtype=torch.int64)
     for row, tokens in zip(padded, prompts, strict=False):
         row[: len(tokens)] = torch.tensor(tokens)
-    return last_logits(loop.prefill(padded.to(loop.runtime.device), lengths), lengths)
+    return loop.programs.prefill(padded.to(loop.runtime.device), lengths)
 
 
 def _check_count(max_new_tokens: int) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..model import MegalodonCache, MegalodonConfig, cache_layout, dimension_sizes
+from ..model import ModelCache, ModelConfig, cache_layout, dimension_sizes
 
 _FORMAT = "megalodon-export snapshot 1"
 
@@ -26,19 +26,19 @@ class Snapshot:
     model: str
 
     @classmethod
-    def of(cls, config: MegalodonConfig, cache: MegalodonCache, pending: int | None) -> Snapshot:
+    def of(cls, config: ModelConfig, cache: ModelCache, pending: int | None) -> Snapshot:
         """Copy a cache."""
         names = [t.name for t in cache_layout(config)]
         copies = [t.detach().to("cpu", copy=True) for t in cache.tensors()]
         return cls(dict(zip(names, copies, strict=True)), pending, layout_id(config))
 
-    def copy_to(self, config: MegalodonConfig, cache: MegalodonCache) -> None:
+    def copy_to(self, config: ModelConfig, cache: ModelCache) -> None:
         """Put the state into a cache; ValueError if the snapshot is of a model with another cache."""
         if self.model != layout_id(config):
             raise ValueError(
                 "the snapshot is of a model with another cache layout; restore it in a session of that model"
             )
-        source = MegalodonCache.from_tensors(config, [self.tensors[t.name] for t in cache_layout(config)])
+        source = ModelCache.from_tensors(config, [self.tensors[t.name] for t in cache_layout(config)])
         cache.copy_(source)
 
     def save(self, path: str | Path) -> None:
@@ -60,14 +60,14 @@ class Snapshot:
         return cls(tensors, json.loads(metadata["pending"]), metadata["model"])
 
 
-def layout_id(config: MegalodonConfig) -> str:
+def layout_id(config: ModelConfig) -> str:
     """A short hash of the cache layout: equal for models whose states can be exchanged."""
     sizes = dimension_sizes(config)
     layout = [(t.name, t.shape(sizes, 1), t.dtype) for t in cache_layout(config)]
     return hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:16]
 
 
-def state_size(config: MegalodonConfig, dtype: torch.dtype) -> int:
+def state_size(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one stream's cache."""
     sizes = dimension_sizes(config)
     return sum(t.torch_dtype(dtype).itemsize * torch.Size(t.shape(sizes, 1)).numel() for t in cache_layout(config))

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from ..bundles import bundle
-from ..bundles.verify import last_logits
 from ..export.versions import versions
 from ..generation.decode_loop import DecodeLoop
 from ..generation.sampling import SamplingParams
-from ..model import MegalodonCache
+from ..model import ModelCache
 from ..runtimes import Runtime, open_runtime
 from .roofline import decode_bytes, prefill_flops, visible_tokens
 
@@ -100,18 +99,19 @@ def time_prefill(
 ) -> dict[str, Any]:
     """Prefill of fresh streams, and the time from a prompt on the host to its first token on the host."""
     prompt = random_tokens(runtime, batch, tokens)
-    lengths, cache, device = torch.full((batch,), tokens), runtime.new_cache(batch), runtime.device
+    lengths, device = torch.full((batch,), tokens), runtime.device
+    programs = runtime.bind(runtime.new_cache(batch))
+    cache = programs.cache
 
     def first_token() -> list[int]:
         cache.position.zero_()  # a fresh stream for the programs: nothing of the ring is visible
-        logits = last_logits(loop.prefill(prompt.to(device), lengths), lengths)
-        loop.start(logits, [SamplingParams()] * batch, 1)
+        loop.start(programs.prefill(prompt.to(device), lengths), [SamplingParams()] * batch, 1)
         return loop.read()
 
     on_device = prompt.to(device)
-    loop = DecodeLoop(runtime, cache, 0)
+    loop = DecodeLoop(programs, 0)
     calls = repeats, warm_up
-    seconds = median_seconds(lambda: (cache.position.zero_(), loop.prefill(on_device, lengths)), device, *calls)
+    seconds = median_seconds(lambda: (cache.position.zero_(), programs.prefill(on_device, lengths)), device, *calls)
     operations = prefill_flops(runtime.config, batch, tokens, all_logits=runtime.all_logits)
     return {
         "prompt_tokens": tokens,
@@ -147,15 +147,15 @@ def time_decode(
     }
 
 
-def _time_step(runtime: Runtime, cache: MegalodonCache, steps: int) -> float:
-    step = runtime.decoder(cache)
+def _time_step(runtime: Runtime, cache: ModelCache, steps: int) -> float:
+    programs = runtime.bind(cache)
     token_ids = random_tokens(runtime, cache.batch, 1)[:, 0].to(runtime.device)
-    return median_seconds(lambda: step(token_ids), runtime.device, steps)
+    return median_seconds(lambda: programs.decode(token_ids), runtime.device, steps)
 
 
-def _time_generation(runtime: Runtime, cache: MegalodonCache, steps: int) -> float:
+def _time_generation(runtime: Runtime, cache: ModelCache, steps: int) -> float:
     """Seconds a token of the loop that sessions use, greedy, every token read on the host."""
-    loop = DecodeLoop(runtime, cache, rewindable=cache.batch == 1)
+    loop = DecodeLoop(runtime.bind(cache), can_roll_back=cache.batch == 1)
     logits = torch.randn(cache.batch, runtime.config.logits_size, device=runtime.device)
     loop.start(logits, [SamplingParams()] * cache.batch, steps + WARM_UP)
     started = 0.0
@@ -173,7 +173,7 @@ def random_tokens(runtime: Runtime, batch: int, tokens: int) -> Tensor:
     return torch.randint(runtime.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def fill(cache: MegalodonCache, position: int) -> None:
+def fill(cache: ModelCache, position: int) -> None:
     """Random contents as of streams at `position`: on zeros, caches and branch predictors flatter."""
     generator = torch.Generator(cache.position.device).manual_seed(0)
     for tensor in cache.tensors():

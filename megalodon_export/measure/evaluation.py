@@ -1,4 +1,4 @@
-"""Perplexity and continuations over files of JSON lines, in any runtime: what the original's eval.py measures.
+"""Perplexity and continuations over files of JSON lines, in any runtime; the original's eval.py measures the same.
 
 A line is an object with a field `text`. A document is one stream from its beginning-of-text token to its end-of-text
 token, cut into calls of the program, so the memory that it takes on the device does not depend on its length.
@@ -23,10 +23,10 @@ from ..bundles import bundle
 from ..bundles.checkpoints import default_device, default_dtype, load_model
 from ..bundles.manifest import DTYPES, TOKENIZER
 from ..generation.session import Session
-from ..model import MegalodonCache, MegalodonConfig
+from ..model import ModelCache, ModelConfig
 from ..model.loss import IGNORED
 from ..model.norm import NormState
-from ..runtimes import Runtime, default_runtime, open_runtime
+from ..runtimes import BoundPrograms, Runtime, default_runtime, open_runtime
 from ..runtimes.eager import ModelRuntime
 
 TRUNCATION_STRIDE = 2  # chunks a call when statistics are truncated, as in the original's inference.py
@@ -44,7 +44,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Of a token; ValueError if none was scored."""
+        """Per token; ValueError if none was scored."""
         if not self.tokens:
             raise ValueError("there is no token to score: a document needs two, special tokens included")
         return math.exp(self.nats / self.tokens)
@@ -56,27 +56,26 @@ def score(
 ) -> Score:
     """Score every token but the first of each document, given as ids, side by side as the rows of a batch.
 
-    `segment`: tokens a call, by default what the programs take; the score does not depend on it. A runtime whose
-    prefill returns the last token's logits alone is driven by decode steps instead. `truncate_chunks` N > 2: from N
-    chunks on, after every two, the norms' statistics are replaced by those of the last N - 2 chunks alone, as the
-    original does with N = 8; 0 never does.
+    `segment`: tokens a call, by default what the programs take; the score does not depend on it. A runtime that cannot
+    score decodes token by token instead. `truncate_chunks` N > 2: from N chunks on, after every two, the norms'
+    statistics are replaced by those of the last N - 2 chunks alone, as the original does with N = 8; 0 never does.
     """
     chunk = runtime.config.chunk_size
     if truncate_chunks and truncate_chunks <= TRUNCATION_STRIDE:
         raise ValueError(f"truncate_chunks is {truncate_chunks}, expected 0 (off) or more than {TRUNCATION_STRIDE}")
     rows = [torch.as_tensor(document, dtype=torch.int64).cpu() for document in documents]
     steps = _steps(rows)
-    cache, nats, longest = runtime.new_cache(len(rows)), 0.0, int(steps.max())
+    programs, nats, longest = runtime.bind(runtime.new_cache(len(rows))), 0.0, int(steps.max())
     cuts = _cuts(longest, segment or runtime.limits.max_length)
     if truncate_chunks:  # two chunks a call, and what is less than a chunk by itself
         cuts = _cuts(longest, TRUNCATION_STRIDE * chunk) | {longest // chunk * chunk}
-    for end, losses, _ in _feed(runtime, rows, [row[1:] for row in rows], cuts, cache):
+    for end, losses, _ in _feed(programs, rows, [row[1:] for row in rows], cuts):
         nats += float(losses.double().sum())
         if truncate_chunks and truncate_chunks * chunk <= end < longest:
             first = end - (truncate_chunks - TRUNCATION_STRIDE) * chunk
-            recent = runtime.new_cache(len(rows))
-            runtime.prefill(_window(rows, first, end, 0), (steps - first).clamp(0, end - first), recent)
-            _replace_statistics(cache, recent)
+            recent = runtime.bind(runtime.new_cache(len(rows)))
+            recent.prefill(_window(rows, first, end, 0), (steps - first).clamp(0, end - first))
+            _replace_statistics(programs.cache, recent.cache)
     return Score(nats, int(steps.sum()))
 
 
@@ -86,8 +85,8 @@ def score_continuations(
 ) -> list[tuple[float, bool]]:
     """Each continuation's log-probability in nats after its context, and whether greedy decoding would choose it.
 
-    `requests` are rows of one batch: contexts of at least one token, continuations of any number. What is context in
-    every row is prefilled in any runtime, so contexts of like lengths belong together.
+    `requests` are rows of one batch: contexts of at least one token, continuations of any number. Tokens that are
+    context in every row are prefilled in any runtime, so batch contexts of similar lengths together.
     """
     if not all(context for context, _ in requests):
         raise ValueError("a context has no token; begin it with the model's bos_token_id")
@@ -98,7 +97,7 @@ def score_continuations(
     cuts |= {min(starts) - 1}
     nats = torch.zeros(len(rows), dtype=torch.float64, device=runtime.device)
     greedy = torch.ones(len(rows), dtype=torch.bool, device=runtime.device)
-    for _, losses, likeliest in _feed(runtime, rows, targets, cuts, runtime.new_cache(len(rows))):
+    for _, losses, likeliest in _feed(runtime.bind(runtime.new_cache(len(rows))), rows, targets, cuts):
         nats += losses.double().sum(1)
         greedy &= likeliest.all(1)
     return list(zip((-nats).tolist(), greedy.tolist(), strict=True))
@@ -114,15 +113,17 @@ def _cuts(length: int, stride: int) -> set[int]:
 
 
 def _feed(
-    runtime: Runtime, rows: Sequence[Tensor], targets: Sequence[Tensor], cuts: set[int], cache: MegalodonCache
+    programs: BoundPrograms, rows: Sequence[Tensor], targets: Sequence[Tensor], cuts: set[int]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Feed rows in calls from cut to cut. Yields each call's end, and of each target (B, L) its nats, 0 where it is
-    ignored, and whether it is the likeliest token or ignored.
+    """Feed rows in calls from cut to cut.
+
+    Yields the end of each call, and for each target (B, L) its nats, 0 where it is ignored, and whether it is the
+    likeliest token or ignored.
     """
     steps = _steps(rows)
     for start, end in itertools.pairwise(sorted(cuts)):
         ids, wanted = _window(rows, start, end, 0), _window(targets, start, end, IGNORED)
-        yield end, *_losses(runtime, ids, wanted, (steps - start).clamp(0, end - start), cache)
+        yield end, *_losses(programs, ids, wanted, (steps - start).clamp(0, end - start))
 
 
 def _window(rows: Sequence[Tensor], start: int, end: int, padding: int) -> Tensor:
@@ -131,30 +132,29 @@ def _window(rows: Sequence[Tensor], start: int, end: int, padding: int) -> Tenso
     return torch.stack([F.pad(piece, (0, end - start - len(piece)), value=padding) for piece in pieces])
 
 
-def _losses(
-    runtime: Runtime, ids: Tensor, targets: Tensor, lengths: Tensor, cache: MegalodonCache
-) -> tuple[Tensor, Tensor]:
-    """Feed ids (B, L); of each target (B, L), as `_feed` yields them, the nats and whether it is the likeliest."""
-    ids, targets = ids.to(runtime.device), targets.to(runtime.device)
+def _losses(programs: BoundPrograms, ids: Tensor, targets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Feed ids (B, L). For each target (B, L) the nats, and whether it is the likeliest token; see `_judge`."""
+    device = programs.runtime.device
+    ids, targets = ids.to(device), targets.to(device)
     if not (targets != IGNORED).any():
-        runtime.prefill(ids, lengths, cache)
-        return torch.zeros(targets.shape, device=runtime.device), torch.ones_like(targets, dtype=torch.bool)
-    if runtime.all_logits:
-        return _judge(runtime.prefill(ids, lengths, cache), targets)
-    decode = runtime.decoder(cache)  # a row that has ended goes on with padding, which nobody sees
-    pairs = [_judge(decode(i), t) for i, t in zip(ids.unbind(1), targets.unbind(1), strict=True)]
+        programs.prefill(ids, lengths)
+        return torch.zeros(targets.shape, device=device), torch.ones_like(targets, dtype=torch.bool)
+    if programs.runtime.can_score:
+        return _judge(programs.score(ids, lengths), targets)
+    # A row that has ended is fed padding; its later targets are all ignored.
+    pairs = [_judge(programs.decode(i), t) for i, t in zip(ids.unbind(1), targets.unbind(1), strict=True)]
     losses, likeliest = zip(*pairs, strict=True)
     return torch.stack(losses, dim=1), torch.stack(likeliest, dim=1)
 
 
 def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Nats of targets (...) under logits (..., V), and whether they are the likeliest; ignored ones: 0 and yes."""
+    """Nats of targets (...) under logits (..., V), and whether they are the likeliest; 0 and True for ignored ones."""
     losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view(targets.shape), (logits.argmax(-1) == targets) | (targets == IGNORED)
 
 
-def _replace_statistics(cache: MegalodonCache, recent: MegalodonCache) -> None:
-    """Take over the norms' statistics and their count; both caches stand between chunks, where the rings are empty."""
+def _replace_statistics(cache: ModelCache, recent: ModelCache) -> None:
+    """Copy the norms' statistics and their count. Both caches are at a chunk boundary, where the rings are empty."""
     for old, new in zip(cache.layers, recent.layers, strict=True):
         NormState(new.norm_mean, new.norm_var).store(old)
     NormState(recent.final.norm_mean, recent.final.norm_var).store(cache.final)
@@ -163,7 +163,7 @@ def _replace_statistics(cache: MegalodonCache, recent: MegalodonCache) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """What is evaluated: a runtime and the tokenizer of its folder."""
+    """A runtime to evaluate, and the tokenizer of its folder."""
 
     runtime: Runtime
     tokenizer: Tokenizer
@@ -187,14 +187,12 @@ class Target:
                 )
             device = device or default_device()
             chosen = DTYPES[dtype or default_dtype(device)]
-            return cls(ModelRuntime(load_model(folder, chosen, device), all_logits=True), tokenizer, "eager")
+            return cls(ModelRuntime(load_model(folder, chosen, device)), tokenizer, "eager")
         manifest = bundle.read(folder)
         if dtype is not None:
             raise ValueError(f"{folder} is a bundle in {manifest.dtype}; leave out the dtype, or give a checkpoint")
         name = runtime or default_runtime(manifest)
-        opened = open_runtime(name, folder, manifest, device)
-        opened.all_logits = opened.all_logits or name == "eager"
-        return cls(opened, tokenizer, name)
+        return cls(open_runtime(name, folder, manifest, device), tokenizer, name)
 
 
 def perplexity(target: Target, path: Path, batch: int = 1, truncate_chunks: int = 0) -> dict[str, Any]:
@@ -229,7 +227,7 @@ def generations(target: Target, path: Path, max_new_tokens: int, **sampling: Any
 
 def encode(target: Target, text: str) -> list[int]:
     """A document's ids between the model's beginning and end of text, where it has them, as in the original."""
-    config: MegalodonConfig = target.runtime.config
+    config: ModelConfig = target.runtime.config
     start, end = ([] if i is None else [i] for i in (config.bos_token_id, config.eos_token_id))
     return [*start, *target.tokenizer.encode(text, add_special_tokens=False).ids, *end]
 

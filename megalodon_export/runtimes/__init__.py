@@ -1,7 +1,7 @@
 """Where programs run: one interface for eager, AOTInductor and ONNX Runtime, imported on first use.
 
-A runtime holds the weights and is shared by any number of sessions; the state of a stream is a cache that its caller
-owns. To add one: subclass `Runtime`, name it in RUNTIMES.
+A runtime holds the weights and is shared by any number of sessions. The state of streams is a cache, which
+`Runtime.bind` makes programs for. To add a runtime, subclass `Runtime` and `BoundPrograms`, and name it in RUNTIMES.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from pathlib import Path
 
 from ..bundles.manifest import Manifest
 from .base import Runtime, RuntimeUnavailable
+from .bound_programs import BoundPrograms
 
-__all__ = ["RUNTIMES", "Runtime", "RuntimeUnavailable", "default_runtime", "open_runtime"]
+__all__ = ["RUNTIMES", "BoundPrograms", "Runtime", "RuntimeUnavailable", "default_runtime", "open_runtime"]
 
 RUNTIMES = {"eager": ".eager:EagerRuntime", "aoti": ".aoti:AotiRuntime", "onnx": ".onnx:OnnxRuntime"}
 
 
 def default_runtime(manifest: Manifest) -> str:
-    """The runtime of a bundle's own programs, AOTInductor's first; for one that has none, the one that says so."""
+    """The runtime of the programs in a bundle: "onnx" if it has ONNX programs alone, else "aoti"."""
     return "onnx" if list(manifest.programs.by_runtime()) == ["onnx"] else "aoti"
 
 

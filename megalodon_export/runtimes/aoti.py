@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..bundles.manifest import Manifest
 from ..bundles.weights import WeightStore
-from ..exporters.manifest_types import CompiledProgram, CompiledStage, StageInput, Target
-from ..exporters.programs import DECODE, DECODE_ONE, LAYER_INDEX, NEXT_TOKENS, PREFILL, ProgramName
+from ..exporters.manifest_types import CompiledProgram, CompiledStage, StageInput, Target, numbered
+from ..exporters.programs import DECODE, DECODE_ONE, NEXT_TOKENS, PREFILL, ProgramName
 from ..exporters.target import cpu_features
 from ..exporters.torch_internals import load_program
-from ..model import MegalodonCache
-from ..model.cache import LayerCache
+from ..model import ModelCache
 from .base import Runtime, RuntimeUnavailable
+from .bound_programs import BoundPrograms, last_logits
 
 
 class AotiRuntime(Runtime):
@@ -35,91 +35,105 @@ class AotiRuntime(Runtime):
     def _load(
         self,
         package: Path,
-        stages: dict[ProgramName, CompiledProgram],
-        bind: Callable[[tuple[StageInput, ...], int], dict[str, Tensor]],
+        programs: dict[ProgramName, CompiledProgram],
+        weights: Callable[[tuple[StageInput, ...], int], dict[str, Tensor]],
     ) -> None:
-        """Load the stages of both programs; `bind` finds the weights among a stage's inputs, for a layer."""
+        """Load the stages of all programs; `weights` finds those among a stage's inputs, for a layer, by name."""
         index = -1 if self.device.type != "cuda" or self.device.index is None else self.device.index
         layers = range(self.config.num_layers)
 
         def stage(entry: CompiledStage) -> _Stage:
             run = load_program(package, entry.name, index)
-            return _Stage(run, entry, [bind(entry.inputs, layer) for layer in layers])
+            return _Stage(run, entry, [weights(entry.inputs, layer) for layer in layers])
 
-        self._programs = {name: _Program(*map(stage, program.stages)) for name, program in stages.items()}
+        self.programs = {name: tuple(map(stage, program.stages)) for name, program in programs.items()}
 
-    def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
-        """One call of the compiled prefill."""
-        return self._programs[PREFILL](cache, {"token_ids": token_ids, "lengths": lengths})
+    def _bind(self, cache: ModelCache, capture: bool) -> BoundPrograms:
+        return BoundAotiPrograms(self, cache, capture)
 
-    def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
-        """One call of the compiled decode, or of that for one stream."""
-        choice = torch.empty(2, cache.batch, dtype=torch.int64, device=self.device)
-        return self._decode(cache)(cache, {"token_ids": token_ids, NEXT_TOKENS: choice})
 
-    def run_greedy(self, token_ids: Tensor, cache: MegalodonCache, choice: Tensor) -> None:
-        """On a GPU the program chooses."""
-        program = self._decode(cache)
-        if not program.chooses:
-            return super().run_greedy(token_ids, cache, choice)
-        program(cache, {"token_ids": token_ids, NEXT_TOKENS: choice})
+class BoundAotiPrograms(BoundPrograms):
+    """The compiled programs over one cache; a batch of 1 has a decode program of its own."""
 
-    def _decode(self, cache: MegalodonCache) -> _Program:
-        one = cache.batch == 1 and DECODE_ONE in self._programs
-        return self._programs[DECODE_ONE if one else DECODE]
+    def __init__(self, runtime: AotiRuntime, cache: ModelCache, capture: bool) -> None:
+        super().__init__(runtime, cache, capture)
+        tensors, layers = runtime.named_tensors(cache), runtime.config.num_layers
+        decode = DECODE_ONE if cache.batch == 1 and DECODE_ONE in runtime.programs else DECODE
+        self._prefill = _BoundProgram(runtime.programs[PREFILL], tensors, layers)
+        self._decode = _BoundProgram(runtime.programs[decode], tensors, layers)
+
+    def run_prefill(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logits (B, V) of the last tokens."""
+        logits = self._prefill(token_ids=token_ids, lengths=lengths)
+        return last_logits(logits, lengths) if self.runtime.all_logits else logits
+
+    def run_score(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logits (B, L, V) of all tokens."""
+        return self._prefill(token_ids=token_ids, lengths=lengths)
+
+    def run_decode(self, token_ids: Tensor) -> Tensor:
+        """Logits (B, V)."""
+        next_tokens = torch.empty(2, self.cache.batch, dtype=torch.int64, device=self.runtime.device)
+        return self._decode(token_ids=token_ids, next_tokens=next_tokens)
+
+    def run_greedy(self, token_ids: Tensor, next_tokens: Tensor) -> None:
+        """On a GPU the program itself writes `next_tokens`."""
+        if not self._decode.writes_next_tokens:
+            return super().run_greedy(token_ids, next_tokens)
+        self._decode(token_ids=token_ids, next_tokens=next_tokens)
 
 
 class _Stage:
-    """A compiled stage and, for every layer, its list of inputs with the weights in their places."""
+    """A compiled stage, and its weights by layer and name."""
 
     def __init__(
         self, run: Callable[[list[Tensor]], list[Tensor]], entry: CompiledStage, weights: list[dict[str, Tensor]]
     ) -> None:
-        self._run, self._outputs = run, entry.outputs
-        names = [one.name for one in entry.inputs]
-        self._inputs = [[bound.get(name) for name in names] for bound in weights]
-        prefix = f"layers.{LAYER_INDEX}."
-        of_layer = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-        self._of_layer = [(names.index(name), field) for name, field in of_layer.items()]
-        others = [one.name for one in entry.inputs if one.kind != "weight" and one.name not in of_layer]
-        self._others = [(names.index(name), name) for name in others]
+        self.run, self.outputs = run, entry.outputs
+        self._names, self._weights = [one.name for one in entry.inputs], weights
 
-    @property
-    def arguments(self) -> set[str]:
-        """What it takes besides weights and a layer's cache."""
-        return {name for _, name in self._others}
-
-    def __call__(self, tensors: dict[str, Tensor], layer: int = 0, cache: LayerCache | None = None) -> None:
-        """Run on the named tensors, and on a layer's weights and cache; adds what comes out to the tensors."""
-        inputs = self._inputs[layer].copy()
-        for place, name in self._others:
-            inputs[place] = tensors[name]
-        for place, field in self._of_layer:
-            inputs[place] = getattr(cache, field)
-        tensors.update(zip(self._outputs, self._run(inputs), strict=True))  # type: ignore[arg-type]
+    def bind(self, cache: dict[str, Tensor], layer: int = 0) -> _BoundStage:
+        """The stage on the weights and the cache of a layer."""
+        known = self._weights[layer]
+        inputs = [known.get(name, cache.get(numbered(name, layer))) for name in self._names]
+        missing = [(i, name) for i, name in enumerate(self._names) if inputs[i] is None]
+        return _BoundStage(self.run, self.outputs, inputs, missing)
 
 
 @dataclass
-class _Program:
-    """The stages of a program, run over the layers of a cache."""
+class _BoundStage:
+    """A stage and its list of inputs. `missing` are the program's arguments and the results of stages before it."""
 
-    begin: _Stage
-    layer: _Stage
-    end: _Stage
+    run: Callable[[list[Tensor]], list[Tensor]]
+    outputs: tuple[str, ...]
+    inputs: list[Tensor | None]
+    missing: list[tuple[int, str]]
+
+    def __call__(self, tensors: dict[str, Tensor]) -> None:
+        """Run, with what is missing from `tensors`; adds the results there."""
+        inputs = self.inputs.copy()
+        for index, name in self.missing:
+            inputs[index] = tensors[name]
+        tensors.update(zip(self.outputs, self.run(inputs), strict=True))  # type: ignore[arg-type]
+
+
+class _BoundProgram:
+    """The stages of a program over one cache: begin, every layer, end."""
+
+    def __init__(self, stages: tuple[_Stage, ...], cache: dict[str, Tensor], layers: int) -> None:
+        begin, layer, end = stages
+        self._stages = [begin.bind(cache), *(layer.bind(cache, index) for index in range(layers)), end.bind(cache)]
 
     @property
-    def chooses(self) -> bool:
-        """Whether it writes the most probable tokens into its argument `next_tokens`."""
-        return NEXT_TOKENS in self.end.arguments
+    def writes_next_tokens(self) -> bool:
+        """Whether it takes the argument `next_tokens` and writes the most probable tokens there."""
+        return NEXT_TOKENS in {name for _, name in self._stages[-1].missing}
 
-    def __call__(self, cache: MegalodonCache, tensors: dict[str, Tensor]) -> Tensor:
+    def __call__(self, **arguments: Tensor) -> Tensor:
         """Logits; the cache is updated in place."""
-        tensors |= {f"final.{field}": tensor for field, tensor in vars(cache.final).items()}
-        self.begin(tensors)
-        for index, layer_cache in enumerate(cache.layers):
-            self.layer(tensors, index, layer_cache)
-        self.end(tensors)
-        return tensors["logits"]
+        for stage in self._stages:
+            stage(arguments)
+        return arguments["logits"]
 
 
 def _check_target(target: Target, versions: dict[str, str], device: str | None) -> torch.device:

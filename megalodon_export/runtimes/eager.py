@@ -5,42 +5,79 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..bundles.checkpoints import load_model
+from ..bundles.checkpoints import default_device
 from ..bundles.manifest import Manifest
 from ..exporters.programs import Limits
-from ..model import MegalodonCache, MegalodonForCausalLM, freeze_constants
+from ..model.cache import ModelCache
+from ..model.config import ModelConfig
+from ..model.constants import freeze_constants
+from ..model.modeling import MegalodonLM
 from .base import Runtime
+from .bound_programs import BoundPrograms
 
 
 class ModelRuntime(Runtime):
     """Runs the modules of a model in memory; freezes what it derives from its weights."""
 
-    def __init__(self, model: MegalodonForCausalLM, limits: Limits | None = None, all_logits: bool = False) -> None:
+    def __init__(self, model: MegalodonLM, limits: Limits | None = None) -> None:
         self.model = model
         freeze_constants(model)
         limits = limits or Limits.of(model.config, max_batch=2**16)
-        super().__init__(model.config, model.dtype_of_weights, model.device, limits, all_logits)
-        # A horizon beyond the chunk reads positions on the host, which no captured graph can.
-        self.capturable = model.config.attention_window is None
+        device = model.model.embed.weight.device
+        super().__init__(model.config, model.dtype_of_weights, device, limits, all_logits=False)
+        self.can_score = True
+
+    def _bind(self, cache: ModelCache, capture: bool) -> BoundPrograms:
+        # Attention beyond the chunk reads positions on the host, which a captured graph cannot.
+        return BoundModelPrograms(self, cache, capture and self.config.attention_window is None)
+
+
+class BoundModelPrograms(BoundPrograms):
+    """`prefill`, `score` and `decode` of a model over one cache."""
+
+    runtime: ModelRuntime
 
     @torch.no_grad()
-    def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
-        """`MegalodonForCausalLM.prefill`."""
-        run = self.model.score if self.all_logits else self.model.prefill
-        return run(token_ids, lengths, cache)
+    def run_prefill(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logits (B, V) of the last tokens."""
+        return self.runtime.model.prefill(token_ids, lengths, self.cache)
 
     @torch.no_grad()
-    def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
-        """`MegalodonForCausalLM.decode`."""
-        return self.model.decode(token_ids, cache)
+    def run_score(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logits (B, L, V) of all tokens."""
+        return self.runtime.model.score(token_ids, lengths, self.cache)
+
+    @torch.no_grad()
+    def run_decode(self, token_ids: Tensor) -> Tensor:
+        """Logits (B, V)."""
+        return self.runtime.model.decode(token_ids, self.cache)
 
 
 class EagerRuntime(ModelRuntime):
     """Runs the modules on a bundle's weights; float16 ones in float32."""
 
     def __init__(self, folder: Path, manifest: Manifest, device: str | None = None) -> None:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = manifest.torch_dtype
-        super().__init__(load_model(folder, torch.float32 if dtype == torch.float16 else dtype, chosen))
+        chosen = torch.device(device or default_device())
+        super().__init__(load_weights(manifest.model_config, folder / manifest.weights, chosen))
+
+
+def load_weights(config: ModelConfig, path: Path, device: torch.device) -> MegalodonLM:
+    """A model for inference on the tensors of a safetensors file, without transformers and without a copy.
+
+    Tensors keep their dtype, except that float16 becomes float32, in which the model can run.
+    """
+    with torch.device("meta"):
+        model = MegalodonLM(config)
+    tensors = {
+        name: tensor.float() if tensor.dtype == torch.float16 else tensor
+        for name, tensor in load_file(path, device=str(device)).items()
+    }
+    if config.head_is_embedding:  # one tensor, which the file holds under one of its two names
+        names = ("model.embed.weight", "lm_head.weight")
+        tensors |= dict.fromkeys(names, next(tensors[name] for name in names if name in tensors))
+    model.load_state_dict(tensors, assign=True)
+    model.model.rotary.anchor = torch.zeros(0, dtype=model.dtype_of_weights, device=device)  # in no file
+    return model.eval().requires_grad_(False)

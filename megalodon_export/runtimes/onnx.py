@@ -7,7 +7,9 @@ rings: run twice, as ONNX Runtime does where it captures a CUDA graph, it gives 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch  # before onnxruntime, which finds CUDA's libraries among those that torch has loaded
@@ -15,18 +17,14 @@ from torch import Tensor
 
 from ..bundles.manifest import Manifest
 from ..exporters.programs import DECODE, PREFILL, ProgramName
-from ..model import MegalodonCache
-from ..model.cache import copy_in_place
+from ..model import ModelCache
 from .base import Runtime, RuntimeUnavailable
-from .onnx_session import OnnxSession, bind, open_session, require_cuda, shared_weights
-
-_BOUND = 16  # decode steps kept bound (on CUDA: captured), each to the addresses of one cache
+from .bound_programs import BoundPrograms, last_logits
+from .onnx_session import BoundGraph, bind, open_session, require_cuda, shared_weights
 
 
 class OnnxRuntime(Runtime):
     """Runs `prefill.onnx` and `decode.onnx`."""
-
-    capturable = False  # ONNX Runtime captures the graphs itself
 
     def __init__(self, folder: Path, manifest: Manifest, device: str | None = None, prepack: bool = False) -> None:
         """`prepack` (CPU): each session keeps a copy of the weights, arranged for its products.
@@ -41,75 +39,66 @@ class OnnxRuntime(Runtime):
             require_cuda(chosen)
             chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
         super().__init__(manifest.config, manifest.torch_dtype, chosen, entry.limits, entry.all_logits)
-        self._entries = entry.graphs
-        paths = {name: folder / one.file for name, one in self._entries.items()}
+        self.entries = entry.graphs
+        paths = {name: folder / one.file for name, one in self.entries.items()}
         weights = shared_weights(list(paths.values()), chosen) if chosen.type == "cuda" else {}
-        self._sessions = {
+        self.sessions = {
             name: open_session(path, chosen, weights.get(path, {}), prepack, capture=name == DECODE)
             for name, path in paths.items()
         }
-        self._steps: OrderedDict[tuple[int, ...], BoundStep] = OrderedDict()
-        self._graphs = 0
+        self.graph_numbers = itertools.count(1)  # each names one captured decode step
 
-    def run_prefill(self, token_ids: Tensor, lengths: Tensor, cache: MegalodonCache) -> Tensor:
-        """One call of the prefill graph."""
-        rows = token_ids.shape if self.all_logits else (cache.batch,)
-        logits = torch.empty((*rows, self.config.logits_size), device=self.device)
-        BoundStep(self, PREFILL, {"token_ids": token_ids, "lengths": lengths}, cache, logits).run(cache)
-        return logits
-
-    def run_decode(self, token_ids: Tensor, cache: MegalodonCache) -> Tensor:
-        """One call of the decode graph; on CUDA the second for a cache replays what the first has captured."""
-        key = cache.batch, *(tensor.data_ptr() for tensor in cache.tensors())
-        step = self._steps.get(key)
-        if step is None:
-            step = self._steps[key] = self._captured_step(cache)
-        self._steps.move_to_end(key)
-        step.arguments["token_ids"].copy_(token_ids)
-        step.run(cache)
-        return step.logits.clone()
-
-    def _captured_step(self, cache: MegalodonCache) -> BoundStep:
-        if len(self._steps) == _BOUND:
-            _, oldest = self._steps.popitem(last=False)
-            self._sessions[DECODE].release(oldest.graph)
-        token_ids = torch.zeros(cache.batch, dtype=torch.int64, device=self.device)
-        logits = torch.empty(cache.batch, self.config.logits_size, device=self.device)
-        self._graphs += 1
-        return self.bound_step(cache, token_ids, logits, self._graphs)
-
-    def bound_step(
-        self, cache: MegalodonCache, token_ids: Tensor, logits: Tensor, graph: int | None = None
-    ) -> BoundStep:
-        """A decode step on these tensors; on CUDA captured under a number, if there is one."""
-        return BoundStep(self, DECODE, {"token_ids": token_ids}, cache, logits, graph)
+    def _bind(self, cache: ModelCache, capture: bool) -> BoundPrograms:
+        return BoundOnnxPrograms(self, cache, capture)
 
 
-class BoundStep:
-    """A graph bound to the addresses of arguments, of a cache, and of the buffers that its states leave in.
+class BoundOnnxPrograms(BoundPrograms):
+    """The graphs over one cache. On CUDA ONNX Runtime, not torch, captures the decode step."""
 
-    It holds no reference to the cache: whoever runs it passes one that lies where that one lay.
-    """
+    runtime: OnnxRuntime
 
-    def __init__(
-        self,
-        runtime: OnnxRuntime,
-        program: ProgramName,
-        arguments: dict[str, Tensor],
-        cache: MegalodonCache,
-        logits: Tensor,
-        graph: int | None = None,
-    ) -> None:
-        self.arguments, self.logits, self.graph = arguments, logits, graph
-        self.session: OnnxSession = runtime._sessions[program]
-        self._states = [torch.empty_like(tensor) for tensor in cache.states()]
-        past = dict(zip((name for name, *_ in runtime._layout), cache.tensors(), strict=True))
-        small = {id(tensor): new for tensor, new in zip(cache.states(), self._states, strict=True)}
-        present = {name: small.get(id(tensor), tensor) for name, tensor in past.items()}
-        entry = runtime._entries[program]
-        self.binding = bind(self.session, entry, arguments | past, {"logits": logits} | present)
+    def __init__(self, runtime: OnnxRuntime, cache: ModelCache, capture: bool) -> None:
+        super().__init__(runtime, cache, capture=False)
+        self._decode: BoundGraph | None = None
+        self._token_ids = torch.zeros(cache.batch, dtype=torch.int64, device=runtime.device)
+        self._graph = next(runtime.graph_numbers) if capture else None
+        if capture:  # what was captured lives as long as this object
+            release = weakref.finalize(self, runtime.sessions[DECODE].release, self._graph)
+            release.atexit = False
 
-    def run(self, cache: MegalodonCache) -> None:
-        """Run it; the cache, at the addresses that were bound, is updated in place."""
-        self.session.run(self.binding, self.graph)
-        copy_in_place(cache.states(), self._states)
+    def run_prefill(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logits (B, V) of the last tokens."""
+        if self.runtime.all_logits:
+            return last_logits(self.run_score(token_ids, lengths), lengths)
+        return self._run_prefill(token_ids, lengths, (self.cache.batch,))
+
+    def run_score(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logits (B, L, V) of all tokens."""
+        return self._run_prefill(token_ids, lengths, token_ids.shape)
+
+    def _run_prefill(self, token_ids: Tensor, lengths: Tensor, rows: Sequence[int]) -> Tensor:
+        graph = self.bind_graph(PREFILL, {"token_ids": token_ids, "lengths": lengths}, rows)
+        graph.run()
+        return graph.logits
+
+    def run_decode(self, token_ids: Tensor) -> Tensor:
+        """Logits (B, V). On CUDA the first call captures the graph, and the others replay it."""
+        if self._decode is None:
+            self._decode = self.bind_graph(DECODE, {"token_ids": self._token_ids}, (self.cache.batch,), self._graph)
+        self._token_ids.copy_(token_ids)
+        self._decode.run()
+        return self._decode.logits.clone()
+
+    def bind_graph(
+        self, program: ProgramName, arguments: dict[str, Tensor], rows: Sequence[int], number: int | None = None
+    ) -> BoundGraph:
+        """A program's graph bound to arguments, to the cache, and to buffers for logits (*rows, V) and small states."""
+        logits = torch.empty((*rows, self.runtime.config.logits_size), device=self.runtime.device)
+        states = self.cache.states()
+        new_states = [torch.empty_like(tensor) for tensor in states]
+        past = self.runtime.named_tensors(self.cache)
+        replaced = {id(tensor): new for tensor, new in zip(states, new_states, strict=True)}
+        present = {name: replaced.get(id(tensor), tensor) for name, tensor in past.items()}
+        session, entry = self.runtime.sessions[program], self.runtime.entries[program]
+        binding = bind(session, entry, arguments | past, {"logits": logits} | present)
+        return BoundGraph(session, binding, number, logits, states, new_states)

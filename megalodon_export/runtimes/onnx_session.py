@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor
 
 from ..exporters.manifest_types import Graph
+from ..model.cache import copy_in_place
 from .base import RuntimeUnavailable
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -144,3 +146,20 @@ def bind(
         place = (session.device.type, index, int(from_torch_dtype(tensor.dtype)), tensor.shape, tensor.data_ptr())
         binding.bind_output(one.name, *place)
     return binding
+
+
+@dataclass
+class BoundGraph:
+    """A graph bound to the addresses of its inputs and outputs; `number`: on CUDA, that of the captured CUDA graph."""
+
+    session: OnnxSession
+    binding: onnxruntime.IOBinding
+    number: int | None
+    logits: Tensor
+    states: list[Tensor]
+    new_states: list[Tensor]
+
+    def run(self) -> None:
+        """Run it, and update the cache in place."""
+        self.session.run(self.binding, self.number)
+        copy_in_place(self.states, self.new_states)

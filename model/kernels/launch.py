@@ -4,7 +4,7 @@ Every interface of Triton and torch that may change without notice is used in th
 says what breaks without it. `tests/kernels/test_launch.py` fails when one of them changes.
 
 Programmatic dependent launch (PDL, sm_90 and later) lets a kernel start while the kernel before it still runs. A
-captured CUDA graph has to ask for it (`runtimes/programmatic.py` of the package); elsewhere the two calls do nothing.
+captured CUDA graph has to ask for it (`runtimes/cuda_driver.py` of the package); elsewhere the two calls do nothing.
 
     launch_dependents      the next kernel of the CUDA stream may start from here on
     grid_dependency_wait   from here on, this kernel may read what earlier kernels wrote

@@ -66,9 +66,10 @@ def test_strided_arguments_are_those_of_their_copies(aoti: Runtime) -> None:
     wide, lengths = random_ids(3, 40), torch.tensor([[20, 0], [7, 0], [1, 0]])[:, 0]
     logits, caches = [], [aoti.new_cache(3), aoti.new_cache(3)]
     for cache, same in zip(caches, (lambda t: t, lambda t: t.contiguous()), strict=True):
-        first = aoti.prefill(same(wide[:, ::2]), same(lengths), cache)
-        turned = aoti.prefill(same(wide.T[:3].T), same(lengths.clamp(max=3)), cache)
-        logits.append(torch.stack([first, turned, aoti.decode(same(wide[:, 5]), cache)]))
+        programs = aoti.bind(cache)
+        first = programs.prefill(same(wide[:, ::2]), same(lengths))
+        turned = programs.prefill(same(wide.T[:3].T), same(lengths.clamp(max=3)))
+        logits.append(torch.stack([first, turned, programs.decode(same(wide[:, 5]))]))
     assert torch.equal(*logits)
     assert unchanged(caches[0], contents(caches[1]))
 
@@ -76,9 +77,9 @@ def test_strided_arguments_are_those_of_their_copies(aoti: Runtime) -> None:
 def test_all_token_dtypes_that_hold_ids(aoti: Runtime) -> None:
     results = []
     for dtype in (torch.int64, torch.int32, torch.uint8):
-        cache = aoti.new_cache(1)
-        first = aoti.prefill(random_ids(1, 9).to(dtype), torch.tensor([9], dtype=torch.int32), cache)
-        results.append(first + aoti.decode(torch.tensor([65], dtype=dtype), cache))
+        programs = aoti.bind(aoti.new_cache(1))
+        first = programs.prefill(random_ids(1, 9).to(dtype), torch.tensor([9], dtype=torch.int32))
+        results.append(first + programs.decode(torch.tensor([65], dtype=dtype)))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
@@ -89,10 +90,10 @@ def test_all_token_dtypes_that_hold_ids(aoti: Runtime) -> None:
 def test_a_decode_step_allocates_nothing_as_large_as_a_ring(aoti: Runtime) -> None:
     cache = aoti.new_cache(8)
     smallest = min(t.nbytes for layer in cache.layers for t in (layer.key, layer.value))
-    token_ids = random_ids(8)
-    aoti.decode(token_ids, cache)
+    token_ids, programs = random_ids(8), aoti.bind(cache)
+    programs.decode(token_ids)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        aoti.run_decode(token_ids, cache)
+        programs.run_decode(token_ids)
     allocated = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     logits = 8 * aoti.config.logits_size * 4
     assert logits in allocated  # what the program allocates is seen at all
@@ -262,10 +263,11 @@ def test_wrong_arguments_leave_the_cache_untouched(pair: Pair, name: str) -> Non
     token_ids, lengths, message = WRONG_PREFILL[name]
     for runtime in pair:
         cache = runtime.new_cache(1)
-        runtime.prefill(torch.tensor([[1, 2, 3]]), torch.tensor([3]), cache)
+        programs = runtime.bind(cache)
+        programs.prefill(torch.tensor([[1, 2, 3]]), torch.tensor([3]))
         before = contents(cache)
         with pytest.raises(ValueError, match=message):
-            runtime.prefill(token_ids, lengths, cache)
+            programs.prefill(token_ids, lengths)
         assert unchanged(cache, before)
 
 
@@ -282,13 +284,9 @@ def test_caches_that_do_not_fit_are_refused(pair: Pair, short_chunk_onnx_bundle:
         }
         for message, cache in wrong.items():
             with pytest.raises(ValueError, match=f"{message}.*use new_cache"):
-                runtime.decode(random_ids(2), cache)
-            with pytest.raises(ValueError, match="use new_cache"):
-                runtime.prefill(random_ids(2, 3), torch.tensor([3, 3]), cache)
-            with pytest.raises(ValueError, match="use new_cache"):
-                runtime.decoder(cache)
+                runtime.bind(cache)
     with pytest.raises(ValueError, match=r"batch of 9 is outside 1\.\.8"):
-        pair[0].decode(random_ids(9), MegalodonCache.allocate(pair[0].config, 9, torch.float32))
+        pair[0].bind(MegalodonCache.allocate(pair[0].config, 9, torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -299,5 +297,5 @@ def test_wrong_decode_arguments_leave_the_cache_untouched(pair: Pair, token_ids:
         cache = runtime.new_cache(1)
         before = contents(cache)
         with pytest.raises(ValueError, match="token"):
-            runtime.decode(token_ids, cache)
+            runtime.bind(cache).decode(token_ids)
         assert unchanged(cache, before)

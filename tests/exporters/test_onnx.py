@@ -28,7 +28,7 @@ from megalodon_export.exporters.onnx import build_graphs, cuda_placement
 from megalodon_export.exporters.programs import Limits, ProgramName
 from megalodon_export.model import MegalodonForCausalLM
 from megalodon_export.runtimes import Runtime, RuntimeUnavailable, open_runtime
-from megalodon_export.runtimes.onnx import OnnxRuntime
+from megalodon_export.runtimes.onnx import BoundOnnxPrograms, OnnxRuntime
 from support.slow import slow_except
 from support.small_models import VARIANTS, make_model
 
@@ -83,9 +83,9 @@ def test_logits_of_every_token(tmp_path: Path, checkpoints: dict[str, Path]) -> 
     manifest = export_onnx(checkpoints["short-chunk"], tmp_path / "b", all_logits=True, max_batch=2)
     runtime, eager = (open_runtime(name, tmp_path / "b", manifest, "cpu") for name in ("onnx", "eager"))
     ids = torch.randint(256, (2, 50), generator=torch.Generator().manual_seed(0))
-    found = runtime.prefill(ids, torch.tensor([50, 50]), runtime.new_cache(2))
-    eager.all_logits = True
-    expected = eager.prefill(ids, torch.tensor([50, 50]), eager.new_cache(2))
+    found, expected = (r.bind(r.new_cache(2)).score(ids, torch.tensor([50, 50])) for r in (runtime, eager))
+    last = runtime.bind(runtime.new_cache(2)).prefill(ids, torch.tensor([50, 3]))
+    assert (last - found[[0, 1], [49, 2]]).abs().max() < 1e-5
     assert found.shape == (2, 50, 257)
     assert (found - expected).abs().max() < 1e-4
 
@@ -188,29 +188,26 @@ def test_a_run_that_is_repeated_gives_what_it_gives_once(onnx_bundles: dict[str,
     """ONNX Runtime runs a graph three times where it captures it."""
     runtime = open_runtime("onnx", onnx_bundles["tiny"], bundle.read(onnx_bundles["tiny"]), "cpu")
     assert isinstance(runtime, OnnxRuntime)
-    caches = [runtime.new_cache(2) for _ in range(2)]
+    once, repeated = (runtime.bind(runtime.new_cache(2)) for _ in range(2))
     ids = torch.tensor([65, 66])
-    for cache in caches:
-        runtime.prefill(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([3, 2]), cache)
-    once = runtime.decode(ids, caches[0])
-    logits = torch.empty_like(once)
-    step = runtime.bound_step(caches[1], ids, logits)
+    for programs in (once, repeated):
+        programs.prefill(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([3, 2]))
+    expected = once.decode(ids)
+    assert isinstance(repeated, BoundOnnxPrograms)
+    step = repeated.bind_graph("decode", {"token_ids": ids}, (2,))
     for _ in range(2):
         step.session.run(step.binding)
-    step.run(caches[1])
-    assert torch.equal(once, logits)
-    assert all(torch.equal(a, b) for a, b in zip(caches[0].tensors(), caches[1].tensors(), strict=True))
+    step.run()
+    assert torch.equal(expected, step.logits)
+    assert all(torch.equal(a, b) for a, b in zip(once.cache.tensors(), repeated.cache.tensors(), strict=True))
 
 
-def test_more_caches_than_are_kept_bound(onnx_bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megalodon_export.runtimes.onnx._BOUND", 2)
+def test_caches_take_turns(onnx_bundles: dict[str, Path]) -> None:
     runtime = open_runtime("onnx", onnx_bundles["tiny"], bundle.read(onnx_bundles["tiny"]), "cpu")
-    caches = [runtime.new_cache(1) for _ in range(4)]
-    written = [[runtime.decode(torch.tensor([t]), cache) for cache in caches] for t in (65, 66, 67)]
+    bound = [runtime.bind(runtime.new_cache(1)) for _ in range(4)]
+    written = [[programs.decode(torch.tensor([t])) for programs in bound] for t in (65, 66, 67)]
     for logits in written:
         assert all(torch.equal(logits[0], other) for other in logits)
-    assert isinstance(runtime, OnnxRuntime)
-    assert len(runtime._steps) == 2
 
 
 def test_a_decode_step_writes_nothing_as_large_as_a_ring(tmp_path: Path) -> None:
@@ -219,10 +216,10 @@ def test_a_decode_step_writes_nothing_as_large_as_a_ring(tmp_path: Path) -> None
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
     runtime = OnnxRuntime(tmp_path, manifest, "cpu")
-    session = runtime._sessions["decode"]
+    session = runtime.sessions["decode"]
     session.onnx = onnxruntime.InferenceSession(str(tmp_path / "decode.onnx"), options, ["CPUExecutionProvider"])
     cache = runtime.new_cache(1)
-    runtime.decode(torch.tensor([1]), cache)
+    runtime.bind(cache).decode(torch.tensor([1]))
     events = json.loads(Path(session.onnx.end_profiling()).read_text())
     sizes: dict[str, int] = {}
     for event in events:

@@ -15,7 +15,6 @@ from megalodon_export import Session
 from megalodon_export.bundles.verify import visible as visible_cache
 from megalodon_export.generation.decode_loop import padded_batch
 from megalodon_export.generation.session import SessionError
-from megalodon_export.model import MegalodonCache
 from support.failing import fail_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +65,8 @@ def test_an_end_of_sequence_token_leaves_the_state_of_stepping(short_chunks: Ses
 
 def test_a_failed_step_that_ran_ahead_poisons(short_chunks: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(short_chunks.runtime, lookahead=2)
-    monkeypatch.setattr(session.runtime, "run_decode", fail_at(5, session.runtime.run_decode, RuntimeError("lost")))
+    programs = session.programs
+    monkeypatch.setattr(programs, "run_decode", fail_at(5, programs.run_decode, RuntimeError("lost")))
     generation = session.generate_ids([1], 20, eos_token_id=-1)
     with pytest.raises(RuntimeError, match="lost"):
         list(generation)
@@ -80,15 +80,15 @@ def test_a_failed_step_that_ran_ahead_poisons(short_chunks: Session, monkeypatch
 def test_logits_that_cannot_be_sampled(short_chunks: Session, monkeypatch: pytest.MonkeyPatch, lookahead: int) -> None:
     session, reference = Session(short_chunks.runtime, lookahead=lookahead), Session(short_chunks.runtime, lookahead=0)
     expected = list(reference.generate_ids([1, 2], 8, eos_token_id=-1))[:7]  # the state is before the eighth is fed
-    decode = session.runtime.run_decode
+    decode = session.programs.run_decode
 
-    def failing(token_ids: Tensor, cache: MegalodonCache) -> Tensor:
-        logits = decode(token_ids, cache)
-        if int(cache.position[0]) == 2 + 7:
+    def failing(token_ids: Tensor) -> Tensor:
+        logits = decode(token_ids)
+        if int(session.programs.cache.position[0]) == 2 + 7:
             logits[0, :3] = torch.nan
         return logits
 
-    monkeypatch.setattr(session.runtime, "run_decode", failing)
+    monkeypatch.setattr(session.programs, "run_decode", failing)
     written: list[int] = []
     with pytest.raises(ValueError, match="row 0 cannot be sampled: NaN in 3 of 257 logits"):
         written.extend(token_id for token_id in session.generate_ids([1, 2], 20, eos_token_id=-1))

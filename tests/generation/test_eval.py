@@ -110,7 +110,7 @@ def test_losses_of_the_originals_inference(tmp_path: Path, chunks: int, golden: 
     """The original always truncates the statistics, at 8 chunks; here that is an option."""
     name = "model_inference_longdoc"
     convert(name)(write_checkpoint(name, tmp_path / "src"), tmp_path / "dst")
-    runtime = ModelRuntime(load_model(tmp_path / "dst"), all_logits=True)
+    runtime = ModelRuntime(load_model(tmp_path / "dst"))
     tensors = load(name)[1]
     found = score(runtime, list(tensors["tokens"]), truncate_chunks=chunks)
     assert found.nats == pytest.approx(tensors[golden].double().sum().item(), rel=1e-6)

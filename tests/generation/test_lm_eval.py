@@ -40,12 +40,12 @@ def adapter() -> Any:
 
 @pytest.fixture
 def make(adapter: Any, checkpoints: dict[str, Path]) -> Make:
-    """An instance of the registered class on the tiny checkpoint; `all_logits=False` scores by decode steps."""
+    """An instance of the registered class on the tiny checkpoint; `can_score=False` scores by decode steps."""
     from lm_eval.api.registry import get_model
 
-    def lm(folder: Path = checkpoints["tiny"], all_logits: bool = True, **options: Any) -> Any:
+    def lm(folder: Path = checkpoints["tiny"], can_score: bool = True, **options: Any) -> Any:
         made = get_model("megalodon").create_from_arg_obj({"pretrained": folder, "device": "cpu"}, options)
-        made.target.runtime.all_logits = all_logits
+        made.target.runtime.can_score = can_score
         return made
 
     return lm
@@ -72,21 +72,21 @@ def one_pass(folder: Path, context: str, continuation: str) -> tuple[float, bool
     return logits.log_softmax(-1).gather(1, targets[:, None]).sum().item(), torch.equal(logits.argmax(-1), targets)
 
 
-@pytest.mark.parametrize("all_logits", [True, False])
+@pytest.mark.parametrize("can_score", [True, False])
 @pytest.mark.parametrize("batch", [1, 3, "auto"])
-def test_loglikelihood(make: Make, checkpoints: dict[str, Path], batch: int | str, all_logits: bool) -> None:
-    found = make(batch_size=batch, all_logits=all_logits).loglikelihood(requests("loglikelihood", PAIRS), True)
+def test_loglikelihood(make: Make, checkpoints: dict[str, Path], batch: int | str, can_score: bool) -> None:
+    found = make(batch_size=batch, can_score=can_score).loglikelihood(requests("loglikelihood", PAIRS), True)
     for (context, continuation), (nats, greedy) in zip(PAIRS, found, strict=True):
         expected, likeliest = one_pass(checkpoints["tiny"], context, continuation)
         assert nats == pytest.approx(expected, rel=1e-5, abs=1e-6)
         assert greedy == likeliest
 
 
-@pytest.mark.parametrize("all_logits", [True, False])
-def test_greedy_continuations_are_known(checkpoints: dict[str, Path], all_logits: bool) -> None:
+@pytest.mark.parametrize("can_score", [True, False])
+def test_greedy_continuations_are_known(checkpoints: dict[str, Path], can_score: bool) -> None:
     """The model's own continuation is greedy, at every length; with any of its tokens changed it is not."""
     target = Target.open(checkpoints["tiny"], device="cpu")
-    target.runtime.all_logits = all_logits
+    target.runtime.can_score = can_score
     context = b"And God said"
     own = list(Session(target.runtime).generate_ids(context, 5, eos_token_id=-1))
     changed = [[(t + (i == j)) % 256 for j, t in enumerate(own)] for i in range(5)]
@@ -94,10 +94,10 @@ def test_greedy_continuations_are_known(checkpoints: dict[str, Path], all_logits
     assert [greedy for _, greedy in score_continuations(target.runtime, rows)] == [True] * 5 + [False] * 5
 
 
-@pytest.mark.parametrize("all_logits", [True, False])
-def test_rolling_is_the_score_of_the_document(make: Make, all_logits: bool) -> None:
+@pytest.mark.parametrize("can_score", [True, False])
+def test_rolling_is_the_score_of_the_document(make: Make, can_score: bool) -> None:
     texts = [context + continuation for context, continuation in PAIRS] + [""]
-    lm = make(batch_size=3, all_logits=all_logits)
+    lm = make(batch_size=3, can_score=can_score)
     found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in texts]), True)
     runtime = make().target.runtime
     expected = [-score(runtime, [[START, *text.encode()]]).nats for text in texts]
@@ -107,7 +107,7 @@ def test_rolling_is_the_score_of_the_document(make: Make, all_logits: bool) -> N
 def test_programs_score_what_the_model_scores(make: Make, onnx_bundles: dict[str, Path]) -> None:
     pairs = [(context[:40], continuation[:4]) for context, continuation in PAIRS]
     for name, folder in onnx_bundles.items():
-        lm = make(folder, all_logits=False, runtime="onnx", batch_size=64)
+        lm = make(folder, can_score=False, runtime="onnx", batch_size=64)
         assert lm.batch_size == 8  # what the programs take
         found = lm.loglikelihood(requests("loglikelihood", pairs), True)
         expected = [one_pass(folder, *pair)[0] for pair in pairs]

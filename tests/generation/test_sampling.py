@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalodon_export.generation.sampling import (
-    Kind,
+    SamplerKind,
     SamplingParams,
     choose,
     controls,
     device_uniform,
     exp_reproducible,
-    raise_faults,
+    raise_logit_errors,
     sample,
     uniform,
     wrap,
@@ -235,14 +235,14 @@ def test_a_choice_flags_what_is_wrong_and_stays_in_the_vocabulary():
     uniforms = torch.tensor([0.99, 0.5, 0.5, 0.5, 0.5, 1.0, nan], dtype=torch.float64)
     for params in (SamplingParams(), SamplingParams(1.0), SamplingParams(1.0, top_k=2, top_p=0.9, min_p=0.1)):
         rows = [params] * 7
-        tokens, faults = choose(logits, Kind.of(rows), controls(rows), None if params.greedy else uniforms)
-        assert faults.bool().tolist() == [False, True, True, True, True, not params.greedy, not params.greedy]
+        tokens, logit_errors = choose(logits, SamplerKind.of(rows), controls(rows), None if params.greedy else uniforms)
+        assert logit_errors.bool().tolist() == [False, True, True, True, True, not params.greedy, not params.greedy]
         assert tokens[1:5].tolist() == [0] * 4
         assert tokens[0] == 2
         for row, found in ((1, "NaN in 2 of 3"), (2, "NaN in 1 of 3"), (3, "[+]inf among"), (4, "-inf for every")):
             with pytest.raises(ValueError, match=f"row 1 cannot be sampled: {found}"):
-                raise_faults([0, int(faults[row])], 3)
-    raise_faults([0, 0], 3)
+                raise_logit_errors([0, int(logit_errors[row])], 3)
+    raise_logit_errors([0, 0], 3)
 
 
 def test_rows_of_a_batch_may_differ_in_their_parameters():
@@ -253,11 +253,11 @@ def test_rows_of_a_batch_may_differ_in_their_parameters():
     ]
     for index in range(50):
         uniforms = draws_of(index, 4)
-        tokens, _ = choose(logits, Kind.of(rows), controls(rows), uniforms)
+        tokens, _ = choose(logits, SamplerKind.of(rows), controls(rows), uniforms)
         alone = [sample(logits[i : i + 1], row, uniforms[i : i + 1]).item() for i, row in enumerate(rows)]
         assert tokens.tolist() == alone
     with pytest.raises(ValueError, match="temperature is 0 for some rows"):
-        Kind.of([SamplingParams(), SamplingParams(1.0)])
+        SamplerKind.of([SamplingParams(), SamplingParams(1.0)])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])

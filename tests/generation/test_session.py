@@ -38,16 +38,15 @@ def ids_of(session: Session, text: str) -> list[int]:
 
 def greedy_ids(session: Session, prompt: list[int], count: int, eos: int = EOS) -> list[int]:
     """The greedy continuation by a loop over the runtime's two programs."""
-    runtime = session.runtime
-    cache = runtime.new_cache(1)
-    logits = runtime.prefill(torch.tensor([prompt]), torch.tensor([len(prompt)]), cache)
+    programs = session.runtime.bind(session.runtime.new_cache(1))
+    logits = programs.prefill(torch.tensor([prompt]), torch.tensor([len(prompt)]))
     written: list[int] = []
     while len(written) < count:
         token_id = int(logits.argmax(-1))
         if token_id == eos:
             break
         written.append(token_id)
-        logits = runtime.decode(torch.tensor([token_id]), cache)
+        logits = programs.decode(torch.tensor([token_id]))
     return written
 
 
@@ -161,12 +160,11 @@ def test_earlier_text_is_context(session: Session) -> None:
 
 def test_prefill_and_decode_by_hand(session: Session) -> None:
     tokens = ids_of(session, PROMPT)
-    runtime = session.runtime
-    cache = runtime.new_cache(1)
-    expected = runtime.prefill(torch.tensor([tokens]), torch.tensor([len(tokens)]), cache)[0]
+    programs = session.runtime.bind(session.runtime.new_cache(1))
+    expected = programs.prefill(torch.tensor([tokens]), torch.tensor([len(tokens)]))[0]
     assert torch.equal(session.prefill(tokens), expected)
     kept = session.decode(65)
-    expected = runtime.decode(torch.tensor([65]), cache)[0].clone()
+    expected = programs.decode(torch.tensor([65]))[0].clone()
     assert torch.equal(kept, expected)
     session.decode(66)
     assert torch.equal(kept, expected)  # not a buffer that the next step overwrites
@@ -264,7 +262,7 @@ def test_a_failure_half_way_poisons_until_reset(
     expected = write(session, 10, PROMPT)
     state = session.snapshot()
     with monkeypatch.context() as patch:
-        patch.setattr(session.runtime, "run_prefill", fail_at(2, session.runtime.run_prefill, error))
+        patch.setattr(session.programs, "run_prefill", fail_at(2, session.programs.run_prefill, error))
         with pytest.raises(type(error)):
             next(session.generate(PROMPT * 20))
     uses = (lambda: session.prefill([1]), lambda: session.decode(1), lambda: next(session.generate("x")))

@@ -37,25 +37,24 @@ def test_gpu_equals_cpu(folder: Path) -> None:
     manifest = bundle.read(folder)
     runtime, reference = opened(folder), open_runtime("eager", folder, manifest, "cpu")
     ids, lengths = torch.randint(runtime.config.vocab_size, (3, 150)), torch.tensor([150, 1, 64])
-    found = runtime.prefill(ids.cuda(), lengths, runtime.new_cache(3)).cpu()
-    expected = reference.prefill(ids, lengths, reference.new_cache(3))
+    found = runtime.bind(runtime.new_cache(3)).prefill(ids.cuda(), lengths).cpu()
+    expected = reference.bind(reference.new_cache(3)).prefill(ids, lengths)
     assert (found - expected).abs().max() < BOUNDS[manifest.dtype]
 
 
 @pytest.mark.parametrize("name", ["aoti", "eager"])
 def test_a_captured_decode_gives_the_same_tokens(folder: Path, name: str) -> None:
     runtime = opened(folder, name)
-    plain, graphed = runtime.new_cache(2), runtime.new_cache(2)
-    step = runtime.decoder(graphed)
+    plain, graphed = (runtime.bind(runtime.new_cache(2), capture) for capture in (False, True))
     tokens = [torch.tensor([3, 5], device="cuda")] * 2
     memory = []
     for index in range(1000):
-        tokens[0] = runtime.decode(tokens[0], plain).argmax(-1)
-        tokens[1] = step(tokens[1]).argmax(-1)
+        tokens[0] = plain.decode(tokens[0]).argmax(-1)
+        tokens[1] = graphed.decode(tokens[1]).argmax(-1)
         assert torch.equal(*tokens), f"step {index}"
         memory.append(torch.cuda.memory_allocated())
     assert memory[-1] == memory[10]
-    for a, b in zip(plain.tensors(), graphed.tensors(), strict=True):
+    for a, b in zip(plain.cache.tensors(), graphed.cache.tensors(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -63,13 +62,12 @@ def test_a_captured_decode_gives_the_same_tokens(folder: Path, name: str) -> Non
 def test_a_captured_prefill_gives_what_the_program_gives(folder: Path, name: str) -> None:
     """Sizes that come a third time are replayed, in any order, with other lengths and from other positions."""
     runtime = opened(folder, name)
-    plain, graphed = runtime.new_cache(2), runtime.new_cache(2)
-    prefill = runtime.prefiller(graphed)
+    plain, graphed = (runtime.bind(runtime.new_cache(2), capture) for capture in (False, True))
     for index, length in enumerate((70, 33, 70, 33, 70, 1, 33, 128, 70, 128, 200, 128, 33)):
         ids = torch.randint(runtime.config.vocab_size, (2, length), device="cuda")
         lengths = torch.tensor([length, (index * 17) % (length + 1)])
-        assert torch.equal(prefill(ids, lengths), runtime.prefill(ids, lengths, plain)), f"call {index}"
-        for a, b in zip(plain.tensors(), graphed.tensors(), strict=True):
+        assert torch.equal(graphed.prefill(ids, lengths), plain.prefill(ids, lengths)), f"call {index}"
+        for a, b in zip(plain.cache.tensors(), graphed.cache.tensors(), strict=True):
             assert torch.equal(a, b)
 
 
@@ -88,13 +86,14 @@ def test_the_captured_loop_gives_the_tokens_of_the_plain_one(
 ) -> None:
     runtime, steps = opened(folder), 500
     cache = runtime.new_cache(1)
-    logits = runtime.prefill(torch.tensor([[1, 2, 3]], device="cuda"), torch.tensor([3]), cache)
+    programs = runtime.bind(cache, capture=False)
+    logits = programs.prefill(torch.tensor([[1, 2, 3]], device="cuda"), torch.tensor([3]))
     expected = []
     for index in range(steps):
         draws = torch.tensor([uniform(params.seed, index)], dtype=torch.float64, device="cuda")
         token = sample(logits, params, draws)
         expected.append(int(token))
-        logits = runtime.decode(token, cache)
+        logits = programs.decode(token)
     session = Session(runtime, lookahead=lookahead)
     fields = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
     memory = []
@@ -134,8 +133,10 @@ def test_batches_of_one_size_are_captured_once(folder: Path) -> None:
 def test_capturing_leaves_the_cache_as_it_was(folder: Path) -> None:
     runtime = opened(folder)
     cache = runtime.new_cache(2)
-    runtime.prefill(torch.randint(runtime.config.vocab_size, (2, 70), device="cuda"), torch.tensor([70, 9]), cache)
+    programs = runtime.bind(cache)
+    programs.prefill(torch.randint(runtime.config.vocab_size, (2, 70), device="cuda"), torch.tensor([70, 9]))
     before = [tensor.clone() for tensor in cache.tensors()]
-    runtime.decoder(cache)
+    token_ids = torch.zeros(2, dtype=torch.int64, device="cuda")
+    programs.capture_step(lambda: programs.run_decode(token_ids), [])
     for a, b in zip(before, cache.tensors(), strict=True):
         assert torch.equal(a, b)

@@ -39,7 +39,7 @@ def opened(folder: Path) -> OnnxRuntime:
 
 def test_every_node_of_both_graphs_is_on_the_gpu(folder: Path) -> None:
     """The session is strict: it would not have opened otherwise."""
-    for session in opened(folder)._sessions.values():
+    for session in opened(folder).sessions.values():
         assert session.onnx.get_providers()[0] == "CUDAExecutionProvider"
         assert session.onnx.get_session_options().get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
 
@@ -66,19 +66,16 @@ def test_the_gpu_gives_what_the_model_gives(folder: Path) -> None:
 
 def test_ten_thousand_captured_steps_are_those_without_a_graph(folder: Path) -> None:
     runtime = opened(folder)
-    plain, graphed = runtime.new_cache(2), runtime.new_cache(2)
+    plain, graphed = (runtime.bind(runtime.new_cache(2), capture) for capture in (False, True))
     tokens = torch.tensor([3, 5], device="cuda")
-    logits = torch.empty(2, runtime.config.logits_size, device="cuda")
     free = []
     for index in range(10_000):
-        uncaptured = runtime.bound_step(plain, tokens, logits)
-        uncaptured.run(plain)
-        found = runtime.decode(tokens, graphed)
+        logits, found = plain.decode(tokens), graphed.decode(tokens)
         assert torch.equal(found, logits), f"step {index}"
         tokens = found.argmax(-1)
         free.append(torch.cuda.mem_get_info()[0])
     assert len(set(free[100:])) == 1
-    for a, b in zip(plain.tensors(), graphed.tensors(), strict=True):
+    for a, b in zip(plain.cache.tensors(), graphed.cache.tensors(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -87,14 +84,14 @@ def test_a_captured_step_starts_from_the_right_state_wherever_it_is_captured(fol
     runtime = opened(folder)
     eager = open_runtime("eager", folder, bundle.read(folder), "cuda")
     ids, lengths = torch.randint(23, (3, 70), device="cuda"), torch.tensor([70, 1, 63])
-    caches = runtime.new_cache(3), eager.new_cache(3)
-    for r, cache in zip((runtime, eager), caches, strict=True):
-        r.prefill(ids, lengths, cache)
+    pair = [r.bind(r.new_cache(3)) for r in (runtime, eager)]
+    for programs in pair:
+        programs.prefill(ids, lengths)
     bound = BOUNDS[bundle.read(folder)["dtype"]]
     for token in range(5):
         tokens = torch.full((3,), token, device="cuda")
-        assert (runtime.decode(tokens, caches[0]) - eager.decode(tokens, caches[1])).abs().max() < bound
-    assert caches[0].position.tolist() == [75, 6, 68]
+        assert (pair[0].decode(tokens) - pair[1].decode(tokens)).abs().max() < bound
+    assert pair[0].cache.position.tolist() == [75, 6, 68]
 
 
 def test_both_sessions_share_one_copy_of_the_weights(tmp_path: Path) -> None:
@@ -105,9 +102,9 @@ def test_both_sessions_share_one_copy_of_the_weights(tmp_path: Path) -> None:
     stored = sum(f.stat().st_size for f in (tmp_path / "bundle").glob("*.safetensors"))
     before = torch.cuda.mem_get_info()[0]
     runtime = opened(tmp_path / "bundle")
-    cache = runtime.new_cache(1)
-    runtime.prefill(torch.zeros(1, 64, dtype=torch.int64, device="cuda"), torch.tensor([64]), cache)
-    runtime.decode(torch.zeros(1, dtype=torch.int64, device="cuda"), cache)
+    programs = runtime.bind(runtime.new_cache(1))
+    programs.prefill(torch.zeros(1, 64, dtype=torch.int64, device="cuda"), torch.tensor([64]))
+    programs.decode(torch.zeros(1, dtype=torch.int64, device="cuda"))
     assert before - torch.cuda.mem_get_info()[0] < 1.7 * stored
 
 

@@ -94,12 +94,12 @@ def test_decode_from_nothing_across_chunks(pair: Pair) -> None:
 def test_greedy_tokens_are_equal_for_512_steps(pair: Pair) -> None:
     written = []
     for runtime in pair:
-        cache = runtime.new_cache(2)
-        logits = runtime.prefill(random_ids(2, 100), torch.tensor([100, 37]), cache)
+        programs = runtime.bind(runtime.new_cache(2))
+        logits = programs.prefill(random_ids(2, 100), torch.tensor([100, 37]))
         tokens = []
         for _ in range(512):
             tokens.append(logits.argmax(-1))
-            logits = runtime.decode(tokens[-1], cache)
+            logits = programs.decode(tokens[-1])
         written.append(torch.stack(tokens))
     assert torch.equal(*written)
     assert len(set(written[0].flatten().tolist())) > 10  # not one token over and over
@@ -114,7 +114,7 @@ def test_prompts_beyond_one_call_are_those_of_the_whole_model(folder: Path, pair
         expected = model(token_ids, lengths=lengths).logits[torch.arange(2), lengths - 1]
     for runtime in pair:
         cache = runtime.new_cache(2)
-        assert (runtime.prefill(token_ids, lengths, cache) - expected).abs().max() < 1e-4
+        assert (runtime.bind(cache).prefill(token_ids, lengths) - expected).abs().max() < 1e-4
         assert cache.position.tolist() == lengths.tolist()
 
 
@@ -122,13 +122,13 @@ def test_rows_of_a_batch_are_rows_run_alone(pair: Pair) -> None:
     runtime, chunk = pair[0], pair[0].config.chunk_size
     lengths = [1, chunk + 1, 2 * chunk + 5]
     token_ids, following = random_ids(3, max(lengths)), random_ids(4, 3, seed=1)
-    together = runtime.new_cache(3)
-    logits = [runtime.prefill(token_ids, torch.tensor(lengths), together)]
-    logits += [runtime.decode(step, together) for step in following]
+    together = runtime.bind(runtime.new_cache(3))
+    logits = [together.prefill(token_ids, torch.tensor(lengths))]
+    logits += [together.decode(step) for step in following]
     for row, length in enumerate(lengths):
-        alone = runtime.new_cache(1)
-        own = [runtime.prefill(token_ids[row : row + 1, :length], torch.tensor([length]), alone)]
-        own += [runtime.decode(step[row : row + 1], alone) for step in following]
+        alone = runtime.bind(runtime.new_cache(1))
+        own = [alone.prefill(token_ids[row : row + 1, :length], torch.tensor([length]))]
+        own += [alone.decode(step[row : row + 1]) for step in following]
         for a, b in zip(logits, own, strict=True):
             assert (a[row] - b[0]).abs().max() < 2e-5
 
@@ -136,9 +136,23 @@ def test_rows_of_a_batch_are_rows_run_alone(pair: Pair) -> None:
 def test_the_cache_is_updated_in_place(pair: Pair) -> None:
     for runtime in pair:
         cache = runtime.new_cache(2)
+        programs = runtime.bind(cache)
         addresses, before = [t.data_ptr() for t in cache.tensors()], contents(cache)
-        runtime.prefill(random_ids(2, 11), torch.tensor([11, 3]), cache)
+        programs.prefill(random_ids(2, 11), torch.tensor([11, 3]))
         assert all(not torch.equal(a, b) for a, b in zip(cache.tensors(), before, strict=True))
-        runtime.decode(random_ids(2), cache)
+        programs.decode(random_ids(2))
         assert [t.data_ptr() for t in cache.tensors()] == addresses
         assert cache.position.tolist() == [12, 4]
+
+
+def test_scoring_gives_the_logits_of_every_token_where_the_programs_do(pair: Pair) -> None:
+    token_ids, lengths = random_ids(2, 20), torch.tensor([20, 7])
+    runtime, eager = (r.bind(r.new_cache(2)) for r in pair)
+    found = eager.score(token_ids, lengths)
+    assert found.shape == (2, 20, 257)
+    last = eager.runtime.bind(eager.runtime.new_cache(2)).prefill(token_ids, lengths)
+    assert (found[[0, 1], lengths - 1] - last).abs().max() < 2e-5
+    before = contents(runtime.cache)
+    with pytest.raises(ValueError, match=r"export it again with --all-logits"):
+        runtime.score(token_ids, lengths)
+    assert all(map(torch.equal, runtime.cache.tensors(), before))

@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_export.bundles.verify import visible
-from megalodon_export.generation.sampling import Kind, choose
+from megalodon_export.generation.sampling import SamplerKind, choose
 from megalodon_export.model import MegalodonCache, MegalodonForCausalLM, QuantizedLinear, freeze_constants, use_kernels
 from megalodon_export.model.quantized import empty_quantized, replace_linear_layers
 from support.golden_data import convert, load, write_checkpoint
@@ -155,7 +155,7 @@ def wrong_next_tokens(device: str = "cpu") -> int:
         logits[8, vocabulary // 2 :] = -torch.inf
         next_tokens = torch.full((2, 9), 77, device=device)
         argmax(logits, next_tokens)
-        expected = torch.stack(choose(logits, Kind.GREEDY))
+        expected = torch.stack(choose(logits, SamplerKind.GREEDY))
         wrong += int((next_tokens != expected).any(dim=0).sum())
     return wrong
 

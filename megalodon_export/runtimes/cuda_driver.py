@@ -1,8 +1,13 @@
-"""Programmatic dependent launch for a captured CUDA graph: a kernel begins while the one before it still runs.
+"""Programmatic dependent launch (PDL) for a captured CUDA graph: a kernel launches while the one before it still runs.
 
-The kernels of `model/kernels` load their weights before they wait for the kernel they depend on. Streams of compiled
-programs do not use that; here the edges between kernels of a captured graph are changed so that it happens. The wait is
-inside the kernels, so only edges into those that have one are touched.
+The kernels of `model/kernels` load their weights before `grid_dependency_wait`, where they wait for the kernel that
+they depend on. Compiled programs launch kernels without PDL, so each would start after the one before it has ended.
+Here the edges between kernels of a captured graph are changed to programmatic ones. An edge changes only if the kernel
+behind it waits by itself.
+
+This module is the one user of the CUDA driver's structures, by ctypes: torch has no interface to a graph's edges.
+Without it, captured graphs give the same numbers, and each kernel's loads of weights no longer overlap with the kernel
+before it. Layouts and values are those of cuda.h for CUDA 12.3 and later.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ _KERNEL_NODE = 0  # CU_GRAPH_NODE_TYPE_KERNEL
 
 
 class _EdgeData(ctypes.Structure):
-    """CUgraphEdgeData: which event of the first node starts the second."""
+    """CUgraphEdgeData: which event of the first node launches the second."""
 
     _fields_ = (
         ("from_port", ctypes.c_ubyte),
@@ -28,12 +33,13 @@ class _EdgeData(ctypes.Structure):
     )
 
 
-# The event: every block of the first kernel has asked for its dependents or has ended.
+# The second kernel launches when every block of the first has called `launch_dependents` or has ended:
+# CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC of an edge of type CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC.
 _PROGRAMMATIC = _EdgeData(from_port=1, type=1)
 
 
 class _KernelParams(ctypes.Structure):
-    """CUDA_KERNEL_NODE_PARAMS_v2, of which the function is read."""
+    """CUDA_KERNEL_NODE_PARAMS_v2; `func` or `kern` is read."""
 
     _fields_ = (
         ("func", ctypes.c_void_p),
@@ -45,10 +51,10 @@ class _KernelParams(ctypes.Structure):
     )
 
 
-def overlap_kernels(graph: torch.cuda.CUDAGraph) -> int:
-    """Make the edges into waiting kernels programmatic, in a graph that is captured and not instantiated yet.
+def use_dependent_launch(graph: torch.cuda.CUDAGraph) -> int:
+    """Make the edges into kernels that wait programmatic, in a graph that is captured and not instantiated yet.
 
-    Returns how many; 0, and the graph as it was, where the driver or the GPU has no such edges.
+    Returns their number: 0, with the graph unchanged, where the driver or the GPU (before sm_90) has no such edges.
     """
     if torch.version.hip is not None or torch.cuda.get_device_capability()[0] < 9:
         return 0
