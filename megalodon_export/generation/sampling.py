@@ -1,8 +1,8 @@
 """Choosing the next token from logits, specified so exactly that other languages can reproduce it bit for bit.
 
-Library `exp`, reductions and scans differ in their last bits between libraries, devices and batch shapes. Here every
-operation is either a single correctly rounded IEEE float64 operation (no fused multiply-add) or exact, so neither the
-device, nor the batch, nor the order of a sum can change a token. For one row of V logits, converted to float64:
+`exp`, sums and scans differ in their last bits between libraries, devices and batch shapes. Here every operation is
+either exact or one correctly rounded IEEE float64 operation (no fused multiply-add). So neither the device, nor the
+batch, nor the order of a sum can change a token. For one row of V logits, converted to float64:
 
 1. Greedy (temperature 0): the largest logit, the lowest id among equals. Nothing below applies.
 2. `x[i] = max((logit[i] - peak) / temperature, -64)`, where `peak` is the row's largest logit.
@@ -12,11 +12,11 @@ device, nor the batch, nor the order of a sum can change a token. For one row of
    sum stays below 2**53: float64 adds them without rounding, in any order. The peak's weight is 2**K; a token less
    than 2**-(K+1) times as likely as the peak (3e-14 for 256 tokens, 4e-12 for 32,768) has weight 0.
 5. Rank the tokens by falling logit, equal logits by rising id. top-k keeps the first k.
-6. top-p: of what top-k kept, `total` is the weight. A token stays while the weight ranked before it is
+6. top-p: `total` is the sum of the weights that top-k kept. A token stays while the sum of those ranked before it is
    `< top_p * total`: the smallest set that reaches top_p, never empty.
 7. min-p keeps `w[i] >= min_p * 2**K`.
-8. Of what is left, `total` is the weight (dividing by it would only round). The token is the first id, in id order,
-   whose cumulative weight, itself included, is `> draw * total`.
+8. `total` is the sum of the weights that are left. The token is the first id, in id order, whose cumulative weight,
+   itself included, is `> draw * total`. No weight is divided by `total`, which would only round.
 
 The draws are splitmix64 (Steele, Lea and Flood, 2014) used as a counter: `uniform(seed, index)` is the draw of the
 token that a stream samples after `index` others. A stream needs no generator state beside that count.
@@ -135,7 +135,7 @@ class SamplerKind(Enum):
 
 
 def controls(rows: Sequence[SamplingParams]) -> Tensor:
-    """What `choose` has to know of each row, (4, B, 1) float64 on the CPU: temperature, top-k, top-p, min-p."""
+    """The parameters of each row for `choose`, (4, B, 1) float64 on the CPU: temperature, top-k, top-p, min-p."""
     columns = [[row.temperature, min(row.top_k, 2**53) or math.inf, row.top_p, row.min_p] for row in rows]
     return torch.tensor(columns, dtype=torch.float64).T[..., None].contiguous()
 
@@ -213,7 +213,7 @@ def _unit(vocab_size: int) -> float:
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Of the 64 bits as they are; int64's own shift repeats the sign."""
+    """Logical shift of 64 bits. int64's own shift is arithmetic: it repeats the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

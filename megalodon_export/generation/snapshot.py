@@ -1,4 +1,4 @@
-"""Snapshots: the state of a stream as a value, in memory or in a safetensors file that every runtime reads."""
+"""Snapshots: the state of a stream, in memory or in a safetensors file that every runtime reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FORMAT = "megalodon-export snapshot 1"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Tensors by the names of the cache layout (batch 1), and the token that was given out but not fed yet."""
+    """Tensors by the names of the cache layout (batch 1), and the token that was returned but not fed yet."""
 
     tensors: dict[str, Tensor]
     pending: int | None

@@ -1,9 +1,11 @@
 """Token ids to text, piece by piece, and the byte-level tokenizer of the default checkpoint.
 
 The pieces of a stream, joined, are exactly `tokenizer.decode` of all its ids, cut at the first stop string.
-`tokenizers.decoders.DecodeStream` cannot promise that: it has no end of stream, so it loses an incomplete character; it
-holds back text for as long as that text ends in U+FFFD, which a model may write forever; and with byte fallback it
-emits characters that later bytes turn into U+FFFD.
+`tokenizers.decoders.DecodeStream` does not guarantee that:
+
+- It has no end of stream, so it loses an incomplete character.
+- It holds back text that ends in U+FFFD, which a model may write forever.
+- With byte fallback it emits characters that later bytes turn into U+FFFD.
 """
 
 from __future__ import annotations

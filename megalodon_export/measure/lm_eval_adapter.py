@@ -1,7 +1,7 @@
 """The model "megalodon" of EleutherAI's lm-evaluation-harness: a bundle or a checkpoint, in any runtime.
 
     import lm_eval
-    import megalodon_export.measure.lm_eval_adapter  # registers it
+    import megalodon_export.lm_eval_adapter  # registers it
 
     lm_eval.simple_evaluate("megalodon", {"pretrained": FOLDER, "runtime": "aoti"}, tasks=["lambada_openai"])
 
@@ -28,14 +28,14 @@ except ImportError as error:
     raise ImportError("the model of lm-eval needs that package: pip install 'megalodon-export[lm-eval]'") from error
 
 DEFAULT_BATCH = 16
-# What the harness's tasks call the number of tokens to generate; the first that is given counts, as in the harness.
+# The harness's tasks use these names for the number of tokens to generate. The first that is given counts.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 @register_model("megalodon")
 class MegalodonLM(TemplateLM):
-    """Log-likelihoods and continuations by what `eval` and `generate` use.
+    """Log-likelihoods and continuations, computed as by the commands `eval` and `generate`.
 
     `pretrained` is the folder; `runtime`, `device` and `dtype` are those of `eval`. `batch_size`: rows at a time, at
     most what the programs take; "auto" is 16. Texts are tokenised as the tokenizer does by itself; an empty context is
@@ -71,12 +71,12 @@ class MegalodonLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands in for an empty context."""
+        """The token that is fed for an empty context."""
         start = self.target.runtime.config.bos_token_id
         return self.eot_token_id if start is None else int(start)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids as a session's, unless special tokens are refused."""
+        """Token ids as a session encodes them; without special tokens if `add_special_tokens` is False."""
         ids: list[int] = self.target.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False).ids
         return ids
 
@@ -87,7 +87,7 @@ class MegalodonLM(TemplateLM):
         method: str = "loglikelihood",
         **_: Any,
     ) -> list[tuple[float, bool]]:
-        """`requests`: what the cache of answers knows them by, context, continuation."""
+        """`requests`: the key in the harness's cache of answers, the context's ids, the continuation's ids."""
         found: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i][1]), len(requests[i][2])), reverse=True)
         for rows in self._batches(order, disable_tqdm, method):

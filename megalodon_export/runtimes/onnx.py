@@ -1,8 +1,9 @@
 """ONNX Runtime on a bundle's graphs: on a CPU, or on CUDA with every node there.
 
-Keys and values are updated in place: one buffer is a graph's input and its output. The small states leave a run in
-buffers of their own and are copied back, so that a run changes nothing that it reads but one invisible slot of the
-rings: run twice, as ONNX Runtime does where it captures a CUDA graph, it gives what it gives run once.
+Keys and values are updated in place: one buffer is a graph's input and its output. The small states are written to
+buffers of their own, and copied to the cache after the run. A decode step that runs twice therefore gives the same as
+one that runs once: of its inputs it changes one slot of each ring, which it does not read. ONNX Runtime needs that,
+because it runs a graph several times where it captures a CUDA graph.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ class OnnxRuntime(Runtime):
     """Runs `prefill.onnx` and `decode.onnx`."""
 
     def __init__(self, folder: Path, manifest: Manifest, device: str | None = None, prepack: bool = False) -> None:
-        """`prepack` (CPU): each session keeps a copy of the weights, arranged for its products.
+        """`prepack` (CPU): each graph's session keeps a copy of the weights in an order that suits its matrix products.
 
-        Without, both read the one file that is mapped. RuntimeUnavailable where a node would not run on the device.
+        Without it, both sessions read the weights from one mapped file. RuntimeUnavailable if a node would not run on
+        the device.
         """
         entry = manifest.programs.onnx
         if entry is None:

@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime: opened on one device alone, over one copy of the weights, bound to tensors of torch."""
+"""Sessions of ONNX Runtime: each on one device alone, all over one copy of the weights, on tensors of torch."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _MAX_NAMED = 10  # nodes in an error
 
 
 class OnnxSession:
-    """A graph on a device. On CUDA it can be captured, once for each number that `run` is given."""
+    """A graph on a device. On CUDA it can be captured in several CUDA graphs, which `run` tells apart by number."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, device: torch.device, kept: list[Any]) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, device: torch.device, weights: list[Any]) -> None:
         self.onnx, self.device = session, device
-        self._kept = kept  # tensors that the session reads and does not own
+        self._weights = weights  # the session reads them and does not own them
 
     def run(self, binding: onnxruntime.IOBinding, graph: int | None = None) -> None:
-        """Run on bound tensors, and wait for it. `graph`: capture it under this number, or replay it."""
+        """Run on bound tensors, and wait for the end. `graph`: capture under this number, or replay what it names."""
         options = None
         if self.device.type == "cuda":
             options = onnxruntime.RunOptions()
             options.add_run_config_entry("gpu_graph_id", str(-1 if graph is None else graph))
-            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a CUDA stream of its own
         self.onnx.run_with_iobinding(binding, options)
 
     def release(self, graph: int | None) -> None:
-        """Forget what was captured under a number."""
+        """Free the CUDA graph that was captured under a number."""
         if graph is not None and self.device.type == "cuda":
             self.onnx.release_captured_graph(graph)
 
@@ -56,13 +56,13 @@ def require_cuda(device: torch.device) -> None:
 def open_session(
     path: Path, device: torch.device, weights: dict[str, onnxruntime.OrtValue], prepack: bool, capture: bool
 ) -> OnnxSession:
-    """Open a graph with every node on the device; `weights` by their names in the graph are used as they are.
+    """Open a graph with every node on the device. `weights`, by their names in the graph, are used without a copy.
 
-    RuntimeUnavailable if nodes would run elsewhere; it names them.
+    RuntimeUnavailable if nodes would run elsewhere; the error names them.
     """
     if device.type == "cpu":
         options = _options()
-        if not prepack:  # else every session copies the weights into an order of its own
+        if not prepack:  # by default every session copies the weights into an order of its own
             options.add_session_config_entry("session.disable_prepacking", "1")
         return OnnxSession(_open(path, options, [CPU]), device, [])
     options = _options()
@@ -70,11 +70,11 @@ def open_session(
     for name, value in weights.items():
         options.add_initializer(name, value)
     cuda = {"device_id": str(device.index), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
-    if capture:  # refused for a graph with any node on the host, where prefill has what reads its sizes
+    if capture:  # not for prefill: it has nodes on the host, which compute with sizes, and cannot be captured
         cuda["enable_cuda_graph"] = "1"
     try:
         session = _open(path, options, [(CUDA, cuda)])
-    except Exception as error:  # pybind's classes of errors have no public names
+    except Exception as error:  # ONNX Runtime's error classes have no public names
         raise RuntimeUnavailable(f"{path.name} does not run on CUDA alone: {error}{_elsewhere(path)}") from error
     return OnnxSession(session, device, list(weights.values()))
 
@@ -87,12 +87,12 @@ def _options() -> onnxruntime.SessionOptions:
 
 
 def _open(path: Path, options: onnxruntime.SessionOptions, providers: list[Any]) -> onnxruntime.InferenceSession:
-    # Constants were folded at export; what is left to fold are weights to be transposed, and copied for that.
+    # The export has folded constants. ONNX Runtime would only fold transposed weights, and copy them for that.
     return onnxruntime.InferenceSession(str(path), options, providers, disabled_optimizers=["ConstantFolding"])
 
 
 def _elsewhere(path: Path) -> str:
-    """Which nodes ONNX Runtime would not run on CUDA, as a sentence; nothing if it has no CUDA provider that works."""
+    """The nodes that ONNX Runtime would not run on CUDA, as the end of an error's sentence; "" if there are none."""
     options = _options()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session = _open(path, options, [CUDA, CPU])
@@ -110,7 +110,7 @@ def _external(path: Path) -> dict[str, ir.ExternalTensor]:
 
 
 def shared_weights(paths: list[Path], device: torch.device) -> dict[Path, dict[str, onnxruntime.OrtValue]]:
-    """The external tensors of all graphs on a device, each place in a file once, by their names in each graph."""
+    """The weights of all graphs on a device, by their names in each graph. Graphs share what is one tensor on disk."""
     places: dict[Any, onnxruntime.OrtValue] = {}
     named: dict[Path, dict[str, onnxruntime.OrtValue]] = {}
     for path in paths:
@@ -134,7 +134,10 @@ _TORCH_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, to
 def bind(
     session: OnnxSession, entry: Graph, inputs: dict[str, Tensor], outputs: dict[str, Tensor]
 ) -> onnxruntime.IOBinding:
-    """Bind tensors, by the manifest's names, to a graph's inputs and outputs; by address, so they must stay alive."""
+    """Bind tensors, by the manifest's names, to a graph's inputs and outputs.
+
+    The binding holds addresses, so the caller keeps the tensors alive.
+    """
     binding = session.onnx.io_binding()
     index = session.device.index or 0
     for one in entry.inputs:
