@@ -1,11 +1,18 @@
 """Megalodon language models in production: export once, verify, and run a folder.
 
-Importing registers the model with transformers' Auto classes, without importing transformers. `load` opens a bundle
-and starts a session.
+    import megalodon_export
+
+    session = megalodon_export.load(BUNDLE)
+    for piece in session.generate("In the beginning"):
+        print(piece, end="")
+
+Importing the package imports neither torch nor transformers. It makes transformers' Auto classes know the model: they
+load a checkpoint with `AutoModelForCausalLM.from_pretrained`, whichever of the two packages is imported first.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import auto_classes
@@ -14,20 +21,15 @@ if TYPE_CHECKING:
     from .generation.session import Session, load
     from .generation.snapshot import Snapshot
 
-
-auto_classes.install()
-
 __version__ = "0.1.0"
 __all__ = ["Session", "Snapshot", "load"]
 
+_MODULE_OF = {"Session": "session", "Snapshot": "snapshot", "load": "session"}
+
+auto_classes.install()
+
 
 def __getattr__(name: str) -> Any:
-    if name == "Snapshot":
-        from .generation.snapshot import Snapshot
-
-        return Snapshot
-    if name in __all__:
-        from .generation import session
-
-        return getattr(session, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".generation.{_MODULE_OF[name]}", __name__), name)

@@ -1,80 +1,111 @@
-"""Registers the model with transformers' Auto classes, without importing transformers for it.
+"""Registers the model with transformers' Auto classes when they are imported, and not before.
 
-`install` registers at once if transformers' modules of Auto classes are there already. Otherwise it leaves a finder on
-`sys.meta_path`, which registers right after Python has run such a module. So both orders of import work:
+Importing transformers takes seconds, and a bundle runs without it, so `import megalodon_export` does not import it.
+`AutoModelForCausalLM.from_pretrained` has to know the model all the same, in either order of the imports:
 
-    import megalodon_export                                import transformers
-    from transformers import AutoModelForCausalLM          import megalodon_export
+    import megalodon_export                        import transformers.models.auto.modeling_auto
+    from transformers import AutoModelForCausalLM  import megalodon_export
+
+On the left, `install` installs an import hook. It registers the model after transformers has imported
+the modules that define the Auto classes. On the right, they are there, and the model is registered at once.
+
+This module needs the standard library only.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
-
-def install() -> None:
-    """Register with every module of Auto classes, now or when it is imported."""
-    for name, register in _REGISTER.items():
-        if name in sys.modules:
-            register()
-        elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder(name, register))
+_FOLLOWED = ("transformers", f"{__package__}.model")
 
 
 def _register_config() -> None:
-    from transformers.models.auto.configuration_auto import AutoConfig
+    from transformers import AutoConfig
 
-    from .model.transformers_api.config import MegalodonConfig
+    from .model import MegalodonConfig
 
     AutoConfig.register("megalodon", MegalodonConfig, exist_ok=True)
 
 
 def _register_models() -> None:
-    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    from .model.transformers_api.modeling import MegalodonConfig, MegalodonForCausalLM, MegalodonModel
+    from .model import MegalodonConfig, MegalodonForCausalLM, MegalodonModel
 
     AutoModel.register(MegalodonConfig, MegalodonModel, exist_ok=True)
     AutoModelForCausalLM.register(MegalodonConfig, MegalodonForCausalLM, exist_ok=True)
 
 
-_REGISTER = {
+# What to do after each of the modules that define Auto classes.
+_REGISTRATIONS = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
 }
 
 
-class _Finder(MetaPathFinder):
-    """Finds one module as Python does, with a loader that calls `after` once the module has been run."""
+def install() -> None:
+    """Register with the Auto classes that are imported already, and with the others when they are."""
+    hook = _RegistrationHook()
+    sys.meta_path.insert(0, hook)
+    hook.register()
 
-    def __init__(self, name: str, after: Callable[[], None]) -> None:
-        self.name, self._after = name, after
+
+class _RegistrationHook(MetaPathFinder):
+    """Runs _REGISTRATIONS, each after its module was imported, and then leaves `sys.meta_path`.
+
+    Registering imports this package's classes, and these import modules of transformers. None of all these may be half
+    imported then. The hook therefore follows every import of a module of transformers and of the model, and registers
+    when the outermost one has ended.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = dict(_REGISTRATIONS)
+        self._importing: list[str] = []  # modules that are being imported now
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module's own spec, or None for another module."""
-        if fullname != self.name:
+        """Let the other finders find a module, and follow its import."""
+        if not any(fullname == name or fullname.startswith(f"{name}.") for name in _FOLLOWED):
             return None
-        sys.meta_path.remove(self)  # it has done its work, and must not find itself below
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._after)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader.exec_module = self._followed(spec.loader.exec_module)  # type: ignore[union-attr]
         return spec
 
+    def _followed(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+        def execute_and_register(module: ModuleType) -> None:
+            with self._import_of(module.__name__):
+                execute(module)
+            self.register()
 
-class _Loader(Loader):
-    def __init__(self, loader: Loader, after: Callable[[], None]) -> None:
-        self._loader, self._after = loader, after
+        return execute_and_register
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
+    @contextmanager
+    def _import_of(self, name: str) -> Iterator[None]:
+        self._importing.append(name)
+        try:
+            yield
+        finally:
+            self._importing.remove(name)
 
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        self._after()
+    def register(self) -> None:
+        """Register with what is imported, unless something is half imported."""
+        if self._importing:
+            return
+        for name in [name for name in self._waiting if name in sys.modules]:
+            registration = self._waiting.pop(name)
+            try:
+                with self._import_of(name):
+                    registration()
+            except (ImportError, OSError) as error:  # e.g. of a broken torch, which must not break transformers' import
+                warnings.warn(f"transformers' Auto classes do not know Megalodon: {error}", stacklevel=2)
+        if not self._waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)

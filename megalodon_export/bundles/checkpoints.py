@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..model import MegalodonForCausalLM, check_dtype
+from .. import model
 from ..model.config import EMAForm
 from .manifest import TOKENIZER, WEIGHTS, ModelDtype
 
@@ -46,7 +46,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     ema_prefill: EMAForm | None = None,
-) -> MegalodonForCausalLM:
+) -> model.MegalodonForCausalLM:
     """A checkpoint for inference. By default `dtype` is that stored and `ema_prefill` the config's.
 
     CheckpointError if the folder is no checkpoint of ours.
@@ -58,8 +58,8 @@ def load_model(
         raise CheckpointError(f"{folder} is no checkpoint: it has no {WEIGHTS}{hint}")
     try:
         form: dict[str, Any] = {} if ema_prefill is None else {"ema_prefill": ema_prefill}
-        model = MegalodonForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **form)
+        loaded = model.MegalodonForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **form)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    check_dtype(model.dtype_of_weights)
-    return model.eval().requires_grad_(False).to(device)
+    model.check_dtype(loaded.dtype_of_weights)
+    return loaded.eval().requires_grad_(False).to(device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..bundles.checkpoints import default_device
 from ..bundles.manifest import Manifest
 from ..exporters.programs import Limits
+from ..exporters.weight_files import TIED_NAMES
 from ..model.cache import ModelCache
 from ..model.config import ModelConfig
 from ..model.constants import freeze_constants
@@ -75,9 +76,8 @@ def load_weights(config: ModelConfig, path: Path, device: torch.device) -> Megal
         name: tensor.float() if tensor.dtype == torch.float16 else tensor
         for name, tensor in load_file(path, device=str(device)).items()
     }
-    if config.head_is_embedding:  # one tensor, which the file holds under one of its two names
-        names = ("model.embed.weight", "lm_head.weight")
-        tensors |= dict.fromkeys(names, next(tensors[name] for name in names if name in tensors))
+    if config.head_is_embedding:
+        tensors |= {name: tensors[other] for name, other in TIED_NAMES.items() if other in tensors}
     model.load_state_dict(tensors, assign=True)
     model.model.rotary.anchor = torch.zeros(0, dtype=model.dtype_of_weights, device=device)  # in no file
     return model.eval().requires_grad_(False)
