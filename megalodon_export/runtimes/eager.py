@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..bundles.checkpoints import default_device
 from ..bundles.manifest import Manifest
@@ -62,7 +64,7 @@ class EagerRuntime(ModelRuntime):
 
     def __init__(self, folder: Path, manifest: Manifest, device: str | None = None) -> None:
         chosen = torch.device(device or default_device())
-        super().__init__(load_weights(manifest.model_config, folder / manifest.weights, chosen))
+        super().__init__(load_weights(manifest.config, folder / manifest.weights, chosen))
 
 
 def load_weights(config: ModelConfig, path: Path, device: torch.device) -> MegalodonLM:
@@ -70,7 +72,7 @@ def load_weights(config: ModelConfig, path: Path, device: torch.device) -> Megal
 
     Tensors keep their dtype, except that float16 becomes float32, in which the model can run.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         model = MegalodonLM(config)
     tensors = {
         name: tensor.float() if tensor.dtype == torch.float16 else tensor
@@ -81,3 +83,13 @@ def load_weights(config: ModelConfig, path: Path, device: torch.device) -> Megal
     model.load_state_dict(tensors, assign=True)
     model.model.rotary.anchor = torch.zeros(0, dtype=model.dtype_of_weights, device=device)  # in no file
     return model.eval().requires_grad_(False)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves out `torch.nn.init`. On the meta device it would change nothing, and would import torch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
