@@ -9,6 +9,7 @@ from torch import Tensor
 
 
 def fail_at(call: int, run: Callable[..., Tensor], error: BaseException) -> Callable[..., Tensor]:
+    """`run`, which raises the error at its call of that number (from 1)."""
     calls = iter(range(1, 100))
 
     def failing(*arguments: Any) -> Tensor:
