@@ -44,12 +44,14 @@ class TokenPlan(_Plan):
 
     lengths: Tensor  # (B) int64
     position: Tensor  # (B) int64
-    rows: Tensor  # (B): 0, 1, 2 ...
     valid: Tensor  # (B, L, 1) bool
     started: Tensor  # (B, 1) bool: the row has a valid token
     count: Tensor  # (B, 1, 1) float64: `position`
     seen: Tensor  # (B, L, 1) float64, at least 1
     upper_ones: Tensor  # (S, S) float64: see `upper_triangle`
+    # (B): 0, 1, 2 ... After the other fields: where torch.export meets this tensor before `valid`, it loses sight of L
+    # being a multiple of BLOCK, and pads and cuts at every layer (`tests/exporters/test_limits.py` would fail).
+    rows: Tensor
 
     @classmethod
     def of(cls, lengths: Tensor, position: Tensor, length: int) -> TokenPlan:
@@ -58,12 +60,12 @@ class TokenPlan(_Plan):
         return cls(
             lengths=lengths,
             position=position,
-            rows=torch.arange(lengths.shape[0], device=lengths.device),
             valid=(steps <= lengths[:, None])[:, :, None],
             started=lengths[:, None] > 0,
             count=position[:, None, None].double(),
             seen=(position[:, None] + torch.minimum(steps, lengths[:, None]))[:, :, None].clamp(min=1).double(),
             upper_ones=upper_triangle(lengths.device),
+            rows=torch.arange(lengths.shape[0], device=lengths.device),
         )
 
 

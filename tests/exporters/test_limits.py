@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def test_no_size_is_taken_for_a_constant(max_batch: int, blocks: int) -> None:
                     if isinstance(size, SymInt):
                         bounds = size.node.shape_env.bound_sympy(size.node.expr)
                         assert bounds.lower < bounds.upper, (program, stage.name, size, limits)
+
+
+@pytest.mark.parametrize("chunk", [128, 20])
+def test_lengths_are_known_to_be_whole_blocks(chunk: int) -> None:
+    """A stage that doubts it computes a remainder, pads to whole blocks and cuts again: slower, and easily caused."""
+    model = make_model(torch.float32, num_layers=1, chunk_size=chunk)
+    m.freeze_constants(model)
+    for stage in export_stages(model, "prefill", Limits.of(model.config, 8)).values():
+        remainders = [node for node in stage.graph.graph.nodes if node.target is operator.mod]
+        assert not remainders, (stage.name, remainders)
 
 
 @pytest.mark.slow
