@@ -15,8 +15,7 @@ from typing import Literal
 import torch
 
 from ..model.cache import cache_layout, dimension_sizes
-from ..model.config import ModelConfig
-from ..model.ema import BLOCK
+from ..model.config import BLOCK, ModelConfig
 
 ProgramName = Literal["prefill", "decode", "decode_one"]
 DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]  # torch's

@@ -26,8 +26,8 @@ from transformers.utils import logging
 
 from ..model import MegalodonConfig, MegalodonForCausalLM, freeze_constants
 from ..model.cache import FinalCache, LayerCache
+from ..model.config import BLOCK
 from ..model.modeling import last_valid
-from ..model.plan import BLOCK
 from .manifest_types import InputKind, StageInput
 from .programs import BEGIN, DECODE_ONE, END, LAYER, LAYER_INDEX, NEXT_TOKENS, PREFILL, Limits, dtype_name
 from .structures import dimension, flatten_all, rebuild, root_of, unbacked

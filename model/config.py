@@ -12,6 +12,8 @@ NormStatistics = Literal["megalodon", "megalodon-hf"]
 WeightFormat = Literal["float", "int8", "int4"]
 QUANTIZED_FORMATS: tuple[WeightFormat, ...] = ("int8", "int4")
 
+BLOCK = 32  # T, tokens per block of the EMA and of prefix sums: prefill pads its tokens to whole blocks
+
 # Keys that only megalodon-hf writes into a config.json with the same model_type.
 _MEGALODON_HF_KEYS = ("max_positions", "efficient_attn")
 

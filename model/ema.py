@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocking import compact, first, from_blocks, to_blocks
-from .config import EMAForm
+from .config import BLOCK, EMAForm
 from .constants import DerivedConstants
 from .norm import accumulation_dtype, cast
-from .plan import BLOCK, SEGMENT, PrefillPlan, carry_shifts
+from .plan import SEGMENT, PrefillPlan, carry_shifts
 
 
 def complex_mul(a: Tensor, b: Tensor) -> Tensor:

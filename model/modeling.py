@@ -19,10 +19,10 @@ from .backend import Backend
 from .blocking import first, padding_to
 from .blocks import MegalodonBlock
 from .cache import FinalCache, ModelCache
-from .config import ModelConfig
+from .config import BLOCK, ModelConfig
 from .constants import unfreeze_constants
 from .norm import TimestepNorm
-from .plan import BLOCK, PrefillPlan
+from .plan import PrefillPlan
 from .quantized import use_quantized_layers
 from .rotary import Rotary, RotaryTable
 

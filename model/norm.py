@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocking import compact, from_blocks, to_blocks
-from .config import NormStatistics
-from .plan import BLOCK, PrefillPlan, upper_triangle
+from .config import BLOCK, NormStatistics
+from .plan import PrefillPlan, upper_triangle
 
 _HF_VARIANCE_FLOOR = 1e-6
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .blocking import padding_to
+from .config import BLOCK
 
-BLOCK = 32  # tokens per block of the EMA and of prefix sums
 SEGMENT = 64  # tokens per segment where the EMA is scanned in time
 NEVER = 2**30  # the time of a slot without a token: after every query
 

@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ...model.plan import BLOCK
+from ...model.config import BLOCK
 from .graph_builder import Computed, Const, Dims, Expr, Operand, Val
 from .translator import Translator, aten, handles
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..attention import masked_softmax
+from ..config import BLOCK
 from ..ema import (
-    BLOCK,
     block_powers,
     causal_convolution,
     convolution_kernel,
