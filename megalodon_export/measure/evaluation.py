@@ -25,7 +25,6 @@ from ..bundles.manifest import DTYPES, TOKENIZER
 from ..generation.session import Session
 from ..model import ModelCache, ModelConfig
 from ..model.loss import IGNORED
-from ..model.norm import NormState
 from ..runtimes import BoundPrograms, Runtime, default_runtime, open_runtime
 from ..runtimes.eager import ModelRuntime
 
@@ -155,9 +154,9 @@ def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _replace_statistics(cache: ModelCache, recent: ModelCache) -> None:
     """Copy the norms' statistics and their count. Both caches are at a chunk boundary, where the rings are empty."""
-    for old, new in zip(cache.layers, recent.layers, strict=True):
-        NormState(new.norm_mean, new.norm_var).store(old)
-    NormState(recent.final.norm_mean, recent.final.norm_var).store(cache.final)
+    for old, new in zip((*cache.layers, cache.final), (*recent.layers, recent.final), strict=True):
+        old.norm_mean.copy_(new.norm_mean)
+        old.norm_var.copy_(new.norm_var)
     cache.position.copy_(recent.position)
 
 
