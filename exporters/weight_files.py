@@ -17,8 +17,8 @@ from torch import Tensor
 from .programs import DtypeName
 
 # A model with share_emb has one matrix for its embedding and its head, which a file holds under one of two names.
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed.weight"
-TIED_NAMES = {_HEAD: _EMBEDDING, _EMBEDDING: _HEAD}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed.weight"
+TIED_NAMES = {HEAD: EMBEDDING, EMBEDDING: HEAD}
 
 _DTYPES: dict[str, DtypeName] = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
@@ -42,6 +42,7 @@ class WeightFiles:
     """The tensors of several files of a folder, by name."""
 
     def __init__(self, folder: Path, files: tuple[str, ...]) -> None:
+        self.folder = folder
         self._opened = {file: safe_open(folder / file, framework="pt") for file in files}
         self._stored = {one.name: one for file in files for one in stored_tensors(folder / file)}
 

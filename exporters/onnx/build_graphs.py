@@ -21,7 +21,7 @@ import sympy
 import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from ...model import MegalodonConfig, MegalodonForCausalLM
+from ...model import MegalodonConfig
 from ..manifest_types import Graph, GraphTensor, OnnxPrograms, StageInput, Target, numbered
 from ..programs import (
     BEGIN,
@@ -37,11 +37,12 @@ from ..programs import (
     static_sizes,
 )
 from ..stages import Stage, export_stages, one_layer_model
+from ..weight_files import EMBEDDING, HEAD
 from . import handlers_elementwise, handlers_indexing, handlers_products  # noqa: F401 - register their handlers
 from .cuda_placement import require
 from .graph_builder import BATCH, MULTIPLES, OPSET, Const, Expr, GraphBuilder, Operand
 from .translator import Translator
-from .weight_files import CONSTANTS, WeightFiles, move_large_constants
+from .weight_files import CONSTANTS, ExternalWeights, move_large_constants
 
 IR_VERSION = 11  # an older one than onnx writes by default: ONNX Runtime lags behind it
 
@@ -75,7 +76,7 @@ def build(
             f"the checkpoint's linear layers are {config.weight_format}, which the ONNX exporter does not write; "
             "export the float checkpoint, and quantise its graphs with onnxruntime.quantization"
         )
-    weights = WeightFiles(folder, files)
+    weights = ExternalWeights(folder, files)
     model = one_layer_model(folder, "cpu", dtype)
     model.model.supported_dtypes += (torch.float16,)
     specs = program_specs(config, getattr(torch, dtype), all_logits)
@@ -113,7 +114,7 @@ def build_graph(
     spec: ProgramSpec,
     stages: dict[str, Stage],
     config: MegalodonConfig,
-    weights: WeightFiles,
+    weights: ExternalWeights,
     limits: Limits,
 ) -> ir.Graph:
     """A program's stages as one graph, the layer's once for each layer, with no node too many or twice."""
@@ -135,11 +136,9 @@ def build_graph(
     constant = cache(lambda name: Const(weights.tensor(name), name))
 
     # A tied head is an initializer of its own, at the same place: tools that rewrite a matrix expect one user of it.
-    heads = {source: name for name, source in MegalodonForCausalLM._tied_weights_keys.items()}
-
     def run(stage: Stage, layer: int = 0) -> None:
         def weight(name: str) -> str:
-            return heads.get(name, name) if stage is stages[END] else name
+            return HEAD if stage is stages[END] and name == EMBEDDING else name
 
         def operand(one: StageInput) -> Operand:
             name = numbered(one.name, layer)
