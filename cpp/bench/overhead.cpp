@@ -12,7 +12,7 @@
 #include <exception>
 #include <megalodon.hpp>
 
-#include "engine.hpp"
+#include "runtime/engine.hpp"
 
 namespace {
 

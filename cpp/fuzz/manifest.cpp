@@ -1,5 +1,5 @@
 // Any bytes are a manifest that makes sense, or an Error; as if of this machine, so that what is fuzzed is reached.
-#include "manifest.hpp"
+#include "bundle/manifest.hpp"
 
 #include <sys/utsname.h>
 #include <unistd.h>
@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <fstream>
 
-#include "bundle.hpp"
+#include "bundle/folder.hpp"
 #include "error.hpp"
 
 using namespace megalodon::impl;

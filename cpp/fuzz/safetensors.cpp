@@ -1,5 +1,5 @@
 // Any bytes are a safetensors file whose every tensor lies inside, and which is written as it was read, or an Error.
-#include "safetensors.hpp"
+#include "bundle/safetensors.hpp"
 
 #include <cstdint>
 #include <cstdlib>

@@ -1,5 +1,5 @@
 // Any bytes are a snapshot, restored whole, or an Error that leaves the stream as it was.
-#include "snapshot.hpp"
+#include "generation/snapshot.hpp"
 
 #include <cstdint>
 #include <cstdlib>

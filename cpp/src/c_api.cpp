@@ -3,10 +3,10 @@
 #include <cstring>
 #include <new>
 
+#include "bundle/tokenizer.hpp"
 #include "error.hpp"
-#include "sampling.hpp"
-#include "session.hpp"
-#include "tokenizer.hpp"
+#include "generation/sampling.hpp"
+#include "generation/session.hpp"
 
 namespace impl = megalodon::impl;
 

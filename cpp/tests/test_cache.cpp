@@ -4,7 +4,7 @@
 #include <array>
 #include <cstring>
 
-#include "cache.hpp"
+#include "runtime/cache.hpp"
 
 namespace {
 

@@ -4,10 +4,10 @@
 #include <cstring>
 #include <fstream>
 
+#include "bundle/file.hpp"
+#include "bundle/safetensors.hpp"
 #include "error.hpp"
-#include "file.hpp"
-#include "safetensors.hpp"
-#include "snapshot.hpp"
+#include "generation/snapshot.hpp"
 
 namespace megalodon::impl {
 namespace {

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "error.hpp"
-#include "sampling.hpp"
+#include "generation/sampling.hpp"
 
 namespace megalodon::impl {
 namespace {

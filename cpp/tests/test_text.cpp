@@ -3,10 +3,10 @@
 
 #include <cstdlib>
 
+#include "bundle/file.hpp"
+#include "bundle/tokenizer.hpp"
 #include "error.hpp"
-#include "file.hpp"
 #include "text_format.hpp"
-#include "tokenizer.hpp"
 
 namespace megalodon::impl {
 namespace {

@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "cache.hpp"
-#include "manifest.hpp"
-#include "safetensors.hpp"
+#include "bundle/manifest.hpp"
+#include "bundle/safetensors.hpp"
+#include "runtime/cache.hpp"
 
 namespace megalodon::impl {
 

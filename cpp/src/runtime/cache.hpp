@@ -8,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "device.hpp"
-#include "manifest.hpp"
+#include "bundle/manifest.hpp"
+#include "runtime/device.hpp"
 
 namespace megalodon::impl {
 

@@ -1,4 +1,4 @@
-#include "overlap.hpp"
+#include "runtime/pdl.hpp"
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>

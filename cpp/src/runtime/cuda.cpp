@@ -1,6 +1,6 @@
 // The CUDA device: memory from torch's caching allocator, one stream, decode steps recorded as CUDA graphs.
 // The one file, with overlap.cpp, that uses libtorch's C++ interface; the others use its C interface.
-#include "cuda.hpp"
+#include "runtime/cuda.hpp"
 
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAEvent.h>
@@ -22,10 +22,10 @@
 #include <mutex>
 #include <new>
 
+#include "bundle/manifest.hpp"
 #include "error.hpp"
-#include "manifest.hpp"
-#include "overlap.hpp"
-#include "sampling.hpp"
+#include "generation/sampling.hpp"
+#include "runtime/pdl.hpp"
 
 namespace megalodon::impl {
 namespace {

@@ -1,4 +1,4 @@
-#include "device.hpp"
+#include "runtime/device.hpp"
 
 #include <algorithm>
 #include <array>
@@ -6,8 +6,8 @@
 #include <cstring>
 #include <new>
 
-#include "cuda.hpp"
 #include "error.hpp"
+#include "runtime/cuda.hpp"
 
 namespace megalodon::impl {
 namespace {

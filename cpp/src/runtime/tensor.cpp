@@ -1,4 +1,4 @@
-#include "tensor.hpp"
+#include "runtime/tensor.hpp"
 
 #include <dlfcn.h>
 

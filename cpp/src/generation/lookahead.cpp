@@ -1,4 +1,4 @@
-#include "ahead.hpp"
+#include "generation/lookahead.hpp"
 
 #include <algorithm>
 #include <span>

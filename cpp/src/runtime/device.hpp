@@ -6,7 +6,7 @@
 #include <span>
 #include <string>
 
-#include "tensor.hpp"
+#include "runtime/tensor.hpp"
 
 namespace megalodon::impl {
 

@@ -1,6 +1,6 @@
 // A library that was built without CUDA.
-#include "cuda.hpp"
 #include "error.hpp"
+#include "runtime/cuda.hpp"
 
 namespace megalodon::impl {
 

@@ -1,4 +1,4 @@
-#include "snapshot.hpp"
+#include "generation/snapshot.hpp"
 
 #include <algorithm>
 #include <bit>

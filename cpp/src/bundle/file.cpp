@@ -1,4 +1,4 @@
-#include "file.hpp"
+#include "bundle/file.hpp"
 
 #include <fcntl.h>
 #include <openssl/evp.h>

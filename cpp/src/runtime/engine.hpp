@@ -5,10 +5,10 @@
 #include <optional>
 #include <span>
 
-#include "cache.hpp"
+#include "bundle/tokenizer.hpp"
 #include "megalodon.h"
-#include "programs.hpp"
-#include "tokenizer.hpp"
+#include "runtime/cache.hpp"
+#include "runtime/programs.hpp"
 
 namespace megalodon::impl {
 

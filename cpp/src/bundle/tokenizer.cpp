@@ -1,4 +1,4 @@
-#include "tokenizer.hpp"
+#include "bundle/tokenizer.hpp"
 
 #include <algorithm>
 

@@ -7,9 +7,9 @@
 #include <optional>
 #include <string>
 
-#include "engine.hpp"
+#include "generation/snapshot.hpp"
 #include "megalodon.h"
-#include "snapshot.hpp"
+#include "runtime/engine.hpp"
 
 namespace megalodon::impl {
 

@@ -4,7 +4,7 @@
 #include <array>
 #include <cstdint>
 
-#include "device.hpp"
+#include "runtime/device.hpp"
 
 namespace megalodon::impl {
 

@@ -1,4 +1,4 @@
-#include "programs.hpp"
+#include "runtime/programs.hpp"
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_runtime/interface.h>

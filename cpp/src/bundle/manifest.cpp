@@ -1,4 +1,4 @@
-#include "manifest.hpp"
+#include "bundle/manifest.hpp"
 
 #include <sys/utsname.h>
 

@@ -1,4 +1,4 @@
-#include "session.hpp"
+#include "generation/session.hpp"
 
 #include <algorithm>
 #include <array>
@@ -6,9 +6,9 @@
 #include <chrono>
 #include <cstring>
 
-#include "ahead.hpp"
 #include "error.hpp"
-#include "sampling.hpp"
+#include "generation/lookahead.hpp"
+#include "generation/sampling.hpp"
 
 namespace megalodon::impl {
 namespace {

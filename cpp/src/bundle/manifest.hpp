@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "tensor.hpp"
+#include "runtime/tensor.hpp"
 
 namespace megalodon::impl {
 

@@ -4,7 +4,7 @@
 #include <array>
 #include <vector>
 
-#include "ahead.hpp"
+#include "generation/lookahead.hpp"
 
 namespace {
 

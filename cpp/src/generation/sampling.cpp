@@ -1,4 +1,4 @@
-#include "sampling.hpp"
+#include "generation/sampling.hpp"
 
 #include <algorithm>
 #include <array>

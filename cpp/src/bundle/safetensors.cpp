@@ -1,10 +1,10 @@
-#include "safetensors.hpp"
+#include "bundle/safetensors.hpp"
 
 #include <algorithm>
 #include <cstring>
 #include <nlohmann/json.hpp>
 
-#include "bundle.hpp"
+#include "bundle/folder.hpp"
 #include "error.hpp"
 
 namespace megalodon::impl {

@@ -1,4 +1,4 @@
-#include "bundle.hpp"
+#include "bundle/folder.hpp"
 
 #include <algorithm>
 #include <atomic>
@@ -7,8 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "bundle/file.hpp"
 #include "error.hpp"
-#include "file.hpp"
 #include "text_format.hpp"
 
 namespace megalodon::impl {

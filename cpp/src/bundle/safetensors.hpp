@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "file.hpp"
-#include "tensor.hpp"
+#include "bundle/file.hpp"
+#include "runtime/tensor.hpp"
 
 namespace megalodon::impl {
 

@@ -1,14 +1,14 @@
-#include "engine.hpp"
+#include "runtime/engine.hpp"
 
 #include <algorithm>
 #include <array>
 #include <set>
 #include <thread>
 
-#include "bundle.hpp"
+#include "bundle/file.hpp"
+#include "bundle/folder.hpp"
 #include "error.hpp"
-#include "file.hpp"
-#include "sampling.hpp"
+#include "generation/sampling.hpp"
 
 namespace megalodon::impl {
 namespace {

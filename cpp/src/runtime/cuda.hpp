@@ -1,7 +1,7 @@
 // A CUDA GPU, where the library was built with CUDA.
 #pragma once
 
-#include "device.hpp"
+#include "runtime/device.hpp"
 
 namespace megalodon::impl {
 

@@ -5,8 +5,8 @@
 #include <optional>
 #include <vector>
 
-#include "cache.hpp"
-#include "safetensors.hpp"
+#include "bundle/safetensors.hpp"
+#include "runtime/cache.hpp"
 
 namespace megalodon::impl {
 
