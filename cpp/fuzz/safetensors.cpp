@@ -1,4 +1,4 @@
-// Any bytes are a safetensors file whose every tensor lies inside, and which is written as it was read, or an Error.
+// Any bytes give tensors that lie inside the file and that survive writing and reading again, or an Error.
 #include "bundle/safetensors.hpp"
 
 #include <cstdint>

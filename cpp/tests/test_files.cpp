@@ -1,4 +1,4 @@
-// safetensors and snapshots: what is damaged is refused, what is whole comes back.
+// Reading and writing files, safetensors and snapshots: damaged ones are refused.
 #include <gtest/gtest.h>
 
 #include <cstring>

@@ -54,7 +54,7 @@ class Sha256 {
 };
 
 template <typename Use>
-void read_in_pieces(const std::filesystem::path& path, Use use) {
+void read_in_blocks(const std::filesystem::path& path, Use use) {
   const Descriptor file(path, O_RDONLY | O_CLOEXEC);
   std::vector<char> buffer(std::size_t{1} << 18);
   for (;;) {
@@ -70,13 +70,13 @@ void read_in_pieces(const std::filesystem::path& path, Use use) {
 
 std::string read_file(const std::filesystem::path& path) {
   std::string content;
-  read_in_pieces(path, [&](const char* data, std::size_t size) { content.append(data, size); });
+  read_in_blocks(path, [&](const char* data, std::size_t size) { content.append(data, size); });
   return content;
 }
 
 std::string sha256_of(const std::filesystem::path& path) {
   Sha256 hash;
-  read_in_pieces(path, [&](const char* data, std::size_t size) { hash.update(data, size); });
+  read_in_blocks(path, [&](const char* data, std::size_t size) { hash.update(data, size); });
   return hash.digest();
 }
 
@@ -87,7 +87,7 @@ std::string sha256_of(std::string_view data) {
 }
 
 void write_file(const std::filesystem::path& path, std::span<const std::byte> data) {
-  static std::atomic<unsigned> count = 0;  // two threads may write the same file
+  static std::atomic<unsigned> count = 0;  // two threads may write the same path at once
   std::filesystem::path temporary = path;
   temporary.concat(".tmp-").concat(std::to_string(getpid())).concat("-").concat(std::to_string(count++));
   const auto fail = [&](const std::string& verb) {

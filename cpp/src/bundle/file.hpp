@@ -1,4 +1,4 @@
-// Files: read, hashed, mapped, and written whole or not at all.
+// Reads, hashes and maps files; replaces a file as a whole or not at all.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@ std::string sha256_of(const std::filesystem::path& path);  // lower-case hexadec
 std::string sha256_of(std::string_view data);
 void write_file(const std::filesystem::path& path, std::span<const std::byte> data);
 
-// A file mapped for reading; the pages are shared by all processes that map it.
-// Copy on write: a program that wrote into a weight would change its own pages, never the file.
+// A file mapped for reading. All processes that map it share its pages.
+// The mapping is copy-on-write: a program that wrote to a weight would change its own pages, never the file.
 class MappedFile {
  public:
   explicit MappedFile(const std::filesystem::path& path);

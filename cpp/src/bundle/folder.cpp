@@ -8,8 +8,9 @@
 #include <vector>
 
 #include "bundle/file.hpp"
+#include "bundle/json.hpp"
 #include "error.hpp"
-#include "text_format.hpp"
+#include "python_format.hpp"
 
 namespace megalodon::impl {
 namespace {
@@ -20,18 +21,16 @@ using nlohmann::json;
 constexpr const char* kManifest = "manifest.json";
 constexpr const char* kParity = "parity.json";
 constexpr std::size_t kMaxProblems = 10;
-constexpr int kMaxDepth = 900;
-constexpr const char* kRenew = "Copy the bundle again, or export it again.";
 
-using Problems = std::map<std::string, std::string>;  // by file, in the order of their names
+using Problems = std::map<std::string, std::string>;  // one per file, ordered by file name
 
-struct Scan {
+struct FolderContent {
   std::map<std::string, fs::path> files;
-  Problems irregular;
+  Problems irregular;  // links, devices, pipes and sockets
 };
 
-Scan scan(const fs::path& root) {
-  Scan found;
+FolderContent scan(const fs::path& root) {
+  FolderContent found;
   std::vector<fs::path> folders{root};
   while (!folders.empty()) {
     const fs::path folder = folders.back();
@@ -62,12 +61,12 @@ json load_manifest(const fs::path& root) {
   const fs::file_status status = fs::symlink_status(path);
   if (!fs::is_regular_file(status)) {
     const std::string what = fs::is_symlink(status) ? "is a symbolic link" : "is missing";
-    throw bad_bundle(root.string() + " is not a complete bundle: " + kManifest + " " + what + ". " + kRenew);
+    throw bad_bundle(root.string() + " is not a complete bundle: " + kManifest + " " + what + ". " + kCopyAgain);
   }
   json manifest = parse_json(read_file(path), path);
   const std::string where = path.string() + ": ";
   if (!manifest.is_object()) {
-    throw bad_bundle(where + "a JSON object expected, " + type_name(manifest) + " found. " + kRenew);
+    throw bad_bundle(where + "a JSON object expected, " + type_name(manifest) + " found. " + kCopyAgain);
   }
   const std::string expected = where + "schema_version " + std::to_string(kSchemaVersion) + " expected, ";
   const json version = manifest.value("schema_version", json());
@@ -77,7 +76,7 @@ json load_manifest(const fs::path& root) {
     throw bad_bundle(expected + repr(version) + " found. " + advice);
   }
   if (!manifest.contains("files") || !manifest["files"].is_object()) {
-    throw bad_bundle(where + "\"files\", an object of file names, expected; none found. " + kRenew);
+    throw bad_bundle(where + "\"files\", an object of file names, expected; none found. " + kCopyAgain);
   }
   return manifest;
 }
@@ -93,7 +92,7 @@ bool is_plain_path(const std::string& name) {
   return true;
 }
 
-std::string entry_flaw(const std::string& name, const json& entry) {
+std::string entry_problem(const std::string& name, const json& entry) {
   const std::string in_manifest = std::string(" in ") + kManifest;
   if (!is_plain_path(name)) return std::string("listed") + in_manifest + ", but not a plain path inside the bundle";
   if (!entry.is_object() || !entry.contains("size") || !entry["size"].is_number_integer()) {
@@ -108,6 +107,7 @@ std::string entry_flaw(const std::string& name, const json& entry) {
   return "";
 }
 
+// Whether the path or a folder of it is a link, which has a problem of its own already.
 bool lies_in_a_link(const std::string& name, const Problems& linked) {
   for (fs::path path = name; !path.empty(); path = path.parent_path()) {
     if (linked.contains(path.generic_string())) return true;
@@ -115,31 +115,32 @@ bool lies_in_a_link(const std::string& name, const Problems& linked) {
   return false;
 }
 
-bool is_unlisted(const std::string& name) {
-  // The last form is what a crash while parity.json was replaced leaves; it must not make a good bundle unreadable.
+// Files that the manifest need not list. The last form is a temporary file that a crash leaves behind while parity.json
+// is replaced; it must not make a good bundle unreadable.
+bool may_be_unlisted(const std::string& name) {
   return name == kManifest || name == kParity || name.starts_with(std::string(".") + kParity + ".");
 }
 
-struct Suspect {
+struct FileToHash {
   std::string name;
   fs::path path;
   std::uintmax_t size;
-  std::string sha256;
-  std::string flaw;
+  std::string sha256;   // expected
+  std::string problem;  // empty if the hash is as expected
 };
 
-void hash(std::vector<Suspect>& suspects) {
-  // Largest first: hashing is one thread per file, and the weights decide when it ends.
-  std::ranges::sort(suspects, std::greater{}, &Suspect::size);
+// Hashes files on up to 8 threads, the largest first: one thread hashes a file, and the weights take longest.
+void hash(std::vector<FileToHash>& files) {
+  std::ranges::sort(files, std::greater{}, &FileToHash::size);
   std::atomic<std::size_t> next = 0;
   const auto work = [&] {
-    for (std::size_t i = next++; i < suspects.size(); i = next++) {
-      Suspect& one = suspects[i];
+    for (std::size_t i = next++; i < files.size(); i = next++) {
+      FileToHash& one = files[i];
       try {
         const std::string digest = sha256_of(one.path);
-        if (digest != one.sha256) one.flaw = "sha256 " + one.sha256 + " expected, " + digest + " found";
+        if (digest != one.sha256) one.problem = "sha256 " + one.sha256 + " expected, " + digest + " found";
       } catch (const std::exception& error) {
-        one.flaw = error.what();
+        one.problem = error.what();
       }
     }
   };
@@ -148,44 +149,27 @@ void hash(std::vector<Suspect>& suspects) {
   work();
 }
 
-// A name as text: a zero byte would end the message.
+// A zero byte in a name would end the message.
 std::string shown(std::string name) {
   for (std::size_t at = name.find('\0'); at != std::string::npos; at = name.find('\0')) name.replace(at, 1, "\\0");
   return name;
 }
 
-Error report(const fs::path& root, const Problems& problems) {
+Error as_error(const fs::path& root, const Problems& problems) {
   std::string text = root.string() + " is not the bundle that was exported:\n";
   std::size_t count = 0;
   for (const auto& [name, problem] : problems) {
     if (++count <= kMaxProblems) text += "  " + shown(name) + ": " + problem + "\n";
   }
   if (count > kMaxProblems) text += "  ... and " + std::to_string(count - kMaxProblems) + " more\n";
-  return bad_bundle(text + kRenew);
+  return bad_bundle(text + kCopyAgain);
 }
 
 }  // namespace
 
-json parse_json(std::string_view text, const fs::path& path) {
-  const auto unreadable = [&](std::string why) {
-    std::ranges::replace_if(
-        why, [](char c) { return c < ' ' || c > '~'; }, '?');  // the parser quotes what it cannot read
-    return bad_bundle(path.string() + ": a JSON object expected, found something unreadable (" + why + "). " + kRenew);
-  };
-  const json::parser_callback_t check_depth = [&](int depth, json::parse_event_t, json&) {
-    if (depth > kMaxDepth) throw unreadable("nested too deep");
-    return true;
-  };
-  try {
-    return json::parse(text, check_depth);
-  } catch (const json::exception& error) {
-    throw unreadable(error.what());
-  }
-}
-
 json read_bundle(const fs::path& folder, bool check_hashes) {
   json manifest = load_manifest(folder);
-  Scan found;
+  FolderContent found;
   try {
     found = scan(folder);
   } catch (const fs::filesystem_error& error) {
@@ -193,33 +177,33 @@ json read_bundle(const fs::path& folder, bool check_hashes) {
                      "). Check its permissions.");
   }
   Problems problems = found.irregular;
-  std::vector<Suspect> suspects;
+  std::vector<FileToHash> to_hash;
   for (const auto& [name, entry] : manifest["files"].items()) {
-    if (std::string flaw = entry_flaw(name, entry); !flaw.empty()) {
-      problems[name] = flaw;
+    if (std::string problem = entry_problem(name, entry); !problem.empty()) {
+      problems[name] = problem;
     } else if (const auto file = found.files.find(name); file != found.files.end()) {
       const std::uintmax_t size = fs::file_size(file->second);
       if (entry["size"] != size) {
         problems[name] = repr(entry["size"]) + " bytes expected, " + std::to_string(size) + " found";
       } else {
-        suspects.push_back({name, file->second, size, entry["sha256"], ""});
+        to_hash.push_back({name, file->second, size, entry["sha256"], ""});
       }
     } else if (!lies_in_a_link(name, found.irregular)) {
       problems[name] = "a file of " + repr(entry["size"]) + " bytes expected, none found";
     }
   }
   for (const auto& [name, path] : found.files) {
-    if (!manifest["files"].contains(name) && !is_unlisted(name)) {
+    if (!manifest["files"].contains(name) && !may_be_unlisted(name)) {
       problems[name] = std::string("not listed in ") + kManifest + "; remove it if it was added by hand";
     }
   }
   if (check_hashes) {
-    hash(suspects);
-    for (const Suspect& one : suspects) {
-      if (!one.flaw.empty()) problems[one.name] = one.flaw;
+    hash(to_hash);
+    for (const FileToHash& one : to_hash) {
+      if (!one.problem.empty()) problems[one.name] = one.problem;
     }
   }
-  if (!problems.empty()) throw report(folder, problems);
+  if (!problems.empty()) throw as_error(folder, problems);
   return manifest;
 }
 

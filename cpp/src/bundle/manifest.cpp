@@ -1,15 +1,10 @@
 #include "bundle/manifest.hpp"
 
-#include <sys/utsname.h>
-
 #include <algorithm>
-#include <fstream>
 #include <limits>
-#include <set>
-#include <sstream>
 
 #include "error.hpp"
-#include "text_format.hpp"
+#include "python_format.hpp"
 
 namespace megalodon::impl {
 namespace {
@@ -17,34 +12,37 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kLayerIndex = "{layer}";
-constexpr const char* kChunk = "C";  // the letter of a chunk's tokens, which are a ring's slots
+constexpr const char* kLengthMultiple = "granule";  // the manifest's key for Manifest::length_multiple
+constexpr const char* kChunk = "C";                 // the dimension that rings alone have: tokens of a chunk
+constexpr std::int64_t kMost = std::int64_t{1} << 24;
+constexpr std::int64_t kMostSize = std::int64_t{1} << 40;
 
-// Part of the manifest, with its place in it for messages.
+// A value in the manifest, with its path for messages: `limits.max_batch`, `cache[0].dtype`.
 class Node {
  public:
-  Node(const json& value, std::string place) : value_(value), place_(std::move(place)) {}
+  explicit Node(const json& value, std::string path = "") : value_(value), path_(std::move(path)) {}
 
   Node operator[](const std::string& key) const {
-    if (!value_.is_object() || !value_.contains(key)) throw flaw("\"" + key + "\" expected, none found");
-    return {value_[key], place_ + "." + key};
+    if (!value_.is_object() || !value_.contains(key)) throw problem("\"" + key + "\" expected, none found");
+    return field(key, value_[key]);
   }
   bool has(const std::string& key) const { return value_.is_object() && value_.contains(key); }
   std::string text() const {
-    if (!value_.is_string()) throw flaw("a string expected, " + type_name(value_) + " found");
+    if (!value_.is_string()) throw problem("a string expected, " + type_name(value_) + " found");
     return value_;
   }
   bool flag() const {
-    if (!value_.is_boolean()) throw flaw("true or false expected, " + type_name(value_) + " found");
+    if (!value_.is_boolean()) throw problem("true or false expected, " + type_name(value_) + " found");
     return value_;
   }
   double number() const {
-    if (!value_.is_number()) throw flaw("a number expected, " + type_name(value_) + " found");
+    if (!value_.is_number()) throw problem("a number expected, " + type_name(value_) + " found");
     return value_;
   }
   std::int64_t whole(std::int64_t low, std::int64_t high) const {
     if (!value_.is_number_integer() || value_ < low || value_ > high) {
-      throw flaw("a whole number in " + std::to_string(low) + ".." + std::to_string(high) + " expected, " +
-                 repr(value_) + " found");
+      throw problem("a whole number in " + std::to_string(low) + ".." + std::to_string(high) + " expected, " +
+                    repr(value_) + " found");
     }
     return value_;
   }
@@ -53,21 +51,21 @@ class Node {
   }
   const DType* dtype() const {
     const DType* found = dtype_by_name(text());
-    if (found == nullptr) throw flaw("no dtype that this library knows: " + text());
+    if (found == nullptr) throw problem("no dtype that this library knows: " + text());
     return found;
   }
   std::vector<Node> items() const {
-    if (!value_.is_array()) throw flaw("a list expected, " + type_name(value_) + " found");
+    if (!value_.is_array()) throw problem("a list expected, " + type_name(value_) + " found");
     std::vector<Node> nodes;
     for (std::size_t i = 0; i < value_.size(); ++i) {
-      nodes.emplace_back(value_[i], place_ + "[" + std::to_string(i) + "]");
+      nodes.emplace_back(value_[i], path_ + "[" + std::to_string(i) + "]");
     }
     return nodes;
   }
   std::vector<std::pair<std::string, Node>> fields() const {
-    if (!value_.is_object()) throw flaw("an object expected, " + type_name(value_) + " found");
+    if (!value_.is_object()) throw problem("an object expected, " + type_name(value_) + " found");
     std::vector<std::pair<std::string, Node>> nodes;
-    for (const auto& [key, value] : value_.items()) nodes.emplace_back(key, Node(value, place_ + "." + key));
+    for (const auto& [key, value] : value_.items()) nodes.emplace_back(key, field(key, value));
     return nodes;
   }
   std::vector<std::string> texts() const {
@@ -77,78 +75,34 @@ class Node {
   }
   std::vector<std::int64_t> sizes() const {
     std::vector<std::int64_t> values;
-    for (const Node& item : items()) values.push_back(item.whole(0, std::int64_t{1} << 40));
+    for (const Node& item : items()) values.push_back(item.whole(0, kMostSize));
     return values;
   }
-  Error flaw(const std::string& what) const {
-    return bad_bundle("manifest.json: " + place_ + ": " + what + ". Export the bundle again.");
+  Error problem(const std::string& what) const {
+    return bad_bundle("manifest.json: " + (path_.empty() ? "" : path_ + ": ") + what + ". Export the bundle again.");
   }
 
  private:
+  Node field(const std::string& key, const json& value) const {
+    return Node(value, path_.empty() ? key : path_ + "." + key);
+  }
+
   const json& value_;
-  std::string place_;
+  std::string path_;
 };
 
-std::string machine() {
-  utsname name{};
-  uname(&name);
-  return name.machine;
-}
-
-std::set<std::string> cpu_flags() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);) {
-    if (!line.starts_with("flags") && !line.starts_with("Features")) continue;
-    std::istringstream words(line.substr(line.find(':') + 1));
-    return {std::istream_iterator<std::string>(words), {}};
-  }
-  return {};
-}
-
-std::string minor_version(const std::string& version) {
-  return version.substr(0, version.find('.', version.find('.') + 1));
-}
-
-// As megalodon_export/runtimes/aoti.py, `_check_target`.
-void check_target(const Node& target, const Node& versions, const std::string& device,
-                  const std::string& architecture) {
-  const std::string start = "the AOTInductor programs ";
-  const std::string full = versions["torch"].text(), compiled = full.substr(0, full.find('+')), here = torch_version();
-  if (minor_version(compiled) != minor_version(here)) {
-    throw unavailable(start + "were compiled with torch " + compiled + ", this is " + here + kExportAgain);
-  }
-  if (device == "cuda") return;  // open_device checks the GPU
-  if (device != "cpu") {
-    throw unavailable(
-        start + "are for " + device +
-        ", and this library runs those for cpu and cuda; export it again: megalodon-export aoti --device");
-  }
-  if (architecture != machine()) {
-    throw unavailable(start + "are for " + architecture + ", this is " + machine() + kExportAgain);
-  }
-  std::vector<std::string> missing;
-  const std::set<std::string> flags = cpu_flags();
-  for (const std::string& feature : target["cpu_features"].texts()) {
-    if (!flags.contains(feature)) missing.push_back(feature);
-  }
-  std::ranges::sort(missing);
-  if (!missing.empty()) {
-    throw unavailable(start + "use CPU instructions that this machine lacks (" + with_commas(missing) + ")" +
-                      kExportAgain + ", or export with --portable");
-  }
-}
-
-// Programs trust the sizes of the cache, and no hash covers the manifest: what it says twice must agree.
+// Programs trust the sizes of the cache, and no hash covers the manifest. So the shape that the manifest gives must be
+// the one that follows from the names of its dimensions.
 std::vector<std::int64_t> read_row_shape(const Node& node, const Node& dimensions) {
   std::vector<std::int64_t> shape;
   for (const std::string& dim : node["dims"].texts()) {
     const bool is_number =
         !dim.empty() && dim.size() < 10 && std::ranges::all_of(dim, [](char c) { return c >= '0' && c <= '9'; });
-    if (dim != "B") shape.push_back(is_number ? std::stoll(dim) : dimensions[dim].whole(1, std::int64_t{1} << 40));
+    if (dim != "B") shape.push_back(is_number ? std::stoll(dim) : dimensions[dim].whole(1, kMostSize));
   }
   const Node given = node["row_shape"];
   const std::vector<std::int64_t> found = given.sizes();
-  if (found != shape) throw given.flaw(list_text(shape) + " expected, " + list_text(found) + " found");
+  if (found != shape) throw given.problem(list_text(shape) + " expected, " + list_text(found) + " found");
   return shape;
 }
 
@@ -162,13 +116,13 @@ CacheTensor read_cache_tensor(const Node& node, const Node& dimensions) {
                      .ring = std::ranges::find(dims, kChunk) != dims.end(),
                      .row_bytes = 0};
   if (tensor.fill != 0.0 && tensor.dtype->name != "float32" && tensor.dtype->name != "int64") {
-    throw fill.flaw("0 expected for " + std::string(tensor.dtype->name));
+    throw fill.problem("0 expected for " + std::string(tensor.dtype->name));
   }
   tensor.row_bytes = tensor.dtype->size;
   for (const std::int64_t size : tensor.row_shape) {
     if (__builtin_mul_overflow(tensor.row_bytes, static_cast<std::size_t>(size), &tensor.row_bytes) ||
-        tensor.row_bytes > std::size_t{1} << 40) {
-      throw node.flaw("a tensor of less than a terabyte expected");
+        tensor.row_bytes > std::size_t{kMostSize}) {
+      throw node.problem("a tensor of less than a terabyte expected");
     }
   }
   return tensor;
@@ -181,7 +135,7 @@ StageInput read_input(const Node& node) {
                                                       {"weight", InputKind::weight}};
   const Node named = node["kind"];
   const auto kind = kinds.find(named.text());
-  if (kind == kinds.end()) throw named.flaw("argument, cache, stage or weight expected");
+  if (kind == kinds.end()) throw named.problem("argument, cache, stage or weight expected");
   StageInput input{kind->second, node["name"].text(), node["dtype"].dtype(), {}, "", ""};
   if (input.kind == InputKind::weight) {
     input.shape = node["shape"].sizes();
@@ -195,15 +149,46 @@ Stage read_stage(const Node& node, const std::map<std::string, std::int64_t>& fi
   const Node library = node["library"];
   Stage stage{library.text(), {}, node["outputs"].texts()};
   if (!files.contains("aoti/" + stage.file)) {
-    throw library.flaw("one of the files listed expected, aoti/" + stage.file + " found");
+    throw library.problem("one of the files listed expected, aoti/" + stage.file + " found");
   }
   for (const Node& input : node["inputs"].items()) {
     stage.inputs.push_back(read_input(input));
     const std::string& file = stage.inputs.back().file;
-    if (!file.empty() && !files.contains(file))
-      throw input.flaw("one of the files listed expected, " + file + " found");
+    if (!file.empty() && !files.contains(file)) {
+      throw input.problem("one of the files listed expected, " + file + " found");
+    }
   }
   return stage;
+}
+
+Target read_target(const Node& target, const Node& versions) {
+  const std::string torch = versions["torch"].text();
+  return {.device = target["device"].text(),
+          .architecture = target["architecture"].text(),
+          .cpu_features = target.has("cpu_features") ? target["cpu_features"].texts() : std::vector<std::string>{},
+          .torch = torch.substr(0, torch.find('+'))};
+}
+
+std::vector<CacheTensor> read_cache(const Node& node, const Node& dimensions) {
+  std::vector<CacheTensor> cache;
+  for (const Node& tensor : node.items()) cache.push_back(read_cache_tensor(tensor, dimensions));
+  const auto position = std::ranges::find(cache, kPosition, &CacheTensor::name);
+  if (position == cache.end() || position->dtype->name != "int64" || !position->row_shape.empty()) {
+    throw node.problem(std::string(kPosition) + ", int64, expected, none found");
+  }
+  return cache;
+}
+
+std::map<std::string, ProgramEntry> read_programs(const Node& stages,
+                                                  const std::map<std::string, std::int64_t>& files) {
+  const auto read = [&](const Node& program) {
+    return ProgramEntry{read_stage(program["begin"], files), read_stage(program["layer"], files),
+                        read_stage(program["end"], files)};
+  };
+  std::map<std::string, ProgramEntry> programs{{"prefill", read(stages["prefill"])},
+                                               {"decode", read(stages["decode"])}};
+  if (stages.has("decode_one")) programs.emplace("decode_one", read(stages["decode_one"]));
+  return programs;
 }
 
 }  // namespace
@@ -216,14 +201,11 @@ std::string numbered(std::string name, std::int64_t layer) {
 }
 
 Manifest read_manifest(const std::filesystem::path& folder, const json& manifest) {
-  const Node root(manifest, "the whole");
+  const Node root(manifest);
   const Node programs = root["programs"];
   if (!programs.has("aoti")) {
     throw unavailable(folder.string() + " has no AOTInductor programs; make them: megalodon-export aoti");
   }
-  const Node entry = programs["aoti"], config = root["config"], limits = entry["limits"], target = entry["target"];
-  const std::string device = target["device"].text(), architecture = target["architecture"].text();
-  check_target(target, root["versions"], device, architecture);
   if (const std::string dtype = root["dtype"].text(); dtype != "float32" && dtype != "bfloat16") {
     throw unavailable("the model computes in " + dtype +
                       ", and this library runs float32 and bfloat16; export it again: megalodon-export aoti --dtype");
@@ -232,39 +214,30 @@ Manifest read_manifest(const std::filesystem::path& folder, const json& manifest
     throw unavailable("the bundle is from before this library: its manifest has no layout_id" +
                       std::string(kExportAgain));
   }
-  const Node dimensions = root["dimensions"], cache = root["cache"], stages = entry["stages"];
-  constexpr std::int64_t most = std::int64_t{1} << 24;
-  Manifest result{.device = device,
-                  .architecture = architecture,
-                  .vocab_size = config["vocab_size"].whole(1, most),
-                  .logits_size = dimensions["V"].whole(1, most),
-                  .max_batch = limits["max_batch"].whole(1, most),
-                  .max_length = limits["max_length"].whole(1, most),
-                  .granule = limits["granule"].whole(1, most),
-                  .layers = config["num_layers"].whole(1, most),
-                  .chunk = dimensions[kChunk].whole(1, most),
-                  .bos = config["bos_token_id"].optional_whole(0, most),
-                  .eos = config["eos_token_id"].optional_whole(0, most),
+  const Node entry = programs["aoti"], config = root["config"], limits = entry["limits"];
+  const Node dimensions = root["dimensions"];
+  Manifest result{.target = read_target(entry["target"], root["versions"]),
+                  .vocab_size = config["vocab_size"].whole(1, kMost),
+                  .logits_size = dimensions["V"].whole(1, kMost),
+                  .max_batch = limits["max_batch"].whole(1, kMost),
+                  .max_length = limits["max_length"].whole(1, kMost),
+                  .length_multiple = limits[kLengthMultiple].whole(1, kMost),
+                  .layers = config["num_layers"].whole(1, kMost),
+                  .chunk = dimensions[kChunk].whole(1, kMost),
+                  .bos_token_id = config["bos_token_id"].optional_whole(0, kMost),
+                  .eos_token_id = config["eos_token_id"].optional_whole(0, kMost),
                   .layout_id = root["layout_id"].text(),
                   .all_logits = entry["all_logits"].flag(),
                   .files = {},
-                  .cache = {},
+                  .cache = read_cache(root["cache"], dimensions),
                   .programs = {}};
-  if (result.max_length % result.granule != 0) throw limits.flaw("max_length as a multiple of granule expected");
+  if (result.max_length % result.length_multiple != 0) {
+    throw limits.problem("max_length as a multiple of " + std::string(kLengthMultiple) + " expected");
+  }
   for (const auto& [name, file] : root["files"].fields()) {
     result.files[name] = file["size"].whole(0, std::numeric_limits<std::int64_t>::max());
   }
-  for (const Node& tensor : cache.items()) result.cache.push_back(read_cache_tensor(tensor, dimensions));
-  const auto position = std::ranges::find(result.cache, kPosition, &CacheTensor::name);
-  if (position == result.cache.end() || position->dtype->name != "int64" || !position->row_shape.empty()) {
-    throw cache.flaw(std::string(kPosition) + ", int64, expected, none found");
-  }
-  for (const char* name : {"prefill", "decode", "decode_one"}) {
-    if (std::string(name) == "decode_one" && !stages.has(name)) continue;
-    const Node parts = stages[name];
-    result.programs[name] = {read_stage(parts["begin"], result.files), read_stage(parts["layer"], result.files),
-                             read_stage(parts["end"], result.files)};
-  }
+  result.programs = read_programs(entry["stages"], result.files);
   return result;
 }
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <nlohmann/json.hpp>
 
-#include "bundle/folder.hpp"
+#include "bundle/json.hpp"
 #include "error.hpp"
 
 namespace megalodon::impl {
@@ -14,7 +14,7 @@ using nlohmann::json;
 
 constexpr std::uint64_t kMaxHeader = 100'000'000;  // the format's own limit
 
-// Everything about one tensor, checked; null if it is not right.
+// Reads the entry of one tensor. False if it is malformed or its data lies outside `data`.
 bool read_entry(const json& entry, std::span<std::byte> data, StoredTensor& tensor) {
   if (!entry.is_object() || entry.size() != 3) return false;
   const json dtype = entry.value("dtype", json()), shape = entry.value("shape", json());
@@ -35,15 +35,15 @@ bool read_entry(const json& entry, std::span<std::byte> data, StoredTensor& tens
   return true;
 }
 
-// Tensors fill the data without holes and without sharing bytes, as the format asks.
-bool fills(const std::map<std::string, StoredTensor>& tensors, std::span<std::byte> data) {
-  std::vector<std::span<std::byte>> parts;
-  for (const auto& [name, tensor] : tensors) parts.push_back(tensor.data);
-  std::ranges::sort(parts, {}, [](const auto& part) { return std::pair(part.data(), part.size()); });
+// The format demands that tensors fill the data without holes and without shared bytes.
+bool fill_data(const std::map<std::string, StoredTensor>& tensors, std::span<std::byte> data) {
+  std::vector<std::span<std::byte>> ranges;
+  for (const auto& [name, tensor] : tensors) ranges.push_back(tensor.data);
+  std::ranges::sort(ranges, {}, [](const auto& range) { return std::pair(range.data(), range.size()); });
   const std::byte* end = data.data();
-  for (const auto& part : parts) {
-    if (part.data() != end) return false;
-    end += part.size();
+  for (const auto& range : ranges) {
+    if (range.data() != end) return false;
+    end += range.size();
   }
   return end == data.data() + data.size();
 }
@@ -79,7 +79,7 @@ Safetensors parse_safetensors(std::span<std::byte> bytes, const std::string& nam
       throw broken("the entry of " + key + " is not one of a tensor inside the file");
     }
   }
-  if (!fills(content.tensors, data)) throw broken("its tensors do not fill the file");
+  if (!fill_data(content.tensors, data)) throw broken("its tensors do not fill the file");
   return content;
 }
 
@@ -101,10 +101,10 @@ std::vector<std::byte> write_safetensors(const Safetensors& content) {
   std::vector<std::byte> bytes(8 + text.size() + size);
   for (std::size_t i = 0; i < 8; ++i) bytes[i] = static_cast<std::byte>(text.size() >> (8 * i));
   std::memcpy(bytes.data() + 8, text.data(), text.size());
-  std::byte* place = bytes.data() + 8 + text.size();
+  std::byte* end = bytes.data() + 8 + text.size();
   for (const auto& [name, tensor] : order) {
-    if (!tensor->data.empty()) std::memcpy(place, tensor->data.data(), tensor->data.size());
-    place += tensor->data.size();
+    if (!tensor->data.empty()) std::memcpy(end, tensor->data.data(), tensor->data.size());
+    end += tensor->data.size();
   }
   return bytes;
 }

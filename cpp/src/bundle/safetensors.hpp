@@ -1,4 +1,5 @@
-// safetensors: the header is parsed with every bound checked; tensors lie in the file's bytes and are not copied.
+// Reads and writes safetensors files. The reader checks every bound in the header. It does not copy tensors: they refer
+// to the bytes of the file.
 #pragma once
 
 #include <map>
@@ -7,8 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "bundle/dtype.hpp"
 #include "bundle/file.hpp"
-#include "runtime/tensor.hpp"
 
 namespace megalodon::impl {
 
@@ -23,10 +24,10 @@ struct Safetensors {
   std::map<std::string, std::string> metadata;
 };
 
-// `name` stands for the bytes in messages. Error MEGALODON_INVALID_ARGUMENT if they are no safetensors file.
+// Messages call the bytes `name`. Error MEGALODON_INVALID_ARGUMENT if they are not a safetensors file.
 Safetensors parse_safetensors(std::span<std::byte> bytes, const std::string& name);
 
-// A file in memory; tensors of large elements first, so that all are aligned.
+// The bytes of a file. Tensors of large elements come first, so that every tensor is aligned.
 std::vector<std::byte> write_safetensors(const Safetensors& content);
 
 }  // namespace megalodon::impl

@@ -5,46 +5,48 @@
 
 namespace megalodon::impl {
 
-std::int64_t Ahead::next() {
-  if (issued_ == fed_) issue();
+std::int64_t Lookahead::next() {
+  if (launched_ == fed_) launch_next();
   ++fed_;
-  while (issued_ < std::min(fed_ + kAhead, steps_)) {
-    if (issued_ > fed_ && starts_a_chunk()) break;  // until the step before it was asked for: see `keep`
-    issue();
+  while (launched_ < std::min(fed_ + kAhead, steps_)) {
+    // The first step of a chunk overwrites a slot of the chunk before. The stream needs that slot if generation ends
+    // there, so the step waits until all steps before it have been asked for.
+    if (launched_ > fed_ && next_launch_starts_chunk()) break;
+    launch_next();
   }
   std::int64_t token = 0;
-  step_.read((fed_ - 1) % RecordedStep::kPlaces, {&token, 1});
+  step_.read((fed_ - 1) % CapturedStep::kResultSlots, {&token, 1});
   return token;
 }
 
-void Ahead::rewind() {
-  if (issued_ == fed_) return;
-  const bool place = kept_[last_] <= fed_ ? last_ : !last_;
-  step_.put_back(place);
-  for (std::int64_t number = kept_[place]; number < fed_; ++number) start(number);
-  issued_ = fed_;
+void Lookahead::roll_back() {
+  if (launched_ == fed_) return;
+  const bool which = checkpoints_[newest_] <= fed_ ? newest_ : !newest_;
+  step_.roll_back(which);
+  for (std::int64_t number = checkpoints_[which]; number < fed_; ++number) launch(number);
+  launched_ = fed_;
 }
 
-void Ahead::issue() {
-  keep();
-  start(issued_);
-  ++issued_;
+void Lookahead::launch_next() {
+  checkpoint_if_due();
+  launch(launched_);
+  ++launched_;
 }
 
-// Going back repeats steps, which then see the rings as they were: a step writes what it wrote. But at the start of a
-// chunk it overwrites a slot that the chunk before sees, so nobody goes back to before such a step.
-void Ahead::keep() {
-  const std::int64_t last = kept_[last_];
-  if (last >= 0 && issued_ - last < kKeepEvery && !starts_a_chunk()) return;
-  last_ = !last_;
-  step_.keep(last_);
-  kept_[last_] = issued_;
+// A checkpoint leaves out the rings, which are large. A replay needs no copy of them: each replayed step writes to its
+// slot what it wrote there the first time. The first step of a chunk overwrites a slot that earlier steps read, so no
+// replay may begin before it. Therefore a checkpoint always precedes it.
+void Lookahead::checkpoint_if_due() {
+  const std::int64_t last = checkpoints_[newest_];
+  if (last >= 0 && launched_ - last < kCheckpointInterval && !next_launch_starts_chunk()) return;
+  newest_ = !newest_;
+  step_.checkpoint(newest_);
+  checkpoints_[newest_] = launched_;
 }
 
-// The first step's token comes from the host, the others' from the step before.
-void Ahead::start(std::int64_t number) {
-  step_.issue(number == 0 ? std::span<const std::int64_t>(&first_, 1) : std::span<const std::int64_t>{},
-              number % RecordedStep::kPlaces);
+void Lookahead::launch(std::int64_t number) {
+  const std::span<const std::int64_t> first(&first_, 1);
+  step_.launch(number == 0 ? first : std::span<const std::int64_t>{}, number % CapturedStep::kResultSlots);
 }
 
 }  // namespace megalodon::impl

@@ -9,15 +9,17 @@
 #include <vector>
 
 #include "error.hpp"
-#include "text_format.hpp"
+#include "python_format.hpp"
+#include "runtime/logits.hpp"
 
-// Compiled with -ffp-contract=off: a fused multiply-add rounds once where the algorithm rounds twice.
+// CMakeLists.txt compiles this file with -ffp-contract=off: a fused multiply-add rounds once where the algorithm rounds
+// twice.
 
 namespace megalodon::impl {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-// ln 2 in two parts (fdlibm e_exp.c): the high part's product with a small n is exact.
+// ln 2 = high + low (fdlibm e_exp.c). The product of the high part with a small integer is exact.
 constexpr double kLn2High = 6.93147180369123816490e-01;
 constexpr double kLn2Low = 1.90821492927058770002e-10;
 constexpr double kLowestExponent = -64.0;
@@ -32,73 +34,58 @@ constexpr auto kTaylor = [] {
   return coefficients;
 }();
 
-// Of a row; a positive one is a number of NaNs. As model/kernels/__init__.py.
-constexpr std::int64_t kPositiveInfinity = -1, kNothingLeft = -2;
+// Adding and subtracting one of these rounds to the nearest integer, ties to even: kRounder for |x| < 2**51,
+// kWeightRounder for 0 <= x <= 2**52. Without SSE4.1, compilers turn std::nearbyint into a slow function call.
+constexpr double kRounder = 0x1.8p52, kWeightRounder = 0x1p52;
 
-std::int64_t fault_of(std::span<const float> logits, float peak) {
-  const auto nans = std::ranges::count_if(logits, [](float logit) { return std::isnan(logit); });
-  constexpr float infinity = std::numeric_limits<float>::infinity();
-  return nans > 0 ? nans : peak == infinity ? kPositiveInfinity : peak == -infinity ? kNothingLeft : 0;
-}
-
-void require_no_fault(std::int64_t fault, std::size_t logits_size) {
-  const std::string found = fault == kPositiveInfinity ? "+inf among the logits"
-                            : fault == kNothingLeft
-                                ? "-inf for every token"
-                                : "NaN in " + std::to_string(fault) + " of " + std::to_string(logits_size) + " logits";
-  require(fault == 0, "row 0 cannot be sampled: " + found +
-                          ", expected finite logits (or -inf for tokens that are ruled out); check the weights, the "
-                          "dtype and any logits mask");
-}
-
-// What is added and taken away to round to the nearest integer, ties to even: |x| < 2**51 by the first, 0 <= x <= 2**52
-// by the second. What the compiler makes of std::nearbyint is a call, unless it knows of SSE4.1.
-constexpr double kRounder = 0x1.8p52, kRounderOfWeights = 0x1p52;
-
-// The most probable tokens by rank: at least `count` of them, or all. A block's largest logit is a logit, so no more
-// than count logits exceed the largest but count of them, and what is below that one need not be sorted.
+// The ids of at least `count` tokens (or of all, if there are fewer), the most probable first.
+//
+// It finds a logit that at least `count` logits reach, and sorts only those that reach it. The maxima of blocks give
+// such a logit: the `count` largest maxima are `count` different logits.
 std::vector<std::uint32_t> most_probable(std::span<const float> logits, std::size_t count) {
   constexpr std::size_t kBlock = 32;
-  float least = -std::numeric_limits<float>::infinity();
+  float threshold = -std::numeric_limits<float>::infinity();
   const std::size_t blocks = logits.size() / kBlock;
   if (count <= blocks) {
-    std::vector<float> peaks(blocks, least);
+    std::vector<float> maxima(blocks, threshold);
     for (std::size_t i = 0; i < blocks; ++i) {
-      for (std::size_t j = 0; j < kBlock; ++j) peaks[i] = std::max(peaks[i], logits[i * kBlock + j]);
+      for (std::size_t j = 0; j < kBlock; ++j) maxima[i] = std::max(maxima[i], logits[i * kBlock + j]);
     }
-    const auto last = peaks.begin() + static_cast<std::ptrdiff_t>(count) - 1;
-    std::ranges::nth_element(peaks, last, std::greater{});
-    least = *last;
+    const auto last = maxima.begin() + static_cast<std::ptrdiff_t>(count) - 1;
+    std::ranges::nth_element(maxima, last, std::greater{});
+    threshold = *last;
   }
   std::vector<std::uint32_t> ids;
   for (std::uint32_t id = 0; id < logits.size(); ++id) {
-    if (logits[id] >= least) ids.push_back(id);
+    if (logits[id] >= threshold) ids.push_back(id);
   }
   std::ranges::stable_sort(ids, std::greater{}, [&](std::uint32_t id) { return logits[id]; });
   return ids;
 }
 
-// Sums of weights are of integers below 2**53: exact, in any order.
+// Weights are integers and their sum is below 2**53, so the sum is exact in any order.
 double sum(std::span<const double> weights) { return std::accumulate(weights.begin(), weights.end(), 0.0); }
 
-// What a token's logit, seen from the peak, weighs beside the peak's `unit`.
-double weight_of(float logit, float peak, double temperature, double unit) {
-  const double below = static_cast<double>(logit) - static_cast<double>(peak);
+// The integer weight of a token: exp((logit - largest) / temperature) * unit, rounded. The token with the largest logit
+// has weight `unit`.
+double weight_of(float logit, float largest, double temperature, double unit) {
+  const double below = static_cast<double>(logit) - static_cast<double>(largest);
   const double weight = exp_reproducible(std::max(below / temperature, kLowestExponent)) * unit;
-  return (weight + kRounderOfWeights) - kRounderOfWeights;
+  return (weight + kWeightRounder) - kWeightRounder;
 }
 
-// How many tokens are left by top-p, of some with these weights, by rank: one stays while less than `wanted` is before
-// it.
-std::size_t nucleus(std::span<const double> weights, double wanted) {
+// The number of tokens that top-p keeps, given weights in falling order: a token stays while the sum of the weights
+// before it is less than `wanted`.
+std::size_t nucleus_size(std::span<const double> weights, double wanted) {
   double before = 0.0;
   std::size_t size = 0;
   while (size < weights.size() && before < wanted) before += weights[size++];
   return size;
 }
 
-// Sets the weights of tokens that top-p drops to zero.
-void keep_nucleus(std::vector<double>& weights, std::span<const float> logits, double top_p) {
+// Sets the weights of all tokens that top-p drops to zero. It ranks the 64 most probable tokens first, and 8 times as
+// many each time that those do not suffice.
+void apply_top_p(std::vector<double>& weights, std::span<const float> logits, double top_p) {
   const double wanted = top_p * sum(weights);
   std::vector<std::uint32_t> ids;
   std::vector<double> ranked;
@@ -107,44 +94,34 @@ void keep_nucleus(std::vector<double>& weights, std::span<const float> logits, d
     ids = most_probable(logits, count);
     ranked.clear();
     for (const std::uint32_t id : ids) ranked.push_back(weights[id]);
-    size = nucleus(ranked, wanted);
+    size = nucleus_size(ranked, wanted);
   }
   std::ranges::fill(weights, 0.0);
   for (std::size_t rank = 0; rank < size; ++rank) weights[ids[rank]] = ranked[rank];
 }
 
-void drop_below(std::vector<double>& weights, double least) {
-  for (double& weight : weights) weight = weight >= least ? weight : 0.0;
+void apply_min_p(std::vector<double>& weights, double threshold) {
+  for (double& weight : weights) weight = weight >= threshold ? weight : 0.0;
 }
 
-// The first token at which the sum of weights exceeds its share of all of them: by blocks, each of four sums that do
-// not wait for one another.
-std::size_t pick(std::span<const double> weights, double share) {
+// The first token at which the cumulative weight exceeds `draw` times the total. It skips whole blocks of tokens first.
+// The sum of a block is four independent sums, which the processor computes in parallel.
+std::size_t pick(std::span<const double> weights, double draw) {
   constexpr std::size_t kBlock = 256;
   std::vector<double> sums((weights.size() + kBlock - 1) / kBlock);
   for (std::size_t i = 0; i < sums.size(); ++i) {
     const auto block = weights.subspan(i * kBlock, std::min(kBlock, weights.size() - i * kBlock));
-    std::array<double, 4> parts{};
-    for (std::size_t j = 0; j < block.size(); ++j) parts[j % 4] += block[j];
-    sums[i] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    std::array<double, 4> quarters{};
+    for (std::size_t j = 0; j < block.size(); ++j) quarters[j % 4] += block[j];
+    sums[i] = (quarters[0] + quarters[1]) + (quarters[2] + quarters[3]);
   }
-  const double target = share * sum(sums);
+  const double target = draw * sum(sums);
   double cumulative = 0.0;
   std::size_t block = 0;
   while (cumulative + sums[block] <= target) cumulative += sums[block++];
   std::size_t id = block * kBlock;
   while ((cumulative += weights[id]) <= target) ++id;
   return id;
-}
-
-// What is wrong with a program's logits is no fault of the caller's arguments.
-template <typename Call>
-auto as_failed(Call call) {
-  try {
-    return call();
-  } catch (const Error& error) {
-    throw Error(MEGALODON_FAILED, error.what());
-  }
 }
 
 }  // namespace
@@ -169,7 +146,8 @@ double uniform(std::uint64_t seed, std::uint64_t index) {
 }
 
 double exp_reproducible(double x) {
-  // n = nearest integer to x log2(e); it stands in the last bits of its sum with kRounder, more than an exponent has.
+  // n is the nearest integer to x log2(e). The low bits of `shifted` hold n as an integer, so a shift by 52 moves it
+  // into the exponent and makes 2**n.
   const double shifted = x * kLog2E + kRounder;
   const double n = shifted - kRounder;
   const double r = (x - n * kLn2High) - n * kLn2Low;
@@ -178,43 +156,35 @@ double exp_reproducible(double x) {
   return result * std::bit_cast<double>((std::bit_cast<std::uint64_t>(shifted) + 1023) << 52);
 }
 
-std::int64_t sample(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index) {
-  const auto peak = std::ranges::max_element(logits);  // the first of equal ones
-  require_no_fault(fault_of(logits, *peak), logits.size());
-  if (params.temperature == 0.0) return peak - logits.begin();
+std::int64_t sample(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index,
+                    megalodon_status bad_logits) {
+  const std::size_t most_probable_id = argmax(logits, bad_logits);
+  if (params.temperature == 0.0) return static_cast<std::int64_t>(most_probable_id);
   const double unit = std::ldexp(1.0, 53 - std::bit_width(logits.size()));
-  const auto weight = [peak = *peak, temperature = params.temperature, unit](float logit) {
-    return weight_of(logit, peak, temperature, unit);
+  const auto weight = [largest = logits[most_probable_id], temperature = params.temperature, unit](float logit) {
+    return weight_of(logit, largest, temperature, unit);
   };
-  const double share = uniform(params.seed, index), least = params.min_p * unit;
+  const double draw = uniform(params.seed, index), least = params.min_p * unit;
   std::vector<double> weights;
   if (params.top_k > 0 && static_cast<std::size_t>(params.top_k) < logits.size()) {
     auto ids = most_probable(logits, static_cast<std::size_t>(params.top_k));
     ids.resize(static_cast<std::size_t>(params.top_k));
-    const auto weigh = [&] {
+    const auto compute_weights = [&] {
       weights.clear();
       for (const std::uint32_t id : ids) weights.push_back(weight(logits[id]));
     };
-    weigh();
-    ids.resize(nucleus(weights, params.top_p * sum(weights)));
+    compute_weights();
+    ids.resize(nucleus_size(weights, params.top_p * sum(weights)));
     std::ranges::sort(ids);
-    weigh();
-    drop_below(weights, least);
-    return ids[pick(weights, share)];
+    compute_weights();
+    apply_min_p(weights, least);
+    return ids[pick(weights, draw)];
   }
   weights.resize(logits.size());
   for (std::size_t id = 0; id < logits.size(); ++id) weights[id] = weight(logits[id]);
-  if (params.top_p < 1.0) keep_nucleus(weights, logits, params.top_p);
-  drop_below(weights, least);
-  return static_cast<std::int64_t>(pick(weights, share));
-}
-
-std::int64_t sample_checked(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index) {
-  return as_failed([&] { return sample(logits, params, index); });
-}
-
-void check_fault(std::int64_t fault, std::int64_t logits_size) {
-  as_failed([&] { require_no_fault(fault, static_cast<std::size_t>(logits_size)); });
+  if (params.top_p < 1.0) apply_top_p(weights, logits, params.top_p);
+  apply_min_p(weights, least);
+  return static_cast<std::int64_t>(pick(weights, draw));
 }
 
 }  // namespace megalodon::impl

@@ -1,4 +1,5 @@
-// Choosing the next token, bit for bit as megalodon_export/sampling.py does: its docstring is the algorithm.
+// Chooses the next token, bit for bit as Python does: the docstring of `megalodon_export.generation.sampling` specifies
+// the algorithm.
 #pragma once
 
 #include <cstdint>
@@ -11,20 +12,15 @@ namespace megalodon::impl {
 // Error MEGALODON_INVALID_ARGUMENT for values out of range.
 void check_sampling(const megalodon_sampling& params);
 
-// The draw in [0, 1) of the token that a stream samples after `index` others.
+// The draw, in [0, 1), for the token that a stream samples after `index` others.
 double uniform(std::uint64_t seed, std::uint64_t index);
 
-// exp(x) from correctly rounded operations only, x in [-700, 700].
+// exp(x) for x in [-700, 700], from correctly rounded operations only.
 double exp_reproducible(double x);
 
-// One token id; MEGALODON_INVALID_ARGUMENT if the logits are no distribution.
-std::int64_t sample(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index);
-
-// The same for logits that a program returned: if they are no distribution, the stream's state is broken too, which is
-// MEGALODON_FAILED.
-std::int64_t sample_checked(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index);
-
-// The same for a row's fault, as a decode program for a GPU writes it beside the token that it chose; 0 is none.
-void check_fault(std::int64_t fault, std::int64_t logits_size);
+// Samples one token id. Throws an Error with the status `bad_logits` if the logits are no distribution: they contain
+// NaN or +inf, or are all -inf. Pass MEGALODON_FAILED for logits of a program, whose stream is then broken.
+std::int64_t sample(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index,
+                    megalodon_status bad_logits = MEGALODON_INVALID_ARGUMENT);
 
 }  // namespace megalodon::impl

@@ -7,21 +7,21 @@
 #include <cstring>
 
 #include "error.hpp"
-#include "text_format.hpp"
+#include "python_format.hpp"
 
 namespace megalodon::impl {
 namespace {
 
 constexpr const char* kFormat = "megalodon-export snapshot 1";
 
-// Rounds to nearest, ties to even, as torch does; NaN stays NaN.
+// Rounds to nearest, ties to even, as torch does. NaN stays NaN.
 std::uint16_t to_bfloat16(float value) {
   if (std::isnan(value)) return 0x7FC0;
   const auto bits = std::bit_cast<std::uint32_t>(value);
   return static_cast<std::uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// A model in bfloat16 and the same in float32 can exchange states.
+// Copies elements and converts between float32 and bfloat16, so that a model in either can restore states of the other.
 void copy_converted(std::span<std::byte> to, const DType& to_dtype, std::span<const std::byte> from) {
   if (to.size() == from.size()) {
     if (!to.empty()) std::memcpy(to.data(), from.data(), to.size());
@@ -45,10 +45,10 @@ void copy_converted(std::span<std::byte> to, const DType& to_dtype, std::span<co
 
 bool is_float(const DType& dtype) { return dtype.name == "float32" || dtype.name == "bfloat16"; }
 
-// Whether a stored tensor is the row of a cache tensor, or can be converted to it.
+// Whether a stored tensor has the shape of a row of the cache tensor, and its dtype or one that can be converted to it.
 bool fits(const StoredTensor& stored, const CacheTensor& tensor) {
-  const bool same = stored.dtype == tensor.dtype || (is_float(*stored.dtype) && is_float(*tensor.dtype));
-  return same && stored.shape.size() == tensor.row_shape.size() + 1 && stored.shape[0] == 1 &&
+  const bool convertible = stored.dtype == tensor.dtype || (is_float(*stored.dtype) && is_float(*tensor.dtype));
+  return convertible && stored.shape.size() == tensor.row_shape.size() + 1 && stored.shape[0] == 1 &&
          std::ranges::equal(std::span(stored.shape).subspan(1), tensor.row_shape);
 }
 

@@ -1,4 +1,4 @@
-// Snapshots: the state of a stream as the bytes of a safetensors file, which the Python package reads and writes too.
+// Snapshots: the state of a stream as a safetensors file. Python reads and writes the same files.
 #pragma once
 
 #include <filesystem>
@@ -12,21 +12,22 @@ namespace megalodon::impl {
 
 class Snapshot {
  public:
-  // A copy of one row.
+  // Copies the state of one row. `pending` is a token that was generated but not fed yet.
   static Snapshot of(const Manifest& manifest, const CacheView& cache, std::optional<std::int64_t> pending);
-  // Error MEGALODON_INVALID_ARGUMENT if the bytes are no snapshot; `name` stands for them in messages.
+  // Messages call the bytes `name`. Error MEGALODON_INVALID_ARGUMENT if they are not a snapshot.
   static Snapshot parse(std::vector<std::byte> bytes, const std::string& name);
   static Snapshot load(const std::filesystem::path& path);
   void save(const std::filesystem::path& path) const;
 
-  // Puts the state into a row; MEGALODON_INVALID_ARGUMENT, before anything is changed, if it is another model's.
+  // Overwrites the state of a row. Error MEGALODON_INVALID_ARGUMENT, with the row unchanged, if the snapshot is of
+  // another model.
   void copy_to(const Manifest& manifest, const CacheView& cache) const;
   std::optional<std::int64_t> pending() const { return pending_; }
   std::span<const std::byte> bytes() const { return bytes_; }
 
  private:
   std::vector<std::byte> bytes_;
-  Safetensors content_;  // in the bytes, which a move leaves where they are
+  Safetensors content_;  // refers to `bytes_`; moving a vector does not move its elements
   std::optional<std::int64_t> pending_;
 };
 

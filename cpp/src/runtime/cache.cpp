@@ -5,9 +5,8 @@
 namespace megalodon::impl {
 namespace {
 
-constexpr std::uintptr_t kProgramAlignment = 16;  // what programs want of a tensor
-constexpr std::size_t kPieceAlignment =
-    512;  // of tensors in one piece of memory, as those of their own have it on a GPU
+constexpr std::uintptr_t kProgramAlignment = 16;  // bytes; compiled programs require it of tensors
+constexpr std::size_t kTensorAlignment = 512;     // bytes; torch's CUDA allocator gives every tensor as much
 
 template <typename T>
 void fill(std::span<std::byte> bytes, T value) {
@@ -17,15 +16,15 @@ void fill(std::span<std::byte> bytes, T value) {
 }  // namespace
 
 CacheBlock::CacheBlock(const std::vector<CacheTensor>& layout, const Device& device, std::int64_t rows)
-    : layout_(layout), device_(device), rows_(rows), taken_(static_cast<std::size_t>(rows)) {
-  std::vector<std::size_t> offsets;  // in the first piece
+    : layout_(layout), device_(device), rows_(rows), acquired_(static_cast<std::size_t>(rows)) {
+  std::vector<std::size_t> offsets;  // of each tensor, in the piece of the states
   std::size_t size = 0;
   for (const CacheTensor& tensor : layout) {
     offsets.push_back(size);
-    if (!tensor.ring) size += (bytes_of(tensor) + kPieceAlignment - 1) / kPieceAlignment * kPieceAlignment;
+    if (!tensor.ring) size += (bytes_of(tensor) + kTensorAlignment - 1) / kTensorAlignment * kTensorAlignment;
   }
   memory_.emplace_back(device, size);
-  states_ = size;
+  states_bytes_ = size;
   for (std::size_t i = 0; i < layout.size(); ++i) {
     if (layout[i].ring) memory_.emplace_back(device, bytes_of(layout[i]));
     starts_.push_back(layout[i].ring ? memory_.back().data() : memory_.front().data() + offsets[i]);
@@ -36,40 +35,41 @@ std::size_t CacheBlock::bytes_of(const CacheTensor& tensor) const {
   return tensor.row_bytes * static_cast<std::size_t>(rows_);
 }
 
-std::span<std::byte> CacheBlock::states() const { return {memory_.front().data(), states_}; }
+std::span<std::byte> CacheBlock::states() const { return {memory_.front().data(), states_bytes_}; }
 
 std::byte* CacheBlock::row(std::size_t tensor, std::int64_t row) const {
   return starts_[tensor] + layout_[tensor].row_bytes * static_cast<std::size_t>(row);
 }
 
-bool CacheBlock::take(std::int64_t row) {
+bool CacheBlock::acquire(std::int64_t row) {
   const std::lock_guard lock(mutex_);
   const auto index = static_cast<std::size_t>(row);
-  if (taken_[index]) return false;
-  taken_[index] = true;
+  if (acquired_[index]) return false;
+  acquired_[index] = true;
   return true;
 }
 
-void CacheBlock::give_back(std::int64_t row) {
+void CacheBlock::release(std::int64_t row) {
   const std::lock_guard lock(mutex_);
-  taken_[static_cast<std::size_t>(row)] = false;
+  acquired_[static_cast<std::size_t>(row)] = false;
 }
 
-RecordedStep* CacheBlock::step(std::int64_t first, std::int64_t rows,
-                               const std::function<std::unique_ptr<RecordedStep>()>& make) {
+CapturedStep* CacheBlock::captured_step(std::int64_t first, std::int64_t rows,
+                                        const std::function<std::unique_ptr<CapturedStep>()>& capture) {
   const std::lock_guard lock(mutex_);
   const std::pair key(first, rows);
-  const auto found = steps_.find(key);
-  return found != steps_.end() ? found->second.get() : steps_.emplace(key, make()).first->second.get();
+  auto found = captured_steps_.find(key);
+  if (found == captured_steps_.end()) found = captured_steps_.emplace(key, capture()).first;
+  return found->second.get();
 }
 
-std::byte* CacheBlock::aligned(std::size_t tensor, std::int64_t first, std::int64_t rows) {
+std::byte* CacheBlock::aligned_copy(std::size_t tensor, std::int64_t first, std::int64_t rows) {
   const std::lock_guard lock(mutex_);
   const std::tuple key(tensor, first, rows);
-  auto found = aligned_.find(key);
-  if (found == aligned_.end()) {
-    found =
-        aligned_.emplace(key, DeviceMemory(device_, layout_[tensor].row_bytes * static_cast<std::size_t>(rows))).first;
+  auto found = aligned_copies_.find(key);
+  if (found == aligned_copies_.end()) {
+    const std::size_t size = layout_[tensor].row_bytes * static_cast<std::size_t>(rows);
+    found = aligned_copies_.emplace(key, DeviceMemory(device_, size)).first;
   }
   return found->second.data();
 }
@@ -77,20 +77,20 @@ std::byte* CacheBlock::aligned(std::size_t tensor, std::int64_t first, std::int6
 CacheView::CacheView(std::shared_ptr<CacheBlock> block, std::int64_t first, std::int64_t rows)
     : block_(std::move(block)), first_(first), rows_(rows) {
   for (std::size_t i = 0; i < block_->layout().size(); ++i) {
-    if (reinterpret_cast<std::uintptr_t>(block_->row(i, first_)) % kProgramAlignment == 0) continue;
-    beside_[i] = block_->aligned(i, first_, rows_);
+    const auto address = reinterpret_cast<std::uintptr_t>(block_->row(i, first_));
+    if (address % kProgramAlignment != 0) aligned_copies_[i] = block_->aligned_copy(i, first_, rows_);
   }
 }
 
-void CacheView::enter(void* stream) const {
-  for (const auto& [index, place] : beside_) {
-    block_->device().copy_on(stream, place, memory(index).data(), memory(index).size());
+void CacheView::copy_in(void* cuda_stream) const {
+  for (const auto& [index, copy] : aligned_copies_) {
+    block_->device().copy_async(cuda_stream, copy, memory(index).data(), memory(index).size());
   }
 }
 
-void CacheView::leave(void* stream) const {
-  for (const auto& [index, place] : beside_) {
-    block_->device().copy_on(stream, memory(index).data(), place, memory(index).size());
+void CacheView::copy_out(void* cuda_stream) const {
+  for (const auto& [index, copy] : aligned_copies_) {
+    block_->device().copy_async(cuda_stream, memory(index).data(), copy, memory(index).size());
   }
 }
 
@@ -99,9 +99,9 @@ const Tensor& CacheView::tensor(std::size_t index) const {
     const CacheTensor& tensor = block_->layout()[i];
     std::vector<std::int64_t> shape{rows_};
     shape.insert(shape.end(), tensor.row_shape.begin(), tensor.row_shape.end());
-    const auto beside = beside_.find(i);
-    std::byte* place = beside == beside_.end() ? block_->row(i, first_) : beside->second;
-    tensors_.push_back(block_->device().over(place, shape, *tensor.dtype));
+    const auto copy = aligned_copies_.find(i);
+    std::byte* data = copy == aligned_copies_.end() ? block_->row(i, first_) : copy->second;
+    tensors_.push_back(block_->device().tensor_over(data, shape, *tensor.dtype));
   }
   return tensors_[index];
 }
@@ -144,7 +144,7 @@ void CacheView::reset() const {
     std::vector<std::byte> bytes(memory(i).size());
     if (tensor.dtype->name == "int64") {
       fill(bytes, static_cast<std::int64_t>(tensor.fill));
-    } else {  // the manifest was refused unless it is float32
+    } else {  // `read_manifest` refuses other fill values unless the dtype is float32
       fill(bytes, static_cast<float>(tensor.fill));
     }
     write(i, bytes);
@@ -155,12 +155,12 @@ void CacheView::copy_from(const CacheView& other) const {
   for (std::size_t i = 0; i < block_->layout().size(); ++i) write(i, other.memory(i));
 }
 
-std::optional<CacheRow> CacheRow::take(const std::shared_ptr<CacheBlock>& block, std::int64_t row) {
-  if (!block->take(row)) return std::nullopt;
+std::optional<CacheRow> CacheRow::acquire(const std::shared_ptr<CacheBlock>& block, std::int64_t row) {
+  if (!block->acquire(row)) return std::nullopt;
   try {
     return CacheRow(CacheView(block, row, 1));
   } catch (...) {
-    block->give_back(row);
+    block->release(row);
     throw;
   }
 }

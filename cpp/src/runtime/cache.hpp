@@ -1,4 +1,4 @@
-// The state of streams: every tensor of the manifest's cache, a row for each stream.
+// The states of streams: every tensor of the manifest's cache, with one row for each stream.
 #pragma once
 
 #include <map>
@@ -13,8 +13,8 @@
 
 namespace megalodon::impl {
 
-// Memory for the states of `rows` streams. The rows of a tensor follow each other, so a range of rows is a batch; all
-// tensors but the rings lie in one piece, so that keeping them is one copy.
+// Memory for the states of `rows` streams. The rows of a tensor are contiguous, so any range of rows is a batch. All
+// tensors but the rings lie in one piece of memory, so that a checkpoint of them is one copy.
 class CacheBlock {
  public:
   CacheBlock(const std::vector<CacheTensor>& layout, const Device& device, std::int64_t rows);
@@ -23,49 +23,51 @@ class CacheBlock {
   const std::vector<CacheTensor>& layout() const { return layout_; }
   const Device& device() const { return device_; }
   std::int64_t rows() const { return rows_; }
-  // All tensors but the rings, of all rows.
+  // The piece of memory that holds all rows of all tensors but the rings.
   std::span<std::byte> states() const;
 
-  // Each row belongs to one stream at a time; whether it was free.
-  bool take(std::int64_t row);
-  void give_back(std::int64_t row);
+  // Each row belongs to one stream at a time. `acquire` returns whether the row was free.
+  bool acquire(std::int64_t row);
+  void release(std::int64_t row);
 
-  // Memory for a tensor's rows that begin where programs refuse to work: see CacheView.
-  std::byte* aligned(std::size_t tensor, std::int64_t first, std::int64_t rows);
+  // Aligned memory for a copy of some rows of a tensor: see CacheView.
+  std::byte* aligned_copy(std::size_t tensor, std::int64_t first, std::int64_t rows);
 
-  // The step recorded over some rows; `make` records it the first time. It may be null.
-  RecordedStep* step(std::int64_t first, std::int64_t rows, const std::function<std::unique_ptr<RecordedStep>()>& make);
+  // The step captured over some rows, which may be null. `capture` makes it the first time.
+  CapturedStep* captured_step(std::int64_t first, std::int64_t rows,
+                              const std::function<std::unique_ptr<CapturedStep>()>& capture);
 
  private:
   std::size_t bytes_of(const CacheTensor& tensor) const;
 
-  const std::vector<CacheTensor>& layout_;  // the engine's, which outlives its sessions
+  const std::vector<CacheTensor>& layout_;  // the engine's; an engine outlives its sessions
   const Device& device_;                    // likewise
   std::int64_t rows_;
-  std::vector<DeviceMemory> memory_;
-  std::vector<std::byte*> starts_;  // of the tensors
-  std::size_t states_ = 0;          // bytes of all but the rings
+  std::vector<DeviceMemory> memory_;  // first the states of all tensors but the rings, then each ring
+  std::vector<std::byte*> starts_;    // of each tensor
+  std::size_t states_bytes_ = 0;
   std::mutex mutex_;
-  std::vector<bool> taken_;
-  std::map<std::tuple<std::size_t, std::int64_t, std::int64_t>, DeviceMemory> aligned_;
-  std::map<std::pair<std::int64_t, std::int64_t>, std::unique_ptr<RecordedStep>> steps_;
+  std::vector<bool> acquired_;
+  std::map<std::tuple<std::size_t, std::int64_t, std::int64_t>, DeviceMemory> aligned_copies_;
+  std::map<std::pair<std::int64_t, std::int64_t>, std::unique_ptr<CapturedStep>> captured_steps_;
 };
 
-// Some rows of a block, as the tensors of a batch. Programs want tensors that begin at multiples of 16 bytes; others
-// they copy, and what they change in a copy is lost. The rows of a small tensor may begin anywhere, so programs work on
-// memory beside them then, between `enter` and `leave`.
+// Some rows of a block, as the tensors of a batch.
+//
+// Programs update in place only tensors that begin at a multiple of 16 bytes. They copy others, and what they write to
+// such a copy is lost. Row 1 of a tensor with 8 bytes per row begins at byte 8, for example. Programs then work on an
+// aligned copy of the rows: `copy_in` fills it before a program runs, and `copy_out` reads it back.
 class CacheView {
  public:
   CacheView(std::shared_ptr<CacheBlock> block, std::int64_t first, std::int64_t rows);
 
-  // For programs; by one thread at a time.
+  // The tensor that programs get. One thread at a time may ask for it.
   const Tensor& tensor(std::size_t index) const;
-  // Before and after a program runs on the tensors.
-  void enter(void* stream) const;
-  void leave(void* stream) const;
-  // Where a tensor's rows are, in the device's memory.
+  void copy_in(void* cuda_stream) const;
+  void copy_out(void* cuda_stream) const;
+  // The memory of a tensor's rows on the device.
   std::span<std::byte> memory(std::size_t index) const;
-  // All of it: small states, in one piece if the rows are all of the block's, and rings.
+  // The memory of all tensors. If the rows are all of the block's, the states are one piece.
   StepMemory memory() const;
   std::vector<std::byte> read(std::size_t index) const;
   void write(std::size_t index, std::span<const std::byte> bytes) const;
@@ -73,28 +75,28 @@ class CacheView {
   std::int64_t first() const { return first_; }
   std::int64_t rows() const { return rows_; }
 
-  void reset() const;                            // fresh streams, position 0
-  void copy_from(const CacheView& other) const;  // of as many rows
+  void reset() const;                            // makes fresh streams, at position 0
+  void copy_from(const CacheView& other) const;  // `other` has as many rows
 
  private:
   std::shared_ptr<CacheBlock> block_;
   std::int64_t first_, rows_;
-  std::map<std::size_t, std::byte*> beside_;  // by tensor, where its rows begin elsewhere
-  mutable std::vector<Tensor> tensors_;       // made when they are asked for, which replaying a step does not
+  std::map<std::size_t, std::byte*> aligned_copies_;  // by tensor, for those whose rows are not aligned
+  mutable std::vector<Tensor> tensors_;               // made on first use: replaying a captured step needs none
 };
 
-// The row of one stream, which no other takes while this lives.
+// The row of one stream. No other stream gets it while this object lives.
 class CacheRow {
  public:
-  // Nothing if the row is taken.
-  static std::optional<CacheRow> take(const std::shared_ptr<CacheBlock>& block, std::int64_t row);
+  // Nothing if another stream has the row.
+  static std::optional<CacheRow> acquire(const std::shared_ptr<CacheBlock>& block, std::int64_t row);
   CacheRow(CacheRow&& other) noexcept = default;
   CacheRow& operator=(CacheRow&& other) noexcept {
     std::swap(view_, other.view_);
     return *this;
   }
   ~CacheRow() {
-    if (view_.block()) view_.block()->give_back(view_.first());
+    if (view_.block()) view_.block()->release(view_.first());
   }
   const CacheView& view() const { return view_; }
 

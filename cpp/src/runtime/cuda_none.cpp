@@ -1,4 +1,4 @@
-// A library that was built without CUDA.
+// Takes the place of cuda_device.cpp in a library that is built without CUDA.
 #include "error.hpp"
 #include "runtime/cuda.hpp"
 

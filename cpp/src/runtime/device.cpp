@@ -1,18 +1,16 @@
 #include "runtime/device.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
-#include "error.hpp"
 #include "runtime/cuda.hpp"
 
 namespace megalodon::impl {
 namespace {
 
-constexpr std::size_t kAlignment = 64;  // a cache line, and the widest vector
+constexpr std::size_t kAlignment = 64;  // bytes of a cache line, and of the widest vector
 
 class Cpu final : public Device {
  public:
@@ -30,20 +28,20 @@ class Cpu final : public Device {
   void copy(void* to, const void* from, std::size_t size) const override {
     if (size > 0) std::memcpy(to, from, size);
   }
-  void copy_on(void*, void* to, const void* from, std::size_t size) const override { copy(to, from, size); }
-  Tensor over(void* data, std::span<const std::int64_t> shape, const DType& dtype) const override {
+  void copy_async(void*, void* to, const void* from, std::size_t size) const override { copy(to, from, size); }
+  Tensor tensor_over(void* data, std::span<const std::int64_t> shape, const DType& dtype) const override {
     return Tensor::over(data, shape, dtype, aoti_torch_device_type_cpu());
   }
   void run(const std::function<void(void*)>& call) const override { call(nullptr); }
-  std::unique_ptr<RecordedStep> record(const Step&, std::int64_t, StepMemory, std::int64_t) const override {
+  std::unique_ptr<CapturedStep> capture(const Step&, std::int64_t, StepMemory, std::int64_t) const override {
     return nullptr;
   }
 };
 
 }  // namespace
 
-std::unique_ptr<Device> open_device(const std::string& name, const std::string& target) {
-  return name == "cuda" ? open_cuda(target) : std::make_unique<Cpu>();
+std::unique_ptr<Device> open_device(const std::string& name, const std::string& architecture) {
+  return name == "cuda" ? open_cuda(architecture) : std::make_unique<Cpu>();
 }
 
 }  // namespace megalodon::impl

@@ -1,33 +1,43 @@
-// Where an engine keeps its weights and caches and runs its programs: the CPU, or a CUDA GPU (cuda.cpp).
+// Where an engine keeps its weights and caches and runs its programs: the CPU, or a CUDA GPU.
 #pragma once
 
 #include <functional>
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "runtime/tensor.hpp"
 
 namespace megalodon::impl {
 
-// A decode step over fixed memory that the device has recorded, for replay.
-class RecordedStep {
+// A decode step over fixed memory, captured once and replayed for every token.
+//
+// `run` replays one step and waits for it. `launch` does not wait, so that a caller can launch steps before it has read
+// the tokens of earlier ones. A launched step leaves its tokens in a result slot until another step gets that slot:
+//
+//     step.launch({{7}}, 0);  // feeds token 7
+//     step.launch({}, 1);     // feeds the token that the first step chose; the host does not know it yet
+//     step.read(0, tokens);   // waits for the first step
+class CapturedStep {
  public:
-  virtual ~RecordedStep() = default;
-  // Feeds a token to each row; logits (rows x V, or empty), and the most probable token of each row (or empty).
+  virtual ~CapturedStep() = default;
+  // Feeds one token to each row. Writes the logits (rows, V) and the most probable token of each row, or leaves out
+  // what is given as empty.
   virtual void run(std::span<const std::int64_t> token_ids, std::span<float> logits,
-                   std::span<std::int64_t> greedy) = 0;
+                   std::span<std::int64_t> next_tokens) = 0;
 
-  // For those who run ahead of what they read. Starts a step that feeds the tokens, or, without any, those that the
-  // step before it chose. Its own are for `read` with the same place, until another step is given that place.
-  static constexpr std::int64_t kPlaces = 4;
-  virtual void issue(std::span<const std::int64_t> token_ids, std::int64_t place) = 0;
-  // The most probable token of each row; waits for the step.
-  virtual void read(std::int64_t place, std::span<std::int64_t> greedy) = 0;
-  // Keeps a copy of the states after all steps that were issued, but of what is in the rings, in one of two places.
-  virtual void keep(bool place) = 0;
-  // Puts it back.
-  virtual void put_back(bool place) = 0;
+  static constexpr std::int64_t kResultSlots = 4;
+  // Starts a step that feeds `token_ids` or, if that is empty, the tokens that the step before it chose.
+  virtual void launch(std::span<const std::int64_t> token_ids, std::int64_t result_slot) = 0;
+  // Waits for the step that was launched with this slot. Writes the most probable token of each row.
+  virtual void read(std::int64_t result_slot, std::span<std::int64_t> next_tokens) = 0;
+
+  // Copies all states, but not the rings, as they are after the steps launched so far. There is room for two
+  // checkpoints, `which` = false and true.
+  virtual void checkpoint(bool which) = 0;
+  // Restores the states of a checkpoint.
+  virtual void roll_back(bool which) = 0;
 };
 
 // The memory that a step updates: small states, and rings.
@@ -37,37 +47,40 @@ struct StepMemory {
 
 class Device {
  public:
-  // What feeds tokens (rows) on a stream and returns logits (rows, V). Into `choice` (2, rows) it writes the most
-  // probable tokens, and what is wrong with the logits of their rows. `token_ids` may lie in `choice`.
-  using Step = std::function<Tensor(const Tensor& token_ids, const Tensor& choice, void* stream)>;
+  // A decode step: feeds `token_ids` (rows) and returns logits (rows, V). Into `next_tokens` (2, rows) it writes the
+  // most probable token of each row, and below it what is wrong with the row's logits: 0 if nothing is, see logits.hpp.
+  // `token_ids` may be the first half of `next_tokens`.
+  using Step = std::function<Tensor(const Tensor& token_ids, const Tensor& next_tokens, void* cuda_stream)>;
 
   virtual ~Device() = default;
-  // As AOTInductor calls it.
+  // The device's name in AOTInductor: "cpu" or "cuda".
   virtual const char* type() const = 0;
-  // Whether several calls of a program may run at the same time. One that is not records steps.
+  // Whether several calls of a program may run at the same time. Devices where they may not capture decode steps.
   virtual bool is_concurrent() const = 0;
 
-  virtual std::byte* allocate(std::size_t size) const = 0;  // aligned for any vector; throws std::bad_alloc
+  // Memory that is aligned for any vector. Throws std::bad_alloc.
+  virtual std::byte* allocate(std::size_t size) const = 0;
   virtual void release(std::byte* memory) const noexcept = 0;
   virtual void zero(std::byte* memory, std::size_t size) const = 0;
-  // Between this device's memory and the host's, or within either; done when it returns.
+  // Copies between the memories of the device and the host, or within either. The copy is done when it returns.
   virtual void copy(void* to, const void* from, std::size_t size) const = 0;
-  // The same within this device's memory, on the stream that a program runs on, in its order.
-  virtual void copy_on(void* stream, void* to, const void* from, std::size_t size) const = 0;
-  // A tensor over contiguous memory of this device that somebody else keeps alive.
-  virtual Tensor over(void* data, std::span<const std::int64_t> shape, const DType& dtype) const = 0;
-  // Calls programs on the device's stream, which is null on a CPU, and waits until they are done.
-  virtual void run(const std::function<void(void* stream)>& call) const = 0;
-  // Records a step over `rows` rows, without changing the memory that it updates; null where that gains nothing.
-  virtual std::unique_ptr<RecordedStep> record(const Step& step, std::int64_t rows, StepMemory memory,
-                                               std::int64_t logits_size) const = 0;
+  // Copies within the device's memory, in order with what else is enqueued on the CUDA stream.
+  virtual void copy_async(void* cuda_stream, void* to, const void* from, std::size_t size) const = 0;
+  // A tensor over contiguous memory of this device that the caller keeps alive.
+  virtual Tensor tensor_over(void* data, std::span<const std::int64_t> shape, const DType& dtype) const = 0;
+  // Calls `call` with the device's CUDA stream, null on a CPU. Waits until all that it enqueued is done.
+  virtual void run(const std::function<void(void* cuda_stream)>& call) const = 0;
+  // Captures a step over `rows` rows and leaves the memory that it updates unchanged. Null where capturing gains
+  // nothing.
+  virtual std::unique_ptr<CapturedStep> capture(const Step& step, std::int64_t rows, StepMemory memory,
+                                                std::int64_t logits_size) const = 0;
 };
 
-// The device of this name, "cpu" or "cuda"; MEGALODON_UNAVAILABLE if this machine or this build has none. `target` is
-// what the programs were compiled for: the architecture of a GPU, sm_90.
-std::unique_ptr<Device> open_device(const std::string& name, const std::string& target);
+// `name` is "cpu" or "cuda"; `architecture` is that of the GPU which the programs were compiled for, "sm_90".
+// Error MEGALODON_UNAVAILABLE if this machine or this build has no such device.
+std::unique_ptr<Device> open_device(const std::string& name, const std::string& architecture);
 
-// Memory of a device, freed at the end.
+// Owns memory of a device.
 class DeviceMemory {
  public:
   DeviceMemory(const Device& device, std::size_t size) : device_(&device), data_(device.allocate(size)) {}
@@ -82,11 +95,12 @@ class DeviceMemory {
   std::byte* data_;
 };
 
-// A copy on the device of values in host memory, as a tensor.
-class Uploaded {
+// A tensor of int64 in its own device memory, copied from values in host memory.
+class DeviceTensor {
  public:
-  Uploaded(const Device& device, std::span<const std::int64_t> values, std::span<const std::int64_t> shape)
-      : memory_(device, values.size_bytes()), tensor_(device.over(memory_.data(), shape, *dtype_by_name("int64"))) {
+  DeviceTensor(const Device& device, std::span<const std::int64_t> values, std::span<const std::int64_t> shape)
+      : memory_(device, values.size_bytes()),
+        tensor_(device.tensor_over(memory_.data(), shape, *dtype_by_name("int64"))) {
     device.copy(memory_.data(), values.data(), values.size_bytes());
   }
   const Tensor& tensor() const { return tensor_; }

@@ -3,42 +3,18 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <array>
 
 #include "error.hpp"
-#include "text_format.hpp"
+#include "python_format.hpp"
 
 namespace megalodon::impl {
 namespace {
-
-constexpr std::array kDTypes{
-    DType{"float32", "F32", 4, aoti_torch_dtype_float32}, DType{"bfloat16", "BF16", 2, aoti_torch_dtype_bfloat16},
-    DType{"float64", "F64", 8, aoti_torch_dtype_float64}, DType{"float16", "F16", 2, aoti_torch_dtype_float16},
-    DType{"int64", "I64", 8, aoti_torch_dtype_int64},     DType{"int32", "I32", 4, aoti_torch_dtype_int32},
-    DType{"int16", "I16", 2, aoti_torch_dtype_int16},     DType{"int8", "I8", 1, aoti_torch_dtype_int8},
-    DType{"uint8", "U8", 1, aoti_torch_dtype_uint8},      DType{"bool", "BOOL", 1, aoti_torch_dtype_bool},
-};
 
 void check(AOTITorchError status) {
   if (status != AOTI_TORCH_SUCCESS) throw Error(MEGALODON_FAILED, "libtorch refused a tensor" + torch_error());
 }
 
 }  // namespace
-
-const DType* dtype_by_name(std::string_view name) {
-  const auto found = std::ranges::find(kDTypes, name, &DType::name);
-  return found == kDTypes.end() ? nullptr : &*found;
-}
-
-const DType* dtype_by_safetensors_name(std::string_view name) {
-  const auto found = std::ranges::find(kDTypes, name, &DType::safetensors);
-  return found == kDTypes.end() ? nullptr : &*found;
-}
-
-std::string dtype_text(std::int32_t number) {
-  const auto found = std::ranges::find_if(kDTypes, [&](const DType& dtype) { return dtype.number() == number; });
-  return found == kDTypes.end() ? "dtype " + std::to_string(number) : std::string(found->name);
-}
 
 Tensor::~Tensor() {
   if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
@@ -50,7 +26,7 @@ Tensor Tensor::over(void* data, std::span<const std::int64_t> shape, const DType
   for (std::size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<std::int64_t>(shape[i], 1);
   AtenTensorHandle handle = nullptr;
   check(aoti_torch_create_tensor_from_blob(data, static_cast<std::int64_t>(shape.size()), shape.data(), strides.data(),
-                                           0, dtype.number(), device_type, device_index, &handle));
+                                           0, dtype.torch_number(), device_type, device_index, &handle));
   return Tensor(handle);
 }
 
@@ -74,7 +50,7 @@ const void* Tensor::contiguous(const DType& dtype, std::span<const std::int64_t>
   check(aoti_torch_get_dtype(handle_, &found));
   check(aoti_torch_is_contiguous(handle_, &is_contiguous));
   const std::vector<std::int64_t> sizes = this->shape();
-  if (found != dtype.number() || !std::ranges::equal(sizes, shape) || !is_contiguous) {
+  if (found != dtype.torch_number() || !std::ranges::equal(sizes, shape) || !is_contiguous) {
     throw Error(MEGALODON_FAILED, "a program returned " + dtype_text(found) + " " + list_text(sizes) +
                                       ", but the manifest says " + std::string(dtype.name) + " " +
                                       list_text({shape.begin(), shape.end()}) + "; export the bundle again");
@@ -85,13 +61,13 @@ const void* Tensor::contiguous(const DType& dtype, std::span<const std::int64_t>
 }
 
 std::string torch_version() {
-  const std::uint64_t version = aoti_torch_abi_version();  // one byte each: major, minor, patch
+  const std::uint64_t version = aoti_torch_abi_version();  // its first bytes are major, minor and patch
   const auto part = [&](int index) { return std::to_string((version >> (56 - 8 * index)) & 0xFF); };
   return part(0) + "." + part(1) + "." + part(2);
 }
 
 std::string torch_error() {
-  // From torch 2.13 on; looked up, so that older ones still load.
+  // torch has this function from 2.13 on. The lookup at run time lets older versions load.
   static const auto what =
       reinterpret_cast<const char* (*)()>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
   const char* text = what == nullptr ? nullptr : what();

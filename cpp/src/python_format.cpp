@@ -1,4 +1,4 @@
-#include "text_format.hpp"
+#include "python_format.hpp"
 
 #include <charconv>
 #include <cmath>

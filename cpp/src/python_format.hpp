@@ -1,4 +1,4 @@
-// Values in messages, written as Python writes them: both report the same words about the same bundle.
+// Formats values in messages as Python does, so that both languages report the same words about the same bundle.
 #pragma once
 
 #include <nlohmann/json.hpp>
