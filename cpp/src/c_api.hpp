@@ -25,7 +25,7 @@ struct megalodon_snapshot {
 struct megalodon_text_stream {
   std::shared_ptr<const megalodon::impl::Engine> engine;  // has the tokenizer that the stream uses
   megalodon::impl::TextStream stream;
-  std::string piece;  // given out last
+  std::string piece;  // the text that the caller may read until the next call
 };
 
 namespace megalodon::impl::abi {
@@ -56,7 +56,7 @@ megalodon_status guarded(Call call) noexcept {
   } catch (const std::exception& error) {
     return set_last_error(MEGALODON_FAILED, error.what());
   } catch (...) {
-    return set_last_error(MEGALODON_FAILED, "something unknown was thrown");
+    return set_last_error(MEGALODON_FAILED, "an unknown exception was thrown");
   }
 }
 
@@ -152,7 +152,7 @@ inline megalodon_engine_info info_of(const Engine& engine) {
           .has_tokenizer = engine.has_tokenizer() ? 1 : 0};
 }
 
-// Keeps a piece of text in the stream, where the caller may read it until the next call.
+// Stores a piece of text in the stream and gives the caller its address.
 inline void give_piece(megalodon_text_stream& stream, std::string text, const char** piece, std::size_t* size) {
   stream.piece = std::move(text);
   *piece = stream.piece.c_str();

@@ -246,7 +246,7 @@ TEST(Batch, RowsAreIndependentStreams) {
   step({0, 1, 2, 3}, 100);
 }
 
-// As in a service: new streams are appended, and the last stream takes the place of one that leaves.
+// New streams are appended, and the last stream takes the place of one that leaves. A service does the same.
 TEST(Batch, StreamsJoinAndLeave) {
   std::vector<std::unique_ptr<Session>> batched, alone;
   const auto join = [&](std::size_t length) {

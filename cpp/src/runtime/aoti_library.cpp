@@ -22,7 +22,7 @@ struct AotiLibrary::Functions {
   template <typename Function>
   Function need(const char* name) const {
     const auto function = find<Function>(name);
-    if (function == nullptr) throw bad_bundle(path + " is no AOTInductor program: it has no " + name);
+    if (function == nullptr) throw bad_bundle(path + " is not an AOTInductor program: it has no " + name);
     return function;
   }
   void check(AOTIRuntimeError status, const std::string& what) const {
@@ -60,7 +60,8 @@ AotiLibrary::AotiLibrary(const std::filesystem::path& path, std::size_t inputs, 
           "cannot be started");
   const auto count = [&](const char* name, std::size_t expected, const std::string& what) {
     std::size_t found = 0;
-    f.check(f.need<decltype(&AOTInductorModelContainerGetNumInputs)>(name)(f.container, &found), "cannot be asked");
+    f.check(f.need<decltype(&AOTInductorModelContainerGetNumInputs)>(name)(f.container, &found),
+            "does not report its inputs and outputs");
     if (found != expected) {
       throw inconsistent(f.path + " has " + std::to_string(found) + " " + what + ", but the manifest says " +
                          std::to_string(expected));

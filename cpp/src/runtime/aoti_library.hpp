@@ -13,7 +13,7 @@ namespace megalodon::impl {
 class AotiLibrary {
  public:
   // At most `concurrency` calls run at the same time; further ones wait. Error MEGALODON_BAD_BUNDLE unless the library
-  // takes and returns so many tensors.
+  // has this number of inputs and outputs.
   AotiLibrary(const std::filesystem::path& path, std::size_t inputs, std::size_t outputs, const Device& device,
               int concurrency);
   ~AotiLibrary();

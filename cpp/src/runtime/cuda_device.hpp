@@ -63,8 +63,8 @@ class CudaDevice final : public Device {
   at::cuda::MempoolId_t graph_pool() const { return graph_pool_; }
 
  private:
-  // Held by the one call at a time that may use the CUDA stream, which it makes the current one. Also keeps float32
-  // products in float32, even if the process allows torch to compute them in TF32.
+  // A call that uses the CUDA stream holds this lock, and the CUDA stream is the current one meanwhile. The lock also
+  // turns TF32 off, so that float32 products are float32 whatever the process told torch.
   class StreamLock {
    public:
     explicit StreamLock(const CudaDevice& device) : lock_(device.mutex_), guard_(device.cuda_stream_) {}

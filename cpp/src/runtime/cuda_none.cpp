@@ -1,4 +1,4 @@
-// Takes the place of cuda_device.cpp in a library that is built without CUDA.
+// Replaces cuda_device.cpp in a library that is built without CUDA.
 #include "error.hpp"
 #include "runtime/cuda.hpp"
 

@@ -16,9 +16,9 @@ namespace megalodon::impl {
 // `run` replays one step and waits for it. `launch` does not wait, so that a caller can launch steps before it has read
 // the tokens of earlier ones. A launched step leaves its tokens in a result slot until another step gets that slot:
 //
-//     step.launch({{7}}, 0);  // feeds token 7
-//     step.launch({}, 1);     // feeds the token that the first step chose; the host does not know it yet
-//     step.read(0, tokens);   // waits for the first step
+//     step.launch(token_ids, 0);   // feeds `token_ids`
+//     step.launch({}, 1);          // feeds the tokens that the first step chose; the host does not know them yet
+//     step.read(0, next_tokens);   // waits for the first step
 class CapturedStep {
  public:
   virtual ~CapturedStep() = default;
@@ -47,15 +47,16 @@ struct StepMemory {
 
 class Device {
  public:
-  // A decode step: feeds `token_ids` (rows) and returns logits (rows, V). Into `next_tokens` (2, rows) it writes the
-  // most probable token of each row, and below it what is wrong with the row's logits: 0 if nothing is, see logits.hpp.
+  // A decode step: feeds `token_ids` (rows) and returns logits (rows, V). Into `next_tokens` (2, rows) it writes first
+  // the most probable token of each row, then the logit error of each row, which is 0 if there is none (logits.hpp).
   // `token_ids` may be the first half of `next_tokens`.
   using Step = std::function<Tensor(const Tensor& token_ids, const Tensor& next_tokens, void* cuda_stream)>;
 
   virtual ~Device() = default;
   // The device's name in AOTInductor: "cpu" or "cuda".
   virtual const char* type() const = 0;
-  // Whether several calls of a program may run at the same time. Devices where they may not capture decode steps.
+  // Whether several calls of a program may run at the same time. A device that runs one at a time captures decode
+  // steps.
   virtual bool is_concurrent() const = 0;
 
   // Memory that is aligned for any vector. Throws std::bad_alloc.

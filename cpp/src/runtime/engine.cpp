@@ -54,7 +54,7 @@ void Engine::load_programs(const std::filesystem::path& folder, int concurrency)
     }
   }
   if (!device_->is_concurrent() && !decode_program(1).has_next_tokens()) {
-    throw unavailable("the bundle is from before this library: its programs for a GPU choose no tokens" +
+    throw unavailable("the bundle is from before this library: its programs for a GPU do not choose tokens" +
                       std::string(kExportAgain));
   }
   for (const std::string& file : files) weight_bytes_ += manifest_.files.at(file);

@@ -16,9 +16,9 @@ inline constexpr std::int64_t kPositiveInfinity = -1, kAllMasked = -2;
 // Throws an Error with this status unless the logit error is 0.
 void check_logit_error(std::int64_t logit_error, std::size_t logits_size, megalodon_status status);
 
-// The id of the largest logit, the lowest among equals. Throws an Error with this status if the row cannot be sampled.
-// A caller's logits are MEGALODON_INVALID_ARGUMENT. Bad logits of a program mean that the stream's state is broken,
-// which is MEGALODON_FAILED.
+// The id of the largest logit, the lowest among equals. Throws an Error with this status if the row cannot be sampled:
+// pass MEGALODON_INVALID_ARGUMENT for logits of the user, and MEGALODON_FAILED for logits of a program, since bad ones
+// mean that the stream's state is broken.
 std::size_t argmax(std::span<const float> logits, megalodon_status status);
 
 }  // namespace megalodon::impl

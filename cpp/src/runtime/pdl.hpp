@@ -7,10 +7,11 @@ namespace megalodon::impl {
 
 // Replaces plain edges between two kernels by programmatic ones, in a graph that is not instantiated yet.
 //
-// The model's own kernels, by their names `megalodon_*`, load their weights first and then execute
-// `griddepcontrol.wait` before they read what the kernel before them wrote. An edge into such a kernel may therefore
-// be programmatic. Compiled programs do not launch them that way, and edges into all other kernels must stay plain.
-// Changes nothing on GPUs before Hopper (sm_90) and with drivers that have no such edges.
+// A captured graph of AOTInductor programs has plain edges only: a kernel starts when the one before it has ended. The
+// model's own kernels, whose names begin with `megalodon_`, load their weights first. They execute
+// `griddepcontrol.wait` before they read what the kernel before them wrote, so an edge into such a kernel may be
+// programmatic. Other kernels do not wait, and edges into them stay plain. Changes nothing on GPUs before Hopper
+// (sm_90), and nothing with drivers that lack programmatic edges.
 void enable_pdl(CUgraph graph);
 
 }  // namespace megalodon::impl

@@ -88,7 +88,8 @@ void Program::run_stage(const LoadedStage& stage, std::size_t layer, std::vector
     const Tensor& tensor = input.kind == InputKind::weight  ? bound.weights[input.index]
                            : input.kind == InputKind::cache ? cache.tensor(input.index)
                                                             : tensors[input.index];
-    if (tensor.get() == nullptr) throw bad_bundle("manifest.json: a stage needs a tensor that none before it gives");
+    if (tensor.get() == nullptr)
+      throw bad_bundle("manifest.json: a stage reads a tensor that no stage before it returns");
     inputs.emplace_back(tensor.share());
   }
   std::vector<AtenTensorHandle> handles;

@@ -13,7 +13,7 @@
 
 namespace megalodon::impl {
 
-// What programs are loaded from and for.
+// The bundle that programs are loaded from, and the device that they run on.
 struct ProgramSource {
   const std::filesystem::path& folder;
   const Manifest& manifest;
