@@ -1,9 +1,9 @@
-// What generation costs beside the program that it runs: seconds a token of both, in turn, as JSON.
+// Measures what generation costs on top of the decode program: seconds per token of both, alternating, as JSON.
 //
 //     megalodon-overhead BUNDLE [STEPS]
 //
-// "program": decode steps of one stream without a session, each fed what the one before it chose on a GPU, and one
-// token again and again on a CPU. "generate": greedy and sampled generation through the public interface.
+// "program" runs decode steps of one stream without a session. On a GPU, each step feeds the token that the step before
+// it chose; on a CPU, all steps feed the same token. "generate" and "sampled" generate through the public interface.
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -12,11 +12,11 @@
 #include <exception>
 #include <megalodon.hpp>
 
-#include "engine.hpp"
+#include "runtime/engine.hpp"
 
 namespace {
 
-using megalodon::impl::RecordedStep;
+using megalodon::impl::CapturedStep;
 
 constexpr int kRounds = 9;
 
@@ -31,19 +31,19 @@ double median(std::array<double, kRounds> values) {
   return values[kRounds / 2];
 }
 
-// The decode program alone, over a stream of its own.
-class Bare {
+// Runs the decode program alone, on its own stream.
+class ProgramAlone {
  public:
-  explicit Bare(const char* bundle) : engine_(bundle, true, 1), row_(engine_.new_cache()) {}
+  explicit ProgramAlone(const char* bundle) : engine_(bundle, true, 1), row_(engine_.new_cache()) {}
 
   void run(std::int64_t steps) {
     std::int64_t token = 1;
     const auto& cache = row_.view();
-    if (RecordedStep* recorded = engine_.recorded(cache)) {
+    if (CapturedStep* step = engine_.captured_step(cache)) {
       for (std::int64_t i = 0; i < steps; ++i) {
-        recorded->issue(i == 0 ? std::span<const std::int64_t>(&token, 1) : std::span<const std::int64_t>{}, 0);
+        step->launch(i == 0 ? std::span<const std::int64_t>(&token, 1) : std::span<const std::int64_t>{}, 0);
       }
-      return recorded->read(0, {&token, 1});
+      return step->read(0, {&token, 1});
     }
     const std::array<std::int64_t, 1> one{1};
     const auto ids = megalodon::impl::Tensor::over(&token, one, *megalodon::impl::dtype_by_name("int64"),
@@ -71,22 +71,22 @@ double generate(megalodon::Session& session, std::int64_t steps, double temperat
 }
 
 int run(const char* bundle, std::int64_t steps) {
-  Bare bare(bundle);
+  ProgramAlone program(bundle);
   const megalodon::Engine engine(bundle);
   megalodon::Session greedy(engine), sampled(engine);
-  bare.run(steps);
+  program.run(steps);
   generate(greedy, steps, 0.0);
   generate(sampled, steps, 0.8);
-  std::array<double, kRounds> program{}, loop{}, chosen{};
+  std::array<double, kRounds> program_seconds{}, greedy_seconds{}, sampled_seconds{};
   for (std::size_t i = 0; i < kRounds; ++i) {
-    program[i] = seconds_of([&] { bare.run(steps); }) / static_cast<double>(steps);
-    loop[i] = generate(greedy, steps, 0.0) / static_cast<double>(steps);
-    chosen[i] = generate(sampled, steps, 0.8) / static_cast<double>(steps);
+    program_seconds[i] = seconds_of([&] { program.run(steps); }) / static_cast<double>(steps);
+    greedy_seconds[i] = generate(greedy, steps, 0.0) / static_cast<double>(steps);
+    sampled_seconds[i] = generate(sampled, steps, 0.8) / static_cast<double>(steps);
   }
-  const double base = median(program);
+  const double base = median(program_seconds), generation = median(greedy_seconds);
   std::printf("{\"steps\": %lld, \"rounds\": %d, \"program_seconds\": %.9f, \"generate_seconds\": %.9f, ",
-              static_cast<long long>(steps), kRounds, base, median(loop));
-  std::printf("\"overhead\": %.5f, \"sampled_seconds\": %.9f}\n", median(loop) / base - 1.0, median(chosen));
+              static_cast<long long>(steps), kRounds, base, generation);
+  std::printf("\"overhead\": %.5f, \"sampled_seconds\": %.9f}\n", generation / base - 1.0, median(sampled_seconds));
   return 0;
 }
 

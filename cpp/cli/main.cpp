@@ -1,4 +1,5 @@
-// megalodon-cli: continues a prompt from the command line or standard input, streaming, and says where the time went.
+// megalodon-cli: continues a prompt from the command line or standard input. Streams the text and reports the time of
+// each phase.
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <csignal>
@@ -24,20 +25,22 @@ struct Arguments {
 CLI::App& describe(CLI::App& app, Arguments& arguments) {
   app.add_option("bundle", arguments.bundle, "folder that `megalodon-export aoti` wrote")->required();
   auto* prompt = app.add_option("--prompt,-p", arguments.prompt, "text to continue; without it, standard input");
-  app.add_option("--ids", arguments.ids, "token ids to continue; the output is ids, one a line")->excludes(prompt);
-  app.add_option("--max-new-tokens,-n", arguments.generate.max_new_tokens, "at most so many")->capture_default_str();
+  app.add_option("--ids", arguments.ids, "token ids to continue; prints the ids that follow, one per line")
+      ->excludes(prompt);
+  app.add_option("--max-new-tokens,-n", arguments.generate.max_new_tokens, "number of tokens at most")
+      ->capture_default_str();
   megalodon_sampling& sampling = arguments.generate.sampling;
   app.add_option("--temperature", sampling.temperature, "0 is greedy")->capture_default_str();
   app.add_option("--top-k", sampling.top_k, "0 is off")->capture_default_str();
   app.add_option("--top-p", sampling.top_p, "1 is off")->capture_default_str();
   app.add_option("--min-p", sampling.min_p, "0 is off")->capture_default_str();
   app.add_option("--seed", sampling.seed, "equal seeds give equal texts")->capture_default_str();
-  app.add_option("--stop", arguments.generate.stop, "string that ends the text; may be given again")
+  app.add_option("--stop", arguments.generate.stop, "string that ends the text; may be repeated")
       ->allow_extra_args(false);
-  app.add_option("--restore", arguments.restore, "snapshot to go on from");
-  app.add_option("--save", arguments.save, "file for a snapshot of the end");
-  app.add_flag("--no-hashes", arguments.no_hashes, "trust the contents of files of the right size");
-  app.add_flag("--quiet,-q", arguments.quiet, "no timings");
+  app.add_option("--restore", arguments.restore, "snapshot to continue from");
+  app.add_option("--save", arguments.save, "file for a snapshot of the final state");
+  app.add_flag("--no-hashes", arguments.no_hashes, "check the sizes of the files, but not their sha256");
+  app.add_flag("--quiet,-q", arguments.quiet, "print no timings");
   return app;
 }
 
@@ -85,7 +88,7 @@ void run(const Arguments& arguments) {
     result = session.generate(prompt, arguments.generate, [&](std::string_view piece) {
       if (!first) first = seconds_since(begin);
       std::cout << piece << std::flush;
-      return !std::cout;  // nobody reads any more
+      return !std::cout;  // ends when the reader of stdout has gone
     });
   }
   if (!arguments.save.empty()) session.snapshot().save(arguments.save);

@@ -1,8 +1,8 @@
-# LibTorch::LibTorch: the libraries and the C interface of any libtorch. Not torch's own TorchConfig, which asks for a
-# CUDA toolkit where torch was built with CUDA; without one, this library runs CPU programs.
-# LibTorch::CUDA: what a GPU takes beside it, if libtorch has it.
+# Defines LibTorch::LibTorch, the libraries of a libtorch, and LibTorch::CUDA, its libraries for GPUs, if it has them.
 #
-# LibTorch_ROOT, CMAKE_PREFIX_PATH (as for find_package(Torch)), or else the torch of the Python in PATH.
+# It searches LibTorch_ROOT, CMAKE_PREFIX_PATH (as for find_package(Torch)), and then the torch of the Python in PATH.
+# torch's own TorchConfig.cmake would demand a CUDA toolkit if torch was built with CUDA. This library needs none to run
+# CPU programs.
 set(_hints)
 foreach(_prefix IN LISTS CMAKE_PREFIX_PATH)
   if(_prefix MATCHES "^(.*)/share/cmake/?$") # torch.utils.cmake_prefix_path
@@ -13,7 +13,8 @@ if(NOT _hints AND NOT LibTorch_ROOT AND NOT LibTorch_INCLUDE_DIR)
   find_program(LibTorch_PYTHON NAMES python3 python)
   if(LibTorch_PYTHON)
     execute_process(
-      COMMAND ${LibTorch_PYTHON} -c "import importlib.util as u; print(*u.find_spec('torch').submodule_search_locations)"
+      COMMAND ${LibTorch_PYTHON} -c
+        "import importlib.util as u; print(*u.find_spec('torch').submodule_search_locations)"
       OUTPUT_VARIABLE _found OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
     list(APPEND _hints ${_found})
   endif()
@@ -36,7 +37,7 @@ mark_as_advanced(LibTorch_INCLUDE_DIR LibTorch_TORCH_LIBRARY LibTorch_CPU_LIBRAR
 if(LibTorch_FOUND AND NOT TARGET LibTorch::LibTorch)
   add_library(LibTorch::LibTorch INTERFACE IMPORTED)
   target_include_directories(LibTorch::LibTorch SYSTEM INTERFACE ${LibTorch_INCLUDE_DIR})
-  # Nothing here uses libtorch.so, but compiled programs may ask for it, without saying where it is: it must be loaded.
+  # The library uses nothing of libtorch.so. Compiled programs may need it and have no path to it, so it must be loaded.
   target_link_libraries(LibTorch::LibTorch INTERFACE ${LibTorch_CPU_LIBRARY} ${LibTorch_C10_LIBRARY}
     "-Wl,--push-state,--no-as-needed,${LibTorch_TORCH_LIBRARY},--pop-state")
 endif()

@@ -1,4 +1,4 @@
-// What a service does: several streams, each at its own place, one decode step for all; prints the token ids of each.
+// Continues several prompts at once, as a service does: one decode step feeds all streams. Prints the token ids.
 #include <iostream>
 #include <megalodon.hpp>
 

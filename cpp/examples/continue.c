@@ -26,4 +26,3 @@ int main(int argc, char** argv) {
   megalodon_engine_free(engine);
   return bad;
 }
-

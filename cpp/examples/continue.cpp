@@ -1,4 +1,4 @@
-// Continues a text, sampling, and goes back to where it was to try another seed.
+// Continues a text three times, each time with another seed, from a snapshot of the state after the prompt.
 #include <iostream>
 #include <megalodon.hpp>
 

@@ -1,4 +1,4 @@
-// A fuzz target without libFuzzer, for any compiler: runs it on every file of the given folders.
+// Runs a fuzz target on every file of the given folders. Needs no libFuzzer, so it works with any compiler.
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>

@@ -1,4 +1,4 @@
-// Any bytes are a request inside the limits, or Refused with a message that is text.
+// Any bytes give a request within the limits, or Refused with a message of printable characters.
 #include "request.hpp"
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Any bytes are a safetensors file whose every tensor lies inside, and which is written as it was read, or an Error.
-#include "safetensors.hpp"
+// Any bytes give tensors that lie inside the file and that survive writing and reading again, or an Error.
+#include "bundle/safetensors.hpp"
 
 #include <cstdint>
 #include <cstdlib>

@@ -1,5 +1,5 @@
-// Any bytes are a snapshot, restored whole, or an Error that leaves the stream as it was.
-#include "snapshot.hpp"
+// Any bytes give a snapshot, which restores and can be taken again, or an Error.
+#include "generation/snapshot.hpp"
 
 #include <cstdint>
 #include <cstdlib>

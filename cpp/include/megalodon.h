@@ -1,6 +1,6 @@
-/* megalodon.h: Megalodon language models from an exported bundle, in any C or C++ program, without Python.
+/* megalodon.h: runs Megalodon language models from an exported bundle in any C or C++ program, without Python.
 
-   A complete program, which continues a text:
+   A complete program that continues a text:
 
        #include <megalodon.h>
        #include <stdio.h>
@@ -31,16 +31,19 @@
          return bad;
        }
 
-   Engines hold the weights and programs of one bundle; sessions hold the state of one stream of tokens, constant in
-   size however long it runs. Every function returns a status; `megalodon_last_error` says in words what was wrong and
-   what to do. No exception leaves the library. Objects are freed by their `_free` function, which takes NULL; a session
-   keeps its engine alive. Token ids are int64_t, logits are float, `logits_size` of them after a token.
+   An engine holds the weights and programs of one bundle. A session holds the state of one stream of tokens; the state
+   has a constant size, however long the stream is. Token ids are int64_t. Logits are `logits_size` floats per token.
 
-   Threads: an engine may be used by any number of threads at a time, a session by one; a second call on it is refused
-   with MEGALODON_BUSY. The programs themselves use OpenMP threads (OMP_NUM_THREADS), per calling thread.
+   Errors: every function returns a status. `megalodon_last_error` says what was wrong and what to do. No exception
+   leaves the library.
 
-   Trust: the programs in a bundle are native code. Sizes and sha256 of all files are checked before any of it is
-   loaded, which detects damage, not malice: open only bundles from those you trust, in folders that nobody changes. */
+   Memory: a `_free` function frees each object, and accepts NULL. A session keeps its engine alive.
+
+   Threads: any number of threads may use an engine at a time, and one thread a session. A second call on a session
+   returns MEGALODON_BUSY. Each calling thread has its own OpenMP threads (OMP_NUM_THREADS), which the programs use.
+
+   Trust: the programs in a bundle are native code. The library checks sizes and sha256 of all files before it loads any
+   of it. This detects damage, not malice: open only bundles from people you trust, in folders that nobody changes. */
 #ifndef MEGALODON_H
 #define MEGALODON_H
 
@@ -57,18 +60,18 @@
 extern "C" {
 #endif
 
-/* Grows with every change that an older caller would notice. Structs begin with their size, so they may grow at the
-   end without one. */
+/* Grows with every change that breaks an older caller. New members at the end of a struct do not: structs begin with
+   their size. */
 #define MEGALODON_ABI_VERSION 1
 
 typedef enum megalodon_status {
   MEGALODON_OK = 0,
-  MEGALODON_INVALID_ARGUMENT = 1, /* refused before anything ran; objects are as they were */
-  MEGALODON_BAD_BUNDLE = 2,       /* damaged, incomplete or of another schema; nothing of it was loaded */
+  MEGALODON_INVALID_ARGUMENT = 1, /* refused before anything ran; no object has changed */
+  MEGALODON_BAD_BUNDLE = 2,       /* the bundle is damaged, incomplete or of another schema; nothing was loaded */
   MEGALODON_UNAVAILABLE = 3,      /* the bundle's programs or tokenizer cannot run here */
   MEGALODON_IO = 4,               /* a file cannot be read or written */
   MEGALODON_BUSY = 5,             /* the session is in use by another call */
-  MEGALODON_POISONED = 6,         /* an earlier call failed half-way: reset or restore the session */
+  MEGALODON_POISONED = 6,         /* an earlier call failed half-way; reset or restore the session */
   MEGALODON_OUT_OF_MEMORY = 7,
   MEGALODON_FAILED = 8 /* a program failed; the sessions of the call are poisoned */
 } megalodon_status;
@@ -78,20 +81,20 @@ typedef struct megalodon_session megalodon_session;
 typedef struct megalodon_snapshot megalodon_snapshot;
 typedef struct megalodon_text_stream megalodon_text_stream;
 
-/* MEGALODON_ABI_VERSION of the library that is loaded; compare it with the header's. */
+/* The MEGALODON_ABI_VERSION of the loaded library. Compare it with the header's. */
 MEGALODON_API uint32_t megalodon_abi_version(void);
 
 /* The library's version, e.g. "0.1.0". */
 MEGALODON_API const char* megalodon_version(void);
 
-/* What the last call of this thread that failed said; valid until the thread's next call that fails. */
+/* The message of the last call of this thread that failed. Valid until the next call of the thread that fails. */
 MEGALODON_API const char* megalodon_last_error(void);
 
 /* ---- engines ----------------------------------------------------------------------------------------------------- */
 
 typedef struct megalodon_engine_options {
   size_t struct_size;
-  int32_t check_hashes; /* 0 skips the sha256 of every file, for a folder verified before; sizes are always checked */
+  int32_t check_hashes; /* 0 skips the sha256 of the files, for a folder that was checked before; sizes are checked */
   int32_t concurrency;  /* calls of a program that may run at the same time, 1 or more; 0: one for every processor */
 } megalodon_engine_options;
 #define MEGALODON_ENGINE_OPTIONS_INIT {sizeof(megalodon_engine_options), 1, 0}
@@ -104,24 +107,24 @@ typedef struct megalodon_engine_info {
   int64_t max_batch;                  /* sessions in one `megalodon_decode_batch` */
   int64_t layers;
   int64_t state_bytes;  /* memory of one session */
-  int64_t weight_bytes; /* of the weight files, mapped once and shared between processes */
+  int64_t weight_bytes; /* size of the weight files, which are mapped once and shared between processes */
   int32_t has_tokenizer;
 } megalodon_engine_info;
 
-/* Opens a bundle. options NULL: the defaults. */
+/* Opens a bundle. With `options` NULL, the defaults apply. */
 MEGALODON_API megalodon_status megalodon_engine_open(const char* folder, const megalodon_engine_options* options,
                                                      megalodon_engine** engine);
 MEGALODON_API void megalodon_engine_free(megalodon_engine* engine);
 MEGALODON_API megalodon_status megalodon_engine_get_info(const megalodon_engine* engine, megalodon_engine_info* info);
 
-/* Token ids of a text of `size` bytes of UTF-8: writes up to `capacity` of them, and how many there are to `count`.
+/* Tokenizes `size` bytes of UTF-8. Writes up to `capacity` token ids, and to `count` how many the text has.
    MEGALODON_UNAVAILABLE unless the bundle's tokenizer is byte-level. */
 MEGALODON_API megalodon_status megalodon_engine_encode(const megalodon_engine* engine, const char* text, size_t size,
                                                        int64_t* token_ids, size_t capacity, size_t* count);
 
 /* ---- sampling ---------------------------------------------------------------------------------------------------- */
 
-/* How tokens are chosen; equal seeds give the tokens that the Python session gives. */
+/* How tokens are sampled. Equal seeds give the same tokens as in a Python session. */
 typedef struct megalodon_sampling {
   double temperature; /* 0 is greedy */
   int64_t top_k;      /* 0 is off */
@@ -131,7 +134,7 @@ typedef struct megalodon_sampling {
 } megalodon_sampling;
 #define MEGALODON_GREEDY {0.0, 0, 1.0, 0.0, 0}
 
-/* The token that a stream samples after `index` others. */
+/* Samples token number `index` of a stream, counted from 0. */
 MEGALODON_API megalodon_status megalodon_sample(const float* logits, size_t logits_size,
                                                 const megalodon_sampling* sampling, uint64_t index, int64_t* token_id);
 
@@ -140,52 +143,56 @@ MEGALODON_API megalodon_status megalodon_sample(const float* logits, size_t logi
 MEGALODON_API megalodon_status megalodon_session_create(megalodon_engine* engine, megalodon_session** session);
 MEGALODON_API void megalodon_session_free(megalodon_session* session);
 
-/* Forgets the stream, and what poisoned it. */
+/* Starts a fresh stream. A poisoned session can be used again. */
 MEGALODON_API megalodon_status megalodon_session_reset(megalodon_session* session);
 
-/* A new session at the same point of the stream. */
+/* Makes a new session with the same state. */
 MEGALODON_API megalodon_status megalodon_session_fork(megalodon_session* session, megalodon_session** fork);
 
-/* Tokens fed so far. The token that `generate` gave out last is not among them: the next call feeds it first. */
+/* The number of tokens fed so far. The token that `generate` returned last is not fed yet: the next call feeds it
+   first. */
 MEGALODON_API megalodon_status megalodon_session_position(megalodon_session* session, int64_t* position);
 
-/* Feeds `count` tokens, 1 or more; logits (may be NULL) after the last. */
+/* Feeds `count` tokens, 1 or more. Writes the logits after the last one, unless `logits` is NULL. */
 MEGALODON_API megalodon_status megalodon_session_prefill(megalodon_session* session, const int64_t* token_ids,
                                                          size_t count, float* logits);
 
-/* Feeds one token; logits may be NULL. */
+/* Feeds one token. Writes the logits after it, unless `logits` is NULL. */
 MEGALODON_API megalodon_status megalodon_session_decode(megalodon_session* session, int64_t token_id, float* logits);
 
-/* Feeds one token to each of `count` different sessions of one engine in a single step; logits (count x logits_size,
-   may be NULL). Sessions that step together share one block of memory, in their order, freed when the last of them has
-   left it: one that is not in its place there is copied to it, the others stay. So append those that join, and let the
-   last one take the place of one that leaves. */
+/* Feeds one token to each of `count` different sessions of one engine in a single step. Writes the logits
+   (count x logits_size), unless `logits` is NULL.
+
+   Sessions that step together share one block of memory, in their order. A session that is elsewhere is copied to its
+   row of the block first; the others stay. For few copies, append sessions that join, and let the last one take the
+   place of one that leaves. The block is freed when the last session has left it. */
 MEGALODON_API megalodon_status megalodon_decode_batch(megalodon_session* const* sessions, const int64_t* token_ids,
                                                       size_t count, float* logits);
 
-/* The same, and samples what follows each stream: `next[i]` by `samplings[i]`, after `indices[i]` other draws. Greedy
-   tokens are chosen where the logits are, which on a GPU saves their way to the host. */
+/* Feeds one token to each session as `megalodon_decode_batch` does, and samples the next token of each:
+   `next[i]` by `samplings[i]`, as token number `indices[i]` of the stream, counted from 0. If all samplings are greedy,
+   a GPU chooses the tokens itself, and no logits are copied to the host. */
 MEGALODON_API megalodon_status megalodon_step_batch(megalodon_session* const* sessions, const int64_t* token_ids,
                                                     size_t count, const megalodon_sampling* samplings,
                                                     const uint64_t* indices, int64_t* next);
 
-/* Feeds each of `count` different sessions of one engine tokens of its own, `lengths[i]` (1 or more) of `token_ids[i]`,
-   side by side; logits (count x logits_size, may be NULL) after the last of each. */
+/* Feeds `lengths[i]` tokens (1 or more) of `token_ids[i]` to each of `count` different sessions of one engine, in calls
+   that all share. Writes the logits (count x logits_size) after the last token of each, unless `logits` is NULL. */
 MEGALODON_API megalodon_status megalodon_prefill_batch(megalodon_session* const* sessions,
                                                        const int64_t* const* token_ids, const size_t* lengths,
                                                        size_t count, float* logits);
 
 /* ---- generation -------------------------------------------------------------------------------------------------- */
 
-#define MEGALODON_MODEL_EOS (-2) /* end at the model's own end-of-sequence token */
-#define MEGALODON_NO_EOS (-1)
+#define MEGALODON_MODEL_EOS (-2) /* generation ends at the model's end-of-sequence token */
+#define MEGALODON_NO_EOS (-1)    /* generation ends at no token */
 
 typedef struct megalodon_generate_options {
   size_t struct_size;
   megalodon_sampling sampling;
   int64_t max_new_tokens;
   int64_t eos_token_id;
-  const char* const* stop; /* strings before the first of which the text ends; for `generate_text` alone */
+  const char* const* stop; /* the text ends before the first of these strings; for `generate_text` alone */
   size_t stop_count;
 } megalodon_generate_options;
 #define MEGALODON_GENERATE_OPTIONS_INIT \
@@ -202,50 +209,53 @@ typedef struct megalodon_generate_result {
   size_t struct_size; /* set it before the call */
   int64_t finish;     /* a megalodon_finish */
   int64_t prompt_tokens, new_tokens;
-  double prefill_seconds; /* of the prompt */
-  double decode_seconds;  /* of the steps after it */
+  double prefill_seconds; /* for the prompt */
+  double decode_seconds;  /* for the steps after it */
   double sample_seconds;
 } megalodon_generate_result;
 
-/* Called with each token, or piece of text (UTF-8, followed by a zero byte), as soon as it is certain.
-   0 goes on, anything else ends the generation. It must not throw, and cannot use the session. */
+/* Gets each token, or each piece of text (UTF-8, followed by a zero byte), as soon as it is certain. The generation
+   continues if it returns 0, and ends otherwise. It must not throw, and cannot use the session. */
 typedef int (*megalodon_token_callback)(void* user, int64_t token_id);
 typedef int (*megalodon_text_callback)(void* user, const char* piece, size_t size);
 
-/* Feeds a prompt, which may be empty, and generates what follows. options NULL: the defaults. result may be NULL.
-   Goes on from wherever the stream is; an empty prompt of a fresh stream is the beginning-of-sequence token. */
+/* Feeds a prompt, which may be empty, and generates the tokens that follow it. The stream continues from its present
+   state; a fresh stream with an empty prompt begins with the beginning-of-sequence token. With `options` NULL, the
+   defaults apply. `result` may be NULL. */
 MEGALODON_API megalodon_status megalodon_session_generate(megalodon_session* session, const int64_t* token_ids,
                                                           size_t count, const megalodon_generate_options* options,
                                                           megalodon_token_callback callback, void* user,
                                                           megalodon_generate_result* result);
 
-/* The same with text. MEGALODON_UNAVAILABLE unless the bundle's tokenizer is byte-level. */
+/* Generates text after a prompt of text, as `megalodon_session_generate` does for token ids. MEGALODON_UNAVAILABLE
+   unless the bundle's tokenizer is byte-level. */
 MEGALODON_API megalodon_status megalodon_session_generate_text(megalodon_session* session, const char* prompt,
                                                                const megalodon_generate_options* options,
                                                                megalodon_text_callback callback, void* user,
                                                                megalodon_generate_result* result);
 
-/* From any thread: ends the generation that runs, at its next token, or else the next one, at its first. */
+/* Ends the running generation at its next token. If none is running, ends the next one at its first token. Any thread
+   may call it. */
 MEGALODON_API void megalodon_session_stop(megalodon_session* session);
 
-/* ---- text of a stream, for those who decode themselves ----------------------------------------------------------- */
+/* ---- text of a stream, for callers with their own decode loop ---------------------------------------------------- */
 
 MEGALODON_API megalodon_status megalodon_text_stream_create(const megalodon_engine* engine, const char* const* stop,
                                                             size_t stop_count, megalodon_text_stream** stream);
 MEGALODON_API void megalodon_text_stream_free(megalodon_text_stream* stream);
 
-/* Adds a token; `piece` is the text that no later token can change, valid until the next call. `stopped` (may be NULL):
-   whether a stop string has ended the text. */
+/* Adds a token. `piece` is the text that no later token can change; it is valid until the next call. Writes whether a
+   stop string has ended the text, unless `stopped` is NULL. */
 MEGALODON_API megalodon_status megalodon_text_stream_push(megalodon_text_stream* stream, int64_t token_id,
                                                           const char** piece, size_t* size, int32_t* stopped);
 
-/* Ends the stream: the text still held back. */
+/* Ends the stream. `piece` is the text that was held back. */
 MEGALODON_API megalodon_status megalodon_text_stream_flush(megalodon_text_stream* stream, const char** piece,
                                                            size_t* size);
 
 /* ---- snapshots --------------------------------------------------------------------------------------------------- */
 
-/* A copy of a stream's state, of constant size. Files and bytes are those of the Python package's snapshots. */
+/* Copies a stream's state, which has a constant size. Python reads and writes the same snapshots. */
 MEGALODON_API megalodon_status megalodon_session_snapshot(megalodon_session* session, megalodon_snapshot** snapshot);
 MEGALODON_API megalodon_status megalodon_session_restore(megalodon_session* session,
                                                          const megalodon_snapshot* snapshot);
@@ -254,7 +264,7 @@ MEGALODON_API void megalodon_snapshot_free(megalodon_snapshot* snapshot);
 MEGALODON_API megalodon_status megalodon_snapshot_save(const megalodon_snapshot* snapshot, const char* path);
 MEGALODON_API megalodon_status megalodon_snapshot_load(const char* path, megalodon_snapshot** snapshot);
 
-/* The bytes of the file; they belong to the snapshot. */
+/* The content of the snapshot's file. The bytes are valid as long as the snapshot. */
 MEGALODON_API megalodon_status megalodon_snapshot_bytes(const megalodon_snapshot* snapshot, const void** data,
                                                         size_t* size);
 MEGALODON_API megalodon_status megalodon_snapshot_from_bytes(const void* data, size_t size,

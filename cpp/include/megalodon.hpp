@@ -1,10 +1,10 @@
-// megalodon.hpp: the C interface of megalodon.h as C++17 classes. Errors are exceptions, handles free themselves.
+// megalodon.hpp: C++17 classes over the C interface of megalodon.h. Errors are exceptions, and objects free themselves.
 //
 //     megalodon::Engine engine("bundle");
 //     megalodon::Session session(engine);
 //     session.generate("In the beginning", {}, [](std::string_view piece) { std::cout << piece << std::flush; });
 //
-// Header-only: the library exports C functions alone, so compilers and their settings may differ on the two sides.
+// Header-only: the library exports C functions alone, so a program and the library may be built by different compilers.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@
 
 namespace megalodon {
 
-// What went wrong, in words; `status` is one of megalodon.h.
+// Says what went wrong and what to do. `status` is one of megalodon.h.
 class Error : public std::runtime_error {
  public:
   Error(megalodon_status status, const std::string& message) : std::runtime_error(message), status(status) {}
@@ -43,7 +43,7 @@ struct Free {
 
 }  // namespace detail
 
-// How a text goes on; the defaults are greedy, 256 tokens at most.
+// How to generate. The defaults are greedy, with 256 tokens at most.
 struct GenerateOptions {
   megalodon_sampling sampling = MEGALODON_GREEDY;
   std::int64_t max_new_tokens = 256;
@@ -51,7 +51,7 @@ struct GenerateOptions {
   std::vector<std::string> stop = {};
 };
 
-// The token that a stream samples after `index` others.
+// Samples token number `index` of a stream, counted from 0.
 inline std::int64_t sample(const std::vector<float>& logits, const megalodon_sampling& sampling, std::uint64_t index) {
   std::int64_t token_id = 0;
   detail::check(megalodon_sample(logits.data(), logits.size(), &sampling, index, &token_id));
@@ -91,7 +91,7 @@ class Engine {
   std::unique_ptr<megalodon_engine, detail::Free<megalodon_engine_free>> handle_;
 };
 
-// The state of a stream, as bytes that the Python package reads too.
+// The state of a stream. Python reads and writes the same bytes.
 class Snapshot {
  public:
   explicit Snapshot(megalodon_snapshot* handle) : handle_(handle) {}
@@ -107,7 +107,7 @@ class Snapshot {
     return Snapshot(snapshot);
   }
   void save(const std::string& path) const { detail::check(megalodon_snapshot_save(get(), path.c_str())); }
-  // Valid as long as the snapshot.
+  // The content of the snapshot's file. Valid as long as the snapshot.
   std::string_view bytes() const {
     const void* data = nullptr;
     std::size_t size = 0;
@@ -121,7 +121,7 @@ class Snapshot {
   std::unique_ptr<megalodon_snapshot, detail::Free<megalodon_snapshot_free>> handle_;
 };
 
-// One stream of tokens. One call at a time.
+// One stream of tokens. It takes one call at a time.
 class Session {
  public:
   explicit Session(const Engine& engine) {
@@ -146,7 +146,7 @@ class Session {
     return position;
   }
 
-  // Logits after the last token.
+  // Returns the logits after the last token.
   std::vector<float> prefill(const std::vector<std::int64_t>& token_ids) {
     std::vector<float> logits(logits_size_);
     detail::check(megalodon_session_prefill(get(), token_ids.data(), token_ids.size(), logits.data()));
@@ -159,8 +159,8 @@ class Session {
     return logits;
   }
 
-  // Gives each token, or piece of text, to `callback` as soon as it is certain. A callback that returns true ends the
-  // generation, one that returns nothing does not, and what it throws comes out here.
+  // Calls `callback` with each token, or each piece of text, as soon as it is certain. The generation ends if the
+  // callback returns true. If it throws, the generation ends and the exception reaches the caller.
   template <typename Callback>
   megalodon_generate_result generate(const std::vector<std::int64_t>& prompt, const GenerateOptions& options,
                                      Callback&& callback) {
@@ -186,7 +186,7 @@ class Session {
     });
   }
 
-  // From any thread: ends the generation that runs, or the next one.
+  // Ends the running generation, or the next one if none is running. Any thread may call it.
   void stop() { megalodon_session_stop(get()); }
 
   Snapshot snapshot() {
@@ -200,7 +200,7 @@ class Session {
   megalodon_session* get() const { return handle_.get(); }
 
  private:
-  // Keeps what a callback throws from crossing the C interface.
+  // Stores an exception of the callback, which must not cross the C interface.
   template <typename Callback>
   struct Relay {
     Callback& callback;
@@ -254,7 +254,9 @@ class Session {
 namespace detail {
 
 inline std::vector<megalodon_session*> handles(const std::vector<Session*>& sessions, std::size_t others) {
-  if (sessions.size() != others) throw Error(MEGALODON_INVALID_ARGUMENT, "as many of everything as sessions expected");
+  if (sessions.size() != others)
+    throw Error(MEGALODON_INVALID_ARGUMENT,
+                "sessions and arguments differ in number; give each session one of every argument");
   std::vector<megalodon_session*> all;
   for (const Session* session : sessions) all.push_back(session->get());
   return all;
@@ -271,7 +273,7 @@ inline std::vector<std::vector<float>> rows(const std::vector<float>& flat, std:
 
 }  // namespace detail
 
-// Feeds one token to each of several sessions of an engine in one step; the logits of each.
+// Feeds one token to each of several sessions of an engine in one step. Returns the logits of each.
 inline std::vector<std::vector<float>> decode_batch(const std::vector<Session*>& sessions,
                                                     const std::vector<std::int64_t>& token_ids) {
   const auto handles = detail::handles(sessions, token_ids.size());
@@ -280,7 +282,8 @@ inline std::vector<std::vector<float>> decode_batch(const std::vector<Session*>&
   return detail::rows(logits, handles.size());
 }
 
-// The same, and samples the next token of each, after `indices` other draws.
+// Feeds one token to each session as `decode_batch` does, and samples the next token of each: token number
+// `indices[i]` of stream i, counted from 0.
 inline std::vector<std::int64_t> step_batch(const std::vector<Session*>& sessions,
                                             const std::vector<std::int64_t>& token_ids,
                                             const std::vector<megalodon_sampling>& samplings,
@@ -294,7 +297,8 @@ inline std::vector<std::int64_t> step_batch(const std::vector<Session*>& session
   return next;
 }
 
-// Feeds each of several sessions of an engine tokens of its own, side by side; the logits after the last of each.
+// Feeds each of several sessions of an engine its own tokens, in calls that all share. Returns the logits after the
+// last token of each.
 inline std::vector<std::vector<float>> prefill_batch(const std::vector<Session*>& sessions,
                                                      const std::vector<std::vector<std::int64_t>>& token_ids) {
   const auto handles = detail::handles(sessions, token_ids.size());
@@ -309,7 +313,7 @@ inline std::vector<std::vector<float>> prefill_batch(const std::vector<Session*>
   return detail::rows(logits, handles.size());
 }
 
-// Token ids to text, piece by piece, up to the first stop string; for those who decode themselves.
+// Turns token ids into text piece by piece, up to the first stop string. For callers with their own decode loop.
 class TextStream {
  public:
   explicit TextStream(const Engine& engine, const std::vector<std::string>& stop = {}) {
@@ -320,7 +324,7 @@ class TextStream {
     handle_.reset(stream);
   }
 
-  // The text that no later token can change, possibly none.
+  // Adds a token. Returns the text that no later token can change, which may be empty.
   std::string push(std::int64_t token_id) {
     const char* piece = nullptr;
     std::size_t size = 0;
@@ -330,6 +334,7 @@ class TextStream {
     return {piece, size};
   }
 
+  // Ends the stream. Returns the text that was held back.
   std::string flush() {
     const char* piece = nullptr;
     std::size_t size = 0;

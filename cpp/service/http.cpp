@@ -12,12 +12,12 @@ namespace {
 
 using nlohmann::json;
 
-constexpr std::chrono::milliseconds kLook{100};  // between looks whether the client is still there
-constexpr std::size_t kMaxDiscarded = 64 << 20;  // bytes of a body too large that are read to answer it
-constexpr int kRetryAfter = 1;                   // seconds
+constexpr std::chrono::milliseconds kPollInterval{100};  // between checks whether the client is still connected
+constexpr std::size_t kMaxDiscarded = 64 << 20;          // bytes of a body that are read although it is too large
+constexpr int kRetryAfter = 1;                           // seconds
 constexpr const char* kJson = "application/json";
 
-// As many threads as connections that are served; the next one is accepted when one of them is free.
+// One thread for each connection that is served. It accepts the next connection when a thread is free.
 class Connections : public httplib::ThreadPool {
  public:
   explicit Connections(std::size_t count) : ThreadPool(count), free_(static_cast<std::ptrdiff_t>(count)) {}
@@ -40,8 +40,8 @@ json error_json(int status, const std::string& why) {
   return {{"error", {{"message", why}, {"type", type}, {"code", status}}}};
 }
 
-// The body, of at most `most` bytes. What is larger is read to its end and thrown away: closing the connection at once
-// would lose the answer.
+// Reads a body of at most `most` bytes. It reads a larger one to its end before it refuses it: if the connection closed
+// at once, the client would lose the answer.
 std::string read_body(const httplib::ContentReader& reader, std::size_t most) {
   std::string body;
   std::size_t size = 0;
@@ -60,12 +60,12 @@ class Answer {
  public:
   Answer(std::shared_ptr<Completion> completion, std::string model)
       : completion_(std::move(completion)), model_(std::move(model)) {}
-  ~Answer() { completion_->cancel(); }  // whatever happened, nobody reads on
+  ~Answer() { completion_->cancel(); }  // the connection is over
 
-  // One step of the connection: false ends it without an end of the answer, which no client takes for success.
+  // Sends what is new. Returning false ends the connection before the end of the answer, so the client sees a failure.
   bool send(httplib::DataSink& sink) {
     if (!sink.is_writable()) return false;
-    const Completion::Update update = completion_->wait(kLook);
+    const Completion::Update update = completion_->wait(kPollInterval);
     all_.text += update.text;
     all_.token_ids.insert(all_.token_ids.end(), update.token_ids.begin(), update.token_ids.end());
     const bool stream = completion_->request.stream;
@@ -125,19 +125,19 @@ HttpServer::HttpServer(const megalodon::Engine& engine, std::string model, Sched
       metrics_(metrics),
       options_(std::move(options)) {
   server_.new_task_queue = [this] { return new Connections(options_.connections); };
-  server_.set_socket_options([this](int socket) {  // the library's own would let two services share a port
+  server_.set_socket_options([this](int socket) {  // cpp-httplib's default would let two services share a port
     const int on = 1;
     setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     listening_ = socket;
   });
   server_.set_tcp_nodelay(true);
-  server_.set_keep_alive_timeout(2);  // seconds, which the end of the service waits for
+  server_.set_keep_alive_timeout(2);  // seconds; a shutdown waits for them
   server_.set_keep_alive_max_count(100);
   server_.set_exception_handler([this](const httplib::Request&, httplib::Response& response, std::exception_ptr) {
     refuse(response, 500, "the service failed; its log may say why");
   });
   const httplib::Server::HandlerWithResponse count = [this](const auto&, httplib::Response& response) {
-    if (response.body.empty()) refuse(response, response.status, "HTTP cannot be read so: is it HTTP/1.1?");
+    if (response.body.empty()) refuse(response, response.status, "the request cannot be parsed; is it HTTP/1.1?");
     metrics_.count(response.status == 503 ? Outcome::busy : response.status < 500 ? Outcome::refused : Outcome::failed);
     return httplib::Server::HandlerResponse::Handled;
   };
@@ -153,7 +153,7 @@ int HttpServer::bind() {
     throw std::runtime_error(options_.host + ":" + std::to_string(options_.port) +
                              " cannot be bound: is another service there? Choose another --port or --host.");
   }
-  ::listen(listening_, SOMAXCONN);  // the library's own queue is 5 connections
+  ::listen(listening_, SOMAXCONN);  // replaces cpp-httplib's backlog of 5 connections
   return port;
 }
 

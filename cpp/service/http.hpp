@@ -12,8 +12,8 @@ namespace service {
 
 struct HttpOptions {
   std::string host = "127.0.0.1";
-  int port = 8080;              // 0: any that is free
-  std::size_t connections = 0;  // that are served at the same time; more wait to be accepted
+  int port = 8080;              // 0: any free one
+  std::size_t connections = 0;  // served at the same time; further ones wait to be accepted
   Limits limits;
 };
 
@@ -22,9 +22,9 @@ class HttpServer {
   HttpServer(const megalodon::Engine& engine, std::string model, Scheduler& scheduler, Metrics& metrics,
              HttpOptions options);
 
-  // Binds; the port. Throws std::runtime_error if it cannot.
+  // Binds and returns the port. Throws std::runtime_error if it cannot.
   int bind();
-  // Serves until `stop`, from another thread.
+  // Serves until another thread calls `stop`.
   void listen() { server_.listen_after_bind(); }
   void stop() { server_.stop(); }
 

@@ -1,4 +1,4 @@
-// Counters of the service, as Prometheus reads them.
+// Counters of the service, in Prometheus' format.
 #pragma once
 
 #include <array>

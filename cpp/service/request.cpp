@@ -30,20 +30,20 @@ json parse_json(std::string_view body) {
   } catch (const json::exception& error) {
     std::string why = error.what();
     std::ranges::replace_if(
-        why, [](char c) { return c < ' ' || c > '~'; }, '?');  // the parser quotes what it cannot read
+        why, [](char c) { return c < ' ' || c > '~'; }, '?');  // the parser quotes the bytes that it cannot read
     throw bad("the body is not JSON: " + why.substr(0, 300));
   }
   if (!parsed.is_object()) throw bad("the body is " + std::string(parsed.type_name()) + ", expected a JSON object");
   return parsed;
 }
 
-// The fields of a body; each is taken once, what nobody takes is unknown.
+// The fields of a body. A field that no call has looked for is unknown.
 class Fields {
  public:
   explicit Fields(const json& body) : body_(body) {}
 
   const json* find(const std::string& name) {
-    taken_.insert(name);
+    looked_for_.insert(name);
     const auto found = body_.find(name);
     return found == body_.end() || found->is_null() ? nullptr : &*found;
   }
@@ -66,7 +66,7 @@ class Fields {
     });
   }
 
-  // What the service does not do may be sent with the value that asks for nothing.
+  // A field that the service does not support may be sent with the value that changes nothing.
   void require_neutral(const std::string& name, const json& neutral) {
     const json* found = find(name);
     if (found == nullptr || *found == neutral) return;
@@ -75,7 +75,7 @@ class Fields {
 
   void require_no_others() const {
     for (const auto& [name, value] : body_.items()) {
-      if (!taken_.contains(name)) throw bad("the field " + shown(name) + " is unknown; remove it");
+      if (!looked_for_.contains(name)) throw bad("the field " + shown(name) + " is unknown; remove it");
     }
   }
 
@@ -89,7 +89,7 @@ class Fields {
   }
 
   const json& body_;
-  std::set<std::string> taken_;
+  std::set<std::string> looked_for_;
 };
 
 void read_prompt(Fields& fields, const Limits& limits, CompletionRequest& request) {
@@ -141,7 +141,7 @@ CompletionRequest parse_request(std::string_view body, const Limits& limits, std
   request.sampling.seed = seed;
   std::string user;
   fields.read("model", request.model);
-  fields.read("user", user);  // nothing is kept by user
+  fields.read("user", user);  // accepted and ignored
   read_prompt(fields, limits, request);
   read_stop(fields, limits, request);
   fields.read("max_tokens", request.max_tokens);
@@ -167,7 +167,7 @@ CompletionRequest parse_request(std::string_view body, const Limits& limits, std
               std::to_string(limits.new_tokens));
   }
   try {
-    megalodon::sample({0.0F}, request.sampling, 0);  // refuses values out of range
+    megalodon::sample({0.0F}, request.sampling, 0);  // throws for values out of range
   } catch (const megalodon::Error& error) {
     throw bad(error.what());
   }

@@ -1,4 +1,4 @@
-// The body of POST /v1/completions, checked.
+// Parses and checks the body of POST /v1/completions.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct Limits {
   std::size_t body_bytes = std::size_t{1} << 20;
   std::size_t prompt_tokens = 32768;
   std::int64_t new_tokens = 4096;
-  std::size_t stop_strings = 16, stop_bytes = 256;  // of each
+  std::size_t stop_strings = 16, stop_bytes = 256;  // stop_bytes: of each string
 };
 
 struct CompletionRequest {
@@ -27,17 +27,17 @@ struct CompletionRequest {
   std::vector<std::string> stop;
 };
 
-// Why a request is refused, and the HTTP status that says so.
+// A refused request: the message says why, and `status` is the HTTP status.
 class Refused : public std::runtime_error {
  public:
   Refused(int status, const std::string& why) : std::runtime_error(why), status(status) {}
   int status;
 };
 
-// A prompt of too many tokens.
+// The refusal of a prompt with too many tokens.
 Refused too_long(std::size_t found, std::size_t most);
 
-// Throws Refused, with 400, or 413 for what is too long. `seed`: for a request without one.
+// Throws Refused, with status 413 for a prompt that is too long and 400 otherwise. `seed` is for a request without one.
 CompletionRequest parse_request(std::string_view body, const Limits& limits, std::uint64_t seed);
 
 }  // namespace service

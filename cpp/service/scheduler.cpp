@@ -6,7 +6,7 @@
 namespace service {
 namespace {
 
-constexpr std::size_t kFewest = 32;  // tokens that a call of the prefill program is worth
+constexpr std::size_t kFewest = 32;  // tokens of a stream that make a call of prefill worth its cost
 
 }  // namespace
 
@@ -66,8 +66,8 @@ class Scheduler::Stream {
     return {begin, begin + static_cast<std::ptrdiff_t>(size)};
   }
   std::int64_t last_token() const { return last_; }
-  std::uint64_t count() const { return count_; }  // of tokens sampled
-  bool is_over() const { return over_; }
+  std::uint64_t count() const { return count_; }  // tokens sampled
+  bool is_finished() const { return finished_; }
 
   void sample(const std::vector<float>& logits) {
     push(megalodon::sample(logits, request().sampling, 0));
@@ -76,7 +76,7 @@ class Scheduler::Stream {
     metrics_.first_token_microseconds += static_cast<std::uint64_t>(waited / std::chrono::microseconds(1));
   }
 
-  // The next token of the stream: gives out what it means, and ends the stream at the end of the text.
+  // Takes the next token of the stream and gives its text to the client. Ends the stream if the text ends with it.
   void push(std::int64_t token) {
     last_ = token;
     ++count_;
@@ -88,14 +88,14 @@ class Scheduler::Stream {
   }
 
   void fail(const std::string& why) {
-    over_ = true;
+    finished_ = true;
     metrics_.count(Outcome::failed);
     completion_->fail(why);
   }
 
   void drop_if_cancelled() {
-    if (over_ || !completion_->is_cancelled()) return;
-    over_ = true;
+    if (finished_ || !completion_->is_cancelled()) return;
+    finished_ = true;
     metrics_.count(Outcome::cancelled);
   }
 
@@ -103,7 +103,7 @@ class Scheduler::Stream {
 
  private:
   void end(const std::string& reason) {
-    over_ = true;
+    finished_ = true;
     const std::string rest = text_ ? text_->flush() : "";
     metrics_.count(Outcome::completed);
     completion_->finish(text_ && text_->stopped() ? "stop" : reason, rest);
@@ -113,12 +113,13 @@ class Scheduler::Stream {
   Metrics& metrics_;
   std::optional<megalodon::TextStream> text_;
   std::int64_t eos_, last_ = 0;
-  std::size_t fed_ = 0;  // of the prompt
+  std::size_t fed_ = 0;  // tokens of the prompt
   std::uint64_t count_ = 0;
-  bool over_ = false;
+  bool finished_ = false;
 };
 
-// ---- all of them ----------------------------------------------------------------------------------------------------
+// ---- all streams
+// -----------------------------------------------------------------------------------------------------
 
 Scheduler::Scheduler(const megalodon::Engine& engine, SchedulerOptions options, Metrics& metrics)
     : engine_(engine), options_(options), metrics_(metrics), thread_([this] { run(); }) {}
@@ -163,12 +164,12 @@ void Scheduler::run() {
   }
 }
 
-// Gives sessions to those who wait; waits for somebody if nobody is there. False at the end.
+// Starts streams for requests that wait, and waits for a request if there is no stream. Returns false at the end.
 bool Scheduler::admit() {
   std::unique_lock lock(mutex_);
   idle_ = prefilling_.empty() && decoding_.empty();
   if (idle_ && queue_.empty()) {
-    changed_.notify_all();  // those who wait for the end of everything
+    changed_.notify_all();  // `drain` waits for this
     changed_.wait(lock, [&] { return stop_ || !queue_.empty(); });
     if (queue_.empty()) return false;
   }
@@ -207,29 +208,30 @@ void Scheduler::drop_cancelled() {
   }
   for (Streams* streams : {&prefilling_, &decoding_}) {
     for (auto& stream : *streams) stream->drop_if_cancelled();
-    settle(*streams);
+    remove_finished(*streams);
   }
 }
 
-// Removes those that are over. The last takes the place of one that leaves: then it alone moves.
-void Scheduler::settle(Streams& streams) {
+// Removes streams that are finished. The last stream takes the place of one that leaves, so it is the only one whose
+// state moves.
+void Scheduler::remove_finished(Streams& streams) {
   for (std::size_t i = streams.size(); i-- > 0;) {
-    if (!streams[i]->is_over()) continue;
+    if (!streams[i]->is_finished()) continue;
     std::swap(streams[i], streams.back());
     streams.pop_back();
   }
 }
 
-// Feeds the first `count` streams; if that fails, they have failed.
+// Calls `call` to feed the first `count` streams. If that throws, the streams have failed.
 template <typename Call>
-void Scheduler::attempt(Streams& streams, std::size_t count, Call call) {
+void Scheduler::feed(Streams& streams, std::size_t count, Call call) {
   std::vector<megalodon::Session*> sessions;
   for (std::size_t i = 0; i < count; ++i) sessions.push_back(&streams[i]->session);
   try {
     call(sessions);
   } catch (const std::exception& error) {
     for (std::size_t i = 0; i < count; ++i) {
-      if (!streams[i]->is_over()) streams[i]->fail(error.what());
+      if (!streams[i]->is_finished()) streams[i]->fail(error.what());
     }
   }
 }
@@ -239,7 +241,7 @@ void Scheduler::prefill() {
   if (count == 0) return;
   std::vector<std::vector<std::int64_t>> pieces;
   for (std::size_t i = 0; i < count; ++i) pieces.push_back(prefilling_[i]->next_piece(options_.prefill_tokens / count));
-  attempt(prefilling_, count, [&](const std::vector<megalodon::Session*>& sessions) {
+  feed(prefilling_, count, [&](const std::vector<megalodon::Session*>& sessions) {
     const auto logits = megalodon::prefill_batch(sessions, pieces);
     for (std::size_t i = 0; i < count; ++i) {
       if (prefilling_[i]->prompt_left() == 0) prefilling_[i]->sample(logits[i]);
@@ -248,7 +250,7 @@ void Scheduler::prefill() {
   Streams left;
   for (std::size_t i = 0; i < prefilling_.size(); ++i) {
     auto& stream = prefilling_[i];
-    if (stream->is_over()) continue;
+    if (stream->is_finished()) continue;
     (stream->prompt_left() == 0 ? decoding_ : left).push_back(std::move(stream));
   }
   prefilling_ = std::move(left);
@@ -264,12 +266,12 @@ void Scheduler::decode() {
     samplings.push_back(stream->request().sampling);
     indices.push_back(stream->count());
   }
-  attempt(decoding_, decoding_.size(), [&](const std::vector<megalodon::Session*>& sessions) {
+  feed(decoding_, decoding_.size(), [&](const std::vector<megalodon::Session*>& sessions) {
     const auto next = megalodon::step_batch(sessions, token_ids, samplings, indices);
     ++metrics_.decode_steps;
     for (std::size_t i = 0; i < next.size(); ++i) decoding_[i]->push(next[i]);
   });
-  settle(decoding_);
+  remove_finished(decoding_);
 }
 
 }  // namespace service

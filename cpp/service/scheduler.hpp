@@ -1,4 +1,4 @@
-// Continuous batching: one thread owns all sessions, and streams join and leave between its steps.
+// Continuous batching: one thread owns all sessions, and streams join and leave between two decode steps.
 #pragma once
 
 #include <atomic>
@@ -17,25 +17,25 @@ namespace service {
 
 inline constexpr const char* kShuttingDown = "the service is shutting down";
 
-// What one request has generated, from the scheduler's thread to its connection's.
+// Carries what one request generates from the scheduler's thread to the connection's thread.
 class Completion {
  public:
   struct Update {
     std::string text;
     std::vector<std::int64_t> token_ids;
-    std::string finish_reason;  // "stop" or "length"; empty: there is more to come
-    std::string failure;        // why there is no more
+    std::string finish_reason;  // "stop" or "length"; empty if there is more to come
+    std::string failure;        // why the request failed; empty if it has not
     bool is_last() const { return !finish_reason.empty() || !failure.empty(); }
   };
 
   explicit Completion(CompletionRequest request) : request(std::move(request)) {}
 
-  // What is new, as soon as there is something, or nothing after `timeout`.
+  // Returns what is new as soon as there is something, or an empty update after `timeout`.
   Update wait(std::chrono::milliseconds timeout);
   void add(std::int64_t token_id, const std::string& text);
   void finish(const std::string& reason, const std::string& text);
   void fail(const std::string& why);
-  // The client has gone.
+  // The client has disconnected.
   void cancel() { cancelled_ = true; }
   bool is_cancelled() const { return cancelled_; }
 
@@ -52,9 +52,9 @@ class Completion {
 };
 
 struct SchedulerOptions {
-  std::size_t streams = 32;          // that run at the same time, at most the bundle's largest batch
-  std::size_t queue = 64;            // that wait
-  std::size_t prefill_tokens = 256;  // fed between two decode steps, so that prompts do not hold up those who decode
+  std::size_t streams = 32;          // running at the same time; at most the bundle's largest batch
+  std::size_t queue = 64;            // requests that wait
+  std::size_t prefill_tokens = 256;  // of prompts, fed between two decode steps: long prompts must not delay decoding
 };
 
 class Scheduler {
@@ -62,9 +62,9 @@ class Scheduler {
   Scheduler(const megalodon::Engine& engine, SchedulerOptions options, Metrics& metrics);
   ~Scheduler();
 
-  // Prompt as token ids, 1 or more. Null if the queue is full, or the service is shutting down.
+  // The request has its prompt as token ids, 1 or more. Null if the queue is full, or the service is shutting down.
   std::shared_ptr<Completion> submit(CompletionRequest request);
-  // Takes no more requests, waits for those that it has, and ends what is left after `timeout`.
+  // Accepts no more requests, waits for the present ones, and ends after `timeout` those that are left.
   void drain(std::chrono::seconds timeout);
   bool is_draining() const { return draining_; }
 
@@ -78,8 +78,8 @@ class Scheduler {
   void prefill();
   void decode();
   template <typename Call>
-  void attempt(Streams& streams, std::size_t count, Call call);
-  void settle(Streams& streams);
+  void feed(Streams& streams, std::size_t count, Call call);
+  void remove_finished(Streams& streams);
 
   const megalodon::Engine& engine_;
   const SchedulerOptions options_;

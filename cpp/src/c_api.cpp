@@ -1,136 +1,13 @@
-// The C ABI: handles around the classes, and no exception beyond this file.
-#include <algorithm>
-#include <cstring>
-#include <new>
+// The C ABI. Handles wrap the library's classes, and no exception leaves a function.
+#include "c_api.hpp"
 
-#include "error.hpp"
-#include "sampling.hpp"
-#include "session.hpp"
-#include "tokenizer.hpp"
+#include <algorithm>
+
+#include "generation/sampling.hpp"
 
 namespace impl = megalodon::impl;
-
-struct megalodon_engine {
-  std::shared_ptr<const impl::Engine> engine;
-};
-struct megalodon_session {
-  std::unique_ptr<impl::Session> session;
-};
-struct megalodon_snapshot {
-  impl::Snapshot snapshot;
-};
-struct megalodon_text_stream {
-  std::shared_ptr<const impl::Engine> engine;
-  impl::TextStream stream;
-  std::string piece;
-};
-
-namespace {
-
-using impl::require;
-
-thread_local std::string last_error;
-
-megalodon_status remember(megalodon_status status, const char* message) noexcept {
-  try {
-    last_error = message;
-  } catch (...) {
-    last_error.clear();
-  }
-  return status;
-}
-
-template <typename Call>
-megalodon_status guarded(Call call) noexcept {
-  try {
-    call();
-    return MEGALODON_OK;
-  } catch (const impl::Error& error) {
-    return remember(error.code, error.what());
-  } catch (const std::bad_alloc&) {
-    return remember(MEGALODON_OUT_OF_MEMORY, "out of memory; use fewer sessions, or a smaller model");
-  } catch (const std::exception& error) {
-    return remember(MEGALODON_FAILED, error.what());
-  } catch (...) {
-    return remember(MEGALODON_FAILED, "something unknown was thrown");
-  }
-}
-
-void need(const void* pointer, const char* name) {
-  require(pointer != nullptr, std::string(name) + " is NULL, expected an address");
-}
-
-// What an option struct of the caller's version holds, over the defaults for what it has not.
-template <typename Options>
-Options read_options(const Options* given, Options defaults) {
-  if (given == nullptr) return defaults;
-  require(given->struct_size >= sizeof given->struct_size && given->struct_size <= 4096,
-          "struct_size is " + std::to_string(given->struct_size) + "; initialise options with their _INIT");
-  std::memcpy(&defaults, given, std::min(given->struct_size, sizeof defaults));
-  return defaults;
-}
-
-// Fills as much of a result as the caller's version of the struct has.
-template <typename Result>
-void write_result(Result* to, Result result) {
-  require(to->struct_size >= sizeof to->struct_size, "struct_size is too small; set it to the size of the struct");
-  result.struct_size = to->struct_size;
-  std::memcpy(to, &result, std::min(to->struct_size, sizeof result));
-}
-
-std::span<const std::int64_t> ids_of(const std::int64_t* token_ids, std::size_t count) {
-  if (count > 0) need(token_ids, "token_ids");
-  return {token_ids, count};
-}
-
-std::span<float> logits_of(const impl::Session& session, float* logits, std::size_t rows) {
-  if (logits == nullptr) return {};
-  return {logits, rows * static_cast<std::size_t>(session.engine()->manifest().logits_size)};
-}
-
-std::vector<std::string> strings_of(const char* const* strings, std::size_t count) {
-  if (count > 0) need(strings, "stop");
-  std::vector<std::string> values;
-  for (std::size_t i = 0; i < count; ++i) {
-    need(strings[i], "a stop string");
-    values.emplace_back(strings[i]);
-  }
-  return values;
-}
-
-impl::Session& of(const megalodon_session* session) {
-  need(session, "session");
-  return *session->session;
-}
-
-const impl::Engine& of(const megalodon_engine* engine) {
-  need(engine, "engine");
-  return *engine->engine;
-}
-
-std::vector<impl::Session*> sessions_of(megalodon_session* const* sessions, std::size_t count) {
-  require(count > 0, "there are no sessions to feed; give at least one");
-  need(sessions, "sessions");
-  std::vector<impl::Session*> all;
-  for (std::size_t i = 0; i < count; ++i) all.push_back(&of(sessions[i]));
-  return all;
-}
-
-impl::GenerateOptions convert(const megalodon_generate_options& options) {
-  return {options.sampling, options.max_new_tokens, options.eos_token_id};
-}
-
-megalodon_generate_result convert(const impl::GenerateResult& result) {
-  return {0,
-          result.finish,
-          result.prompt_tokens,
-          result.new_tokens,
-          result.prefill_seconds,
-          result.decode_seconds,
-          result.sample_seconds};
-}
-
-}  // namespace
+using namespace megalodon::impl::abi;
+using megalodon::impl::require;
 
 extern "C" {
 
@@ -158,18 +35,7 @@ void megalodon_engine_free(megalodon_engine* engine) { delete engine; }
 megalodon_status megalodon_engine_get_info(const megalodon_engine* engine, megalodon_engine_info* info) {
   return guarded([&] {
     need(info, "info");
-    const impl::Engine& one = of(engine);
-    const impl::Manifest& manifest = one.manifest();
-    write_result(info, megalodon_engine_info{.struct_size = 0,
-                                             .vocab_size = manifest.vocab_size,
-                                             .logits_size = manifest.logits_size,
-                                             .bos_token_id = manifest.bos.value_or(-1),
-                                             .eos_token_id = manifest.eos.value_or(-1),
-                                             .max_batch = manifest.max_batch,
-                                             .layers = manifest.layers,
-                                             .state_bytes = one.state_bytes(),
-                                             .weight_bytes = one.weight_bytes(),
-                                             .has_tokenizer = one.has_tokenizer() ? 1 : 0});
+    write_result(info, info_of(of(engine)));
   });
 }
 
@@ -325,9 +191,7 @@ megalodon_status megalodon_text_stream_push(megalodon_text_stream* stream, int64
     need(stream, "stream");
     need(piece, "piece");
     need(size, "size");
-    stream->piece = stream->stream.push(token_id);
-    *piece = stream->piece.c_str();
-    *size = stream->piece.size();
+    give_piece(*stream, stream->stream.push(token_id), piece, size);
     if (stopped != nullptr) *stopped = stream->stream.stopped() ? 1 : 0;
   });
 }
@@ -337,9 +201,7 @@ megalodon_status megalodon_text_stream_flush(megalodon_text_stream* stream, cons
     need(stream, "stream");
     need(piece, "piece");
     need(size, "size");
-    stream->piece = stream->stream.flush();
-    *piece = stream->piece.c_str();
-    *size = stream->piece.size();
+    give_piece(*stream, stream->stream.flush(), piece, size);
   });
 }
 

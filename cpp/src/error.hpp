@@ -1,4 +1,4 @@
-// Errors inside the library; the C ABI turns them into codes and messages.
+// Errors inside the library. The C ABI turns them into status codes and messages.
 #pragma once
 
 #include <stdexcept>
@@ -8,7 +8,7 @@
 
 namespace megalodon::impl {
 
-// What was wrong, what was expected and what to do, with the code that a C caller gets.
+// The message says what was wrong, what was expected and what to do. A C caller gets `code` as the status.
 class Error : public std::runtime_error {
  public:
   Error(megalodon_status code, const std::string& message) : std::runtime_error(message), code(code) {}
@@ -17,12 +17,16 @@ class Error : public std::runtime_error {
 
 inline Error invalid(const std::string& message) { return {MEGALODON_INVALID_ARGUMENT, message}; }
 inline Error bad_bundle(const std::string& message) { return {MEGALODON_BAD_BUNDLE, message}; }
-// Files of a bundle that disagree.
+// Two files of a bundle contradict each other.
 inline Error inconsistent(const std::string& message) { return bad_bundle(message + "; export the bundle again"); }
 inline Error unavailable(const std::string& message) { return {MEGALODON_UNAVAILABLE, message}; }
 inline Error io_error(const std::string& message) { return {MEGALODON_IO, message}; }
 
-// One that Python raises as a ValueError: refused before anything ran, the session is as it was.
+// The end of messages about programs that were compiled for another machine.
+inline constexpr const char* kExportAgain = "; export it again on this machine: megalodon-export aoti";
+
+// Throws MEGALODON_INVALID_ARGUMENT unless `condition` holds. Callers check before they change anything, so the session
+// stays as it was. Python raises ValueError for the same mistakes.
 inline void require(bool condition, const std::string& message) {
   if (!condition) throw invalid(message);
 }

@@ -1,10 +1,10 @@
-// The rows of a block as programs see them.
+// The rows of a block, as programs get them.
 #include <gtest/gtest.h>
 
 #include <array>
 #include <cstring>
 
-#include "cache.hpp"
+#include "runtime/cache.hpp"
 
 namespace {
 
@@ -21,7 +21,7 @@ std::int64_t* numbers(const Tensor& tensor, std::vector<std::int64_t> shape) {
   return static_cast<std::int64_t*>(const_cast<void*>(tensor.contiguous(*dtype_by_name("int64"), shape)));
 }
 
-TEST(Cache, ProgramsGetAlignedTensorsAndChangeTheRowsThemselves) {
+TEST(Cache, ProgramsGetAlignedTensorsAndUpdateTheRows) {
   const auto device = open_device("cpu", "");
   const std::vector<CacheTensor> tensors = layout();
   const auto block = std::make_shared<CacheBlock>(tensors, *device, 4);
@@ -29,22 +29,22 @@ TEST(Cache, ProgramsGetAlignedTensorsAndChangeTheRowsThemselves) {
   for (std::int64_t first = 0; first < 4; ++first) {
     for (std::int64_t rows = 1; first + rows <= 4; ++rows) {
       const CacheView view(block, first, rows);
-      view.enter(nullptr);
+      view.copy_in(nullptr);
       for (std::size_t i = 0; i < tensors.size(); ++i) {
         std::vector<std::int64_t> shape{rows};
         shape.insert(shape.end(), tensors[i].row_shape.begin(), tensors[i].row_shape.end());
         ASSERT_EQ(reinterpret_cast<std::uintptr_t>(numbers(view.tensor(i), shape)) % 16, 0U);
       }
       for (std::int64_t row = 0; row < rows; ++row) ++numbers(view.tensor(1), {rows})[row];
-      view.leave(nullptr);
+      view.copy_out(nullptr);
     }
   }
   std::array<std::int64_t, 4> counts{};
   std::memcpy(counts.data(), block->row(1, 0), sizeof counts);
-  EXPECT_EQ(counts, (std::array<std::int64_t, 4>{4, 6, 6, 4}));  // in how many of the ranges each row was
+  EXPECT_EQ(counts, (std::array<std::int64_t, 4>{4, 6, 6, 4}));  // the number of ranges that contain each row
 }
 
-TEST(Cache, AllButTheRingsOfAWholeBlockIsOnePiece) {
+TEST(Cache, TheStatesOfAWholeBlockAreOnePiece) {
   const auto device = open_device("cpu", "");
   const std::vector<CacheTensor> tensors = layout();
   const auto block = std::make_shared<CacheBlock>(tensors, *device, 2);
@@ -54,7 +54,7 @@ TEST(Cache, AllButTheRingsOfAWholeBlockIsOnePiece) {
     EXPECT_GE(block->row(i, 0), whole.states[0].data());
     EXPECT_LE(block->row(i, 1) + tensors[i].row_bytes, whole.states[0].data() + whole.states[0].size());
   }
-  EXPECT_EQ(part.states.size(), 2U);  // others' rows lie between
+  EXPECT_EQ(part.states.size(), 2U);  // rows of others lie between them
   EXPECT_EQ(part.states[0].data(), block->row(1, 1));
   EXPECT_EQ(whole.rings.size(), 1U);
   EXPECT_EQ(part.rings.size(), 1U);

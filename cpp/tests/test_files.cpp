@@ -1,13 +1,13 @@
-// safetensors and snapshots: what is damaged is refused, what is whole comes back.
+// Reading and writing files, safetensors and snapshots: damaged ones are refused.
 #include <gtest/gtest.h>
 
 #include <cstring>
 #include <fstream>
 
+#include "bundle/file.hpp"
+#include "bundle/safetensors.hpp"
 #include "error.hpp"
-#include "file.hpp"
-#include "safetensors.hpp"
-#include "snapshot.hpp"
+#include "generation/snapshot.hpp"
 
 namespace megalodon::impl {
 namespace {
@@ -32,8 +32,8 @@ TEST(Safetensors, WholeFileIsRead) {
 }
 
 TEST(Safetensors, ScalarsAndEmptyTensors) {
-  auto bytes = file_of(
-      R"({"e":{"dtype":"F32","shape":[0,5],"data_offsets":[0,0]},"x":{"dtype":"I64","shape":[],"data_offsets":[0,8]}})");
+  auto bytes = file_of(R"({"e":{"dtype":"F32","shape":[0,5],"data_offsets":[0,0]},)"
+                       R"("x":{"dtype":"I64","shape":[],"data_offsets":[0,8]}})");
   EXPECT_EQ(parse_safetensors(bytes, "file").tensors.size(), 2U);
 }
 

@@ -1,4 +1,4 @@
-// The sampler against slow arithmetic of its own; that it equals Python's is tested from Python.
+// The sampler against a slow and obvious one. tests/test_cpp.py compares it with Python's.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "error.hpp"
-#include "sampling.hpp"
+#include "generation/sampling.hpp"
 
 namespace megalodon::impl {
 namespace {
@@ -61,7 +61,7 @@ std::set<std::int64_t> reached(const std::vector<float>& logits, const megalodon
 TEST(Sampling, FiltersKeepWhatTheySay) {
   const std::vector<float> logits{1.0F, 3.0F, 3.0F, 2.0F, 0.0F};
   using Ids = std::set<std::int64_t>;
-  EXPECT_EQ(reached(logits, {1.0, 1, 1.0, 0.0, 0}), (Ids{1}));  // equal logits: the lower id
+  EXPECT_EQ(reached(logits, {1.0, 1, 1.0, 0.0, 0}), (Ids{1}));  // of equal logits, the lower id wins
   EXPECT_EQ(reached(logits, {1.0, 3, 1.0, 0.0, 0}), (Ids{1, 2, 3}));
   EXPECT_EQ(reached(logits, {1.0, 0, 1e-9, 0.0, 0}), (Ids{1}));
   EXPECT_EQ(reached(logits, {1.0, 0, 0.5, 0.0, 0}), (Ids{1, 2}));
@@ -70,7 +70,8 @@ TEST(Sampling, FiltersKeepWhatTheySay) {
   EXPECT_EQ(reached(logits, {0.0, 0, 1.0, 0.0, 0}), (Ids{1}));
 }
 
-// Steps 2 to 8 of megalodon_export/sampling.py, as they are written there: the whole vocabulary sorted, sums in order.
+// Steps 2 to 8 of the algorithm in the docstring of `megalodon_export.generation.sampling`, written down directly: it
+// sorts the whole vocabulary and sums in order.
 std::int64_t sample_slowly(const std::vector<float>& logits, const megalodon_sampling& params, std::uint64_t index) {
   const double peak = *std::ranges::max_element(logits);
   const double unit = std::ldexp(1.0, 53 - std::bit_width(logits.size()));
@@ -110,7 +111,7 @@ TEST(Sampling, NoShortcutChangesAToken) {
   };
   for (int round = 0; round < 3'000; ++round) {
     std::vector<float> logits(any(1U, 2U, 3U, 63U, 64U, 65U, 257U, 1'000U, 5'000U));
-    const float step = any(0.0F, 0.25F, 1.0F);  // what is rounded to steps has many equal logits
+    const float step = any(0.0F, 0.25F, 1.0F);  // rounding to steps makes many logits equal
     for (float& logit : logits) {
       logit = normal(random);
       if (step > 0.0F) logit = std::nearbyint(logit / step) * step;
@@ -125,7 +126,7 @@ TEST(Sampling, NoShortcutChangesAToken) {
   }
 }
 
-TEST(Sampling, WhatIsNoDistributionIsRefused) {
+TEST(Sampling, LogitsThatAreNoDistributionAreRefused) {
   constexpr float inf = std::numeric_limits<float>::infinity();
   for (const std::vector<float>& logits : {std::vector{0.0F, NAN}, {inf, 0.0F}, {-inf, -inf}}) {
     EXPECT_THROW(sample(logits, kPlain, 0), Error);

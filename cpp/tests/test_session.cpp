@@ -1,4 +1,4 @@
-// Sessions through the public interface, on the bundle in MEGALODON_TEST_BUNDLE.
+// Sessions through the public interface. The environment variable MEGALODON_TEST_BUNDLE names the bundle.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -64,7 +64,7 @@ void expect_close(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 TEST(Session, AnySplitGivesTheSameLogits) {
-  const Ids ids = tokens(300);  // crosses chunks, and the limit of a call
+  const Ids ids = tokens(300);  // crosses chunks, and more than one call of the program takes
   Session whole(engine());
   const auto expected = whole.prefill(ids);
   for (const std::size_t size : {std::size_t{1}, std::size_t{31}, std::size_t{64}, std::size_t{129}}) {
@@ -92,17 +92,17 @@ TEST(Session, GenerateIsALoopOverPrefillAndDecode) {
   }
 }
 
-TEST(Session, GenerationGoesOnWhereItStopped) {
+TEST(Session, GenerationContinuesWhereItStopped) {
   Session whole(engine()), parts(engine());
   const Ids expected = generate(whole, tokens(5), options(20));
   Ids written = generate(parts, tokens(5), options(7));
-  EXPECT_EQ(parts.position(), 5 + 6);  // the last token is given out, but not fed
+  EXPECT_EQ(parts.position(), 5 + 6);  // the last token is generated, but not fed yet
   const Ids rest = generate(parts, {}, options(13));
   written.insert(written.end(), rest.begin(), rest.end());
   EXPECT_EQ(written, expected);
 }
 
-TEST(Session, ForkSnapshotAndResetAreWhatTheySay) {
+TEST(Session, ForkSnapshotAndResetGiveTheStatesThatTheyPromise) {
   Session session(engine());
   generate(session, tokens(70), options(9));
   const auto snapshot = session.snapshot();
@@ -149,7 +149,7 @@ TEST(Session, StopsWhereItIsTold) {
   EXPECT_EQ(by_eos.new_tokens, first);
 }
 
-TEST(Session, WhatACallbackThrowsComesOut) {
+TEST(Session, ExceptionsOfACallbackReachTheCaller) {
   Session session(engine());
   const auto raise = [](std::int64_t) { throw std::domain_error("mine"); };
   EXPECT_THROW(session.generate(tokens(5), options(5), raise), std::domain_error);
@@ -184,7 +184,7 @@ TEST(Session, InvalidArgumentsLeaveTheStreamAsItIs) {
   EXPECT_EQ(megalodon_engine_open(nullptr, nullptr, nullptr), MEGALODON_INVALID_ARGUMENT);
 }
 
-// A copy of the bundle whose manifest promises wider logits than the programs give.
+// A copy of the bundle with a manifest that promises more logits than the programs return.
 std::filesystem::path lying_bundle() {
   const auto folder = std::filesystem::path(testing::TempDir()) / "megalodon-lying-bundle";
   std::filesystem::remove_all(folder);
@@ -218,7 +218,7 @@ TEST(Session, AFailedProgramPoisonsItsSessionsUntilReset) {
   std::filesystem::remove_all(folder);
 }
 
-TEST(Batch, RowsAreStreamsOfTheirOwn) {
+TEST(Batch, RowsAreIndependentStreams) {
   std::vector<Session> batched, alone;
   for (const std::size_t length : {3U, 64U, 100U, 1U, 7U}) {
     batched.emplace_back(engine()).prefill(tokens(length, static_cast<std::int64_t>(length)));
@@ -235,18 +235,19 @@ TEST(Batch, RowsAreStreamsOfTheirOwn) {
     for (std::size_t i = 0; i < rows.size(); ++i) expect_close(logits[i], alone[rows[i]].decode(ids[i]));
   };
   for (std::int64_t token = 0; token < 70; ++token) step({0, 1, 2, 3, 4}, token);  // crosses a chunk
-  step({1, 2, 3}, 80);                                                             // some of a group, where they are
-  step({4, 2, 0}, 90);                                                             // another order
-  step({3}, 91);                                                                   // one of a group
-  batched[2].reset();                                                              // touches nobody else's row
+  step({1, 2, 3}, 80);  // consecutive rows, which do not move
+  step({4, 2, 0}, 90);  // another order
+  step({3}, 91);        // one row alone
+  batched[2].reset();   // changes no other row
   alone[2].reset();
   step({0, 1, 2, 3, 4}, 92);
-  batched.erase(batched.begin());  // the others keep the memory that they share
+  batched.erase(batched.begin());  // the others keep their shared memory
   alone.erase(alone.begin());
   step({0, 1, 2, 3}, 100);
 }
 
-TEST(Batch, StreamsComeAndGo) {  // as in a service: the last takes the place of one that leaves, others are appended
+// New streams are appended, and the last stream takes the place of one that leaves. A service does the same.
+TEST(Batch, StreamsJoinAndLeave) {
   std::vector<std::unique_ptr<Session>> batched, alone;
   const auto join = [&](std::size_t length) {
     batched.push_back(std::make_unique<Session>(engine()));
@@ -280,7 +281,7 @@ TEST(Batch, PromptsOfAnyLengthsAreFedSideBySide) {
     alone.emplace_back(engine());
   }
   for (Session& session : sessions) batch.push_back(&session);
-  for (int round = 0; round < 2; ++round) {  // the second time from different positions
+  for (int round = 0; round < 2; ++round) {  // the second time, streams are at different positions
     const auto logits = megalodon::prefill_batch(batch, prompts);
     for (std::size_t i = 0; i < prompts.size(); ++i) expect_close(logits[i], alone[i].prefill(prompts[i]));
     std::ranges::reverse(prompts);
@@ -291,7 +292,7 @@ TEST(Batch, PromptsOfAnyLengthsAreFedSideBySide) {
   EXPECT_EQ(sessions[0].position(), alone[0].position());
 }
 
-TEST(Batch, StepsSampleWhatEachStreamWould) {
+TEST(Batch, StepsSampleTheTokensThatEachStreamGeneratesAlone) {
   const std::vector<megalodon_sampling> samplings{
       MEGALODON_GREEDY, {0.8, 0, 0.9, 0.0, 7}, {1.2, 20, 1.0, 0.0, 8}, {1.0, 0, 1.0, 0.1, 9}};
   for (const bool greedy : {true, false}) {
@@ -320,7 +321,7 @@ TEST(Batch, StepsSampleWhatEachStreamWould) {
   }
 }
 
-TEST(Batch, TokensGivenOutAreFedFirst) {
+TEST(Batch, PendingTokensAreFedFirst) {
   Session session(engine()), other(engine()), same(engine());
   other.prefill({1});
   const Ids written = generate(session, tokens(5), options(6));
@@ -340,7 +341,7 @@ TEST(Batch, LargerThanTheBundleIsRefused) {
   EXPECT_EQ(status_of([&] { megalodon::decode_batch(batch, Ids(count, 1)); }), MEGALODON_INVALID_ARGUMENT);
 }
 
-TEST(Threads, EightGiveWhatOneGives) {
+TEST(Threads, EightGiveTheTokensThatOneGives) {
   constexpr std::size_t count = 64;
   const auto work = [](std::size_t i) {
     Session session(engine());
@@ -370,7 +371,7 @@ TEST(Abi, StructsOfOtherVersions) {
   EXPECT_EQ(megalodon_abi_version(), static_cast<std::uint32_t>(MEGALODON_ABI_VERSION));
   megalodon_engine_info info{};
   EXPECT_EQ(megalodon_engine_get_info(engine().get(), &info), MEGALODON_INVALID_ARGUMENT);  // no struct_size
-  info.struct_size = 2 * sizeof(std::int64_t);                                              // of an older caller
+  info.struct_size = 2 * sizeof(std::int64_t);  // as an older caller sets it
   EXPECT_EQ(megalodon_engine_get_info(engine().get(), &info), MEGALODON_OK);
   EXPECT_GT(info.vocab_size, 0);
   EXPECT_EQ(info.logits_size, 0);

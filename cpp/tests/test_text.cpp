@@ -1,12 +1,12 @@
-// Bytes to text, stop strings, and which tokenizers are read.
+// Decoding bytes to text, stop strings, and which tokenizers are refused.
 #include <gtest/gtest.h>
 
 #include <cstdlib>
 
+#include "bundle/file.hpp"
 #include "error.hpp"
-#include "file.hpp"
-#include "text_format.hpp"
-#include "tokenizer.hpp"
+#include "generation/text.hpp"
+#include "python_format.hpp"
 
 namespace megalodon::impl {
 namespace {
@@ -37,7 +37,7 @@ TEST(Text, NoPieceEndsInsideACharacter) {
   EXPECT_EQ(stream.push(0xAC), "\xE2\x82\xAC");
 }
 
-TEST(Text, WhatIsNoTextIsReplaced) {
+TEST(Text, BytesThatAreNotUtf8AreReplaced) {
   const std::string r = "\xEF\xBF\xBD";
   EXPECT_EQ(decode("\xFF"), r);
   EXPECT_EQ(decode("a\xE2\x82"), "a" + r);  // incomplete at the end

@@ -1,0 +1,33 @@
+// Reads, hashes and maps files; replaces a file as a whole or not at all.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+
+namespace megalodon::impl {
+
+std::string read_file(const std::filesystem::path& path);
+std::string sha256_of(const std::filesystem::path& path);  // lower-case hexadecimal digits
+std::string sha256_of(std::string_view data);
+void write_file(const std::filesystem::path& path, std::span<const std::byte> data);
+
+// A file mapped for reading. All processes that map it share its pages.
+// The mapping is copy-on-write: a program that wrote to a weight would change its own pages, never the file.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::filesystem::path& path);
+  ~MappedFile();
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+
+  std::span<std::byte> bytes() const { return {data_, size_}; }
+
+ private:
+  std::byte* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace megalodon::impl

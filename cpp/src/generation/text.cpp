@@ -1,0 +1,110 @@
+#include "generation/text.hpp"
+
+#include <algorithm>
+
+#include "error.hpp"
+
+namespace megalodon::impl {
+namespace {
+
+constexpr const char* kReplacement = "\xEF\xBF\xBD";  // U+FFFD
+
+// Whether `byte` may follow the bytes of an incomplete character (Unicode standard, table 3-7).
+bool continues(const std::string& incomplete, unsigned char byte) {
+  const auto lead = static_cast<unsigned char>(incomplete[0]);
+  const unsigned char low = incomplete.size() > 1 ? 0x80 : lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+  const unsigned char high = incomplete.size() > 1 ? 0xBF : lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+  return byte >= low && byte <= high;
+}
+
+std::size_t length_of(unsigned char lead) { return lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4; }
+
+}  // namespace
+
+// ---- stop strings ---------------------------------------------------------------------------------------------------
+
+StopScanner::StopScanner(std::vector<std::string> stop) : stop_(std::move(stop)) {
+  for (const std::string& one : stop_) {
+    require(!one.empty(), "an empty stop string would end every text at once; expected non-empty strings, drop it");
+    longest_ = std::max(longest_, one.size());
+  }
+}
+
+std::string StopScanner::push(const std::string& text) {
+  if (text.empty()) return "";
+  held_ += text;
+  const std::size_t match = first_match(), possible = first_possible_match();
+  // A stop string that begins earlier wins, even if it is completed later.
+  if (match <= possible && match < held_.size()) return end_at(match);
+  std::string piece = held_.substr(0, possible);
+  held_.erase(0, possible);
+  return piece;
+}
+
+std::string StopScanner::flush() { return end_at(first_match()); }
+
+std::string StopScanner::end_at(std::size_t position) {
+  stopped_ = stopped_ || position < held_.size();
+  std::string piece = held_.substr(0, position);
+  held_.clear();
+  return piece;
+}
+
+std::size_t StopScanner::first_match() const {
+  std::size_t first = held_.size();
+  for (const std::string& one : stop_) first = std::min(first, held_.find(one));
+  return first;
+}
+
+std::size_t StopScanner::first_possible_match() const {
+  const std::size_t size = held_.size();
+  for (std::size_t start = size + 1 > longest_ ? size + 1 - longest_ : 0; start < size; ++start) {
+    const std::string_view tail = std::string_view(held_).substr(start);
+    if (std::ranges::any_of(stop_, [&](const std::string& one) { return one.starts_with(tail); })) return start;
+  }
+  return size;
+}
+
+// ---- text -----------------------------------------------------------------------------------------------------------
+
+std::string TextStream::push(std::int64_t token_id) {
+  if (flushed_) throw invalid("push after flush: this stream has ended; make a new one for the next text");
+  require(token_id >= 0,
+          "token id is " + std::to_string(token_id) + ", expected >= 0; do not push padding or ignored labels");
+  if (stopped()) return "";
+  const int byte = tokenizer_.byte_of(token_id);
+  return byte < 0 ? "" : stop_.push(decode(static_cast<unsigned char>(byte)));
+}
+
+std::string TextStream::flush() {
+  if (flushed_ || stopped()) {
+    flushed_ = true;
+    return "";
+  }
+  flushed_ = true;
+  const std::string rest = stop_.push(incomplete_.empty() ? "" : kReplacement);
+  return rest + stop_.flush();
+}
+
+std::string TextStream::decode(unsigned char byte) {
+  std::string text;
+  if (!incomplete_.empty()) {
+    if (continues(incomplete_, byte)) {
+      incomplete_ += static_cast<char>(byte);
+      if (incomplete_.size() == length_of(static_cast<unsigned char>(incomplete_[0]))) text.swap(incomplete_);
+      return text;
+    }
+    text = kReplacement;
+    incomplete_.clear();
+  }
+  if (byte < 0x80) {
+    text += static_cast<char>(byte);
+  } else if (byte >= 0xC2 && byte <= 0xF4) {
+    incomplete_ = static_cast<char>(byte);
+  } else {
+    text += kReplacement;
+  }
+  return text;
+}
+
+}  // namespace megalodon::impl
