@@ -1,4 +1,4 @@
-// The sampler against a slow and obvious one. tests/test_cpp.py compares it with Python's.
+// The sampler against a slow and obvious one. tests/cpp/test_cpp.py compares it with Python's.
 #include <gtest/gtest.h>
 
 #include <algorithm>
