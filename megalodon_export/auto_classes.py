@@ -77,7 +77,7 @@ class _RegistrationHook(MetaPathFinder):
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader.exec_module = self._followed(spec.loader.exec_module)  # type: ignore[union-attr]
+            spec.loader.exec_module = self._followed(spec.loader.exec_module)  # type: ignore[method-assign,union-attr]
         return spec
 
     def _followed(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:

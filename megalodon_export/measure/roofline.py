@@ -9,10 +9,10 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from ..model import MegalodonConfig, MegalodonForCausalLM, QuantizedLinear, cache_layout, dimension_sizes
+from ..model import MegalodonLM, ModelConfig, QuantizedLinear, cache_layout, dimension_sizes
 
 
-def decode_bytes(config: MegalodonConfig, dtype: torch.dtype, batch: int, visible: float) -> float:
+def decode_bytes(config: ModelConfig, dtype: torch.dtype, batch: int, visible: float) -> float:
     """Bytes read and written by a decode step of `batch` rows, each of which sees `visible` tokens (itself included).
 
     Weights once, whatever the batch: every parameter but the embedding (one row of it for each row of the batch) and
@@ -33,14 +33,14 @@ def decode_bytes(config: MegalodonConfig, dtype: torch.dtype, batch: int, visibl
     return weight_bytes(config, dtype) + batch * row
 
 
-def weight_bytes(config: MegalodonConfig, dtype: torch.dtype) -> int:
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of the weights that a step reads whole; the rows of the embedding that it looks up are not among them."""
     parameters, quantized, _ = _counts(_key(config))
     ema = config.num_layers * config.model_dim * (5 * config.cema_ndim + 1)
     return parameters * dtype.itemsize + quantized + ema * max(dtype.itemsize, 4)
 
 
-def prefill_flops(config: MegalodonConfig, batch: int, tokens: int, start: int = 0, all_logits: bool = False) -> int:
+def prefill_flops(config: ModelConfig, batch: int, tokens: int, start: int = 0, all_logits: bool = False) -> int:
     """Floating-point operations of a prefill of `tokens` tokens a row, the first at position `start`; a product is 2.
 
     Per token: 2 for each weight of a linear layer; attention over what the token sees of its chunk, 2 (Z + E) for each
@@ -55,7 +55,7 @@ def prefill_flops(config: MegalodonConfig, batch: int, tokens: int, start: int =
     return batch * (tokens * (2 * linear + c.num_layers * ema) + c.num_layers * attention + head)
 
 
-def visible_tokens(config: MegalodonConfig, start: int, tokens: int) -> int:
+def visible_tokens(config: ModelConfig, start: int, tokens: int) -> int:
     """How many tokens of their chunks `tokens` tokens from position `start` see, themselves included, in sum."""
 
     def before(position: int) -> int:
@@ -65,7 +65,7 @@ def visible_tokens(config: MegalodonConfig, start: int, tokens: int) -> int:
     return before(start + tokens) - before(start)
 
 
-def _key(config: MegalodonConfig) -> str:
+def _key(config: ModelConfig) -> str:
     return json.dumps(asdict(config), sort_keys=True, default=str)
 
 
@@ -74,13 +74,13 @@ def _counts(key: str) -> tuple[int, int, int]:
     """What a step reads whole, without the EMA's: the number of parameters, and the bytes of quantised weights and
     their scales. And the number of weights of the layers' linear layers.
     """
-    config = MegalodonConfig(**json.loads(key))
+    config = ModelConfig(**json.loads(key))
     with torch.device("meta"):
-        model = MegalodonForCausalLM(config)
+        model = MegalodonLM(config)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
     quantized = sum(m.weight.nbytes + m.scale.nbytes for m in layers if isinstance(m, QuantizedLinear))
     linear = sum(m.in_features * m.out_features for m in layers if m is not model.lm_head)
     read = {id(p): p.numel() for name, p in model.named_parameters() if ".cema." not in name and ".embed." not in name}
-    if config.tie_word_embeddings:  # the head is the embedding, read whole
+    if config.head_is_embedding:  # the head is the embedding, read whole
         read[id(model.lm_head.weight)] = model.lm_head.weight.numel()
     return sum(read.values()), quantized, linear

@@ -64,9 +64,6 @@ class BoundOnnxPrograms(BoundPrograms):
         self._decode: BoundGraph | None = None
         self._token_ids = torch.zeros(cache.batch, dtype=torch.int64, device=runtime.device)
         self._graph = next(runtime.graph_numbers) if capture else None
-        if capture:  # what was captured lives as long as this object
-            release = weakref.finalize(self, runtime.sessions[DECODE].release, self._graph)
-            release.atexit = False
 
     def run_prefill(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """Logits (B, V) of the last tokens."""
@@ -87,6 +84,8 @@ class BoundOnnxPrograms(BoundPrograms):
         """Logits (B, V). On CUDA the first call captures the graph, and the others replay it."""
         if self._decode is None:
             self._decode = self.bind_graph(DECODE, {"token_ids": self._token_ids}, (self.cache.batch,), self._graph)
+            # The CUDA graph, if there is one, lives as long as this object.
+            weakref.finalize(self, self._decode.session.release, self._graph).atexit = False
         self._token_ids.copy_(token_ids)
         self._decode.run()
         return self._decode.logits.clone()
