@@ -9,6 +9,7 @@ Both update the cache in place. Source: arXiv 2404.08801, and XuezheMax/megalodo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -26,7 +27,7 @@ from .plan import PrefillPlan
 from .quantized import use_quantized_layers
 from .rotary import Rotary, RotaryTable
 
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+SUPPORTED_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def check_dtype(dtype: torch.dtype, supported: tuple[torch.dtype, ...] = SUPPORTED_DTYPES) -> None:
@@ -45,6 +46,7 @@ class Megalodon(nn.Module):
     rotary_class: type[RotaryTable] = RotaryTable
     cache_class: type[ModelCache] = ModelCache
     config: Any  # a ModelConfig
+    layers: Sequence[MegalodonBlock]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -57,7 +59,8 @@ class Megalodon(nn.Module):
         self.supported_dtypes = SUPPORTED_DTYPES  # an exporter whose runtime keeps statistics in float32 may add to it
         self.embed = nn.Embedding(config.vocab_size, config.model_dim)
         self.rotary = self.rotary_class(config.z_head_dim, config.chunk_size, config.rope_base)
-        self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_layers))
+        blocks = (self.block_class(config, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]  # which is no Sequence to a type checker
         self.norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps, config.norm_statistics)
         use_quantized_layers(self, config)
 
@@ -73,8 +76,7 @@ class Megalodon(nn.Module):
         position, ring = (None, None) if cache is None else (cache.position, cache.slots)
         x, plan, rotary = self.begin_prefill(token_ids, lengths, position, ring, max_length)
         for i, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[i]
-            x = self.backend.prefill_layer(layer, x, plan, rotary, layer_cache)  # type: ignore[arg-type]
+            x = self.backend.prefill_layer(layer, x, plan, rotary, None if cache is None else cache.layers[i])
         x = self.end_prefill(x, plan, None if cache is None else cache.final)
         return first(x, 1, token_ids.shape[1])
 
@@ -82,7 +84,7 @@ class Megalodon(nn.Module):
         """Run one token of each row, token_ids (B) -> hidden states (B, D)."""
         x, rotary = self.begin_decode(token_ids, cache.position)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = self.backend.step_layer(layer, x, cache.position, rotary, layer_cache)  # type: ignore[arg-type]
+            x = self.backend.step_layer(layer, x, cache.position, rotary, layer_cache)
         return self.end_decode(x, cache.final)
 
     # Both passes in three stages, which exporters compile one by one: begin, every layer alike, end.
@@ -166,7 +168,7 @@ class MegalodonLM(nn.Module):
 
     def build(self, config: ModelConfig) -> None:
         """Make the submodules."""
-        self.config = config
+        self.config: Any = config
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.model_dim, config.logits_size, bias=False)
         use_quantized_layers(self, config)

@@ -154,9 +154,10 @@ def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _replace_statistics(cache: ModelCache, recent: ModelCache) -> None:
     """Copy the norms' statistics and their count. Both caches are at a chunk boundary, where the rings are empty."""
-    for old, new in zip((*cache.layers, cache.final), (*recent.layers, recent.final), strict=True):
+    for old, new in zip(cache.layers, recent.layers, strict=True):
         old.norm_mean.copy_(new.norm_mean)
         old.norm_var.copy_(new.norm_var)
+    cache.final.store_states(recent.final.norm_mean, recent.final.norm_var)
     cache.position.copy_(recent.position)
 
 

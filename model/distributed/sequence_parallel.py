@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from ..rotary import Rotary
 from .sequence_state import SequenceParallelState
 
 if TYPE_CHECKING:
+    from ..transformers_api.blocks import MegalodonDecoderLayer
     from ..transformers_api.modeling import MegalodonForCausalLM
 
 
@@ -47,6 +48,8 @@ def piece_of(x: Tensor, chunk: int, group: dist.ProcessGroup | None = None) -> T
 def parallel_logits(model: MegalodonForCausalLM, token_ids: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Logits (B, L / processes, V) of this process's piece of token_ids (B, L), which every process is given whole."""
     group = group or dist.group.WORLD
+    if group is None:
+        raise RuntimeError("there is no process group; call torch.distributed.init_process_group first")
     piece = piece_of(token_ids, model.config.chunk_size, group)
     return _run(model, _piece_logits, piece, SequenceParallelState(group))
 
@@ -57,14 +60,16 @@ def _piece_logits(model: MegalodonForCausalLM, piece: Tensor, state: SequencePar
     lengths = torch.full_like(piece[:, 0], piece.shape[1])
     x, plan, rotary = body.begin_prefill(piece, lengths, torch.full_like(lengths, state.rank * piece.shape[1]))
     for layer in body.layers:
-        x = _layer(layer, x, plan, rotary, state)
+        x = _layer(cast("MegalodonDecoderLayer", layer), x, plan, rotary, state)
     norm = body.norm
     initial = norm.initial_state(x.shape[0], x.device)
     x, last = norm(x, plan, NormState(*state.receive(norm, initial, x, norm)))
     return model.logits(first(state.send(norm, x, last), 1, piece.shape[1]))
 
 
-def _layer(layer: nn.Module, x: Tensor, plan: PrefillPlan, rotary: Rotary, state: SequenceParallelState) -> Tensor:
+def _layer(
+    layer: MegalodonDecoderLayer, x: Tensor, plan: PrefillPlan, rotary: Rotary, state: SequenceParallelState
+) -> Tensor:
     """A layer, with gradient checkpointing if that is enabled."""
     if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
         return _run(layer, _layer_forward, x, plan, rotary, state)
@@ -87,13 +92,16 @@ def _layer_forward(
     return layer.ffn(h, x)  # type: ignore[no-any-return]
 
 
+_METHOD = "sequence_parallel_forward"
+
+
 def _run(module: nn.Module, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """function(module, *arguments); where FSDP2 has sharded the module, between its hooks, which gather the weights."""
     if not isinstance(module, FSDPModule):
         return function(module, *arguments)
-    module.sequence_parallel_forward = MethodType(function, module)
-    register_fsdp_forward_method(module, "sequence_parallel_forward")
-    result: Tensor = module.sequence_parallel_forward(*arguments)
+    vars(module)[_METHOD] = MethodType(function, module)
+    register_fsdp_forward_method(module, _METHOD)
+    result: Tensor = getattr(module, _METHOD)(*arguments)
     return result
 
 

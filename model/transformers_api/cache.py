@@ -15,7 +15,7 @@ from ..config import ModelConfig
 Feed = Callable[[Tensor, Tensor], object]  # takes token_ids (B, L) and lengths (B), and updates the cache
 
 
-class MegalodonCache(ModelCache, Cache):
+class MegalodonCache(ModelCache, Cache):  # type: ignore[misc]  # both have `layers`, of other types
     """`ModelCache` with the methods that transformers' generate() calls.
 
     transformers counts columns of a padded batch, where the cache counts each row's tokens; `padding` is the number of

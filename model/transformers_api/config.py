@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from ..config import PRESETS, ModelConfig, refuse_megalodon_hf
 
 
-class MegalodonConfig(PreTrainedConfig, ModelConfig):
+class MegalodonConfig(PreTrainedConfig, ModelConfig):  # type: ignore[misc]  # both have `from_dict`
     """`ModelConfig` as a PreTrainedConfig: the same fields, by keyword, and those of transformers.
 
     Raises ValueError that names every invalid value.

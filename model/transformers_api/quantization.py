@@ -12,6 +12,7 @@ from ..config import QUANTIZED_FORMATS, WeightFormat
 from ..quantized import QuantizedLinear, pack, replace_linear_layers, sizes_of
 
 if TYPE_CHECKING:
+    from .config import MegalodonConfig
     from .modeling import MegalodonForCausalLM
 
 _RANGES = {"int8": (-128, 127), "int4": (-8, 7)}
@@ -23,7 +24,7 @@ def quantize(model: MegalodonForCausalLM, weight_format: WeightFormat, group_siz
     `group_size` is int4's number of features a scale (default 32). ValueError for a model that is quantised already,
     for formats that do not exist, or for groups that do not divide half a row; ImportError without torchao.
     """
-    config = model.config
+    config: MegalodonConfig = model.config
     if weight_format not in QUANTIZED_FORMATS:
         raise ValueError(f"weight_format is {weight_format!r}, expected one of {', '.join(QUANTIZED_FORMATS)}")
     if config.weight_format != "float":
