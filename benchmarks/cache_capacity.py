@@ -1,9 +1,9 @@
-"""Does a decode step copy the cache? Time of a step against the capacity of the ring, beside reading the ring once.
+"""Test whether a decode step copies its cache: time steps for two capacities of the ring, beside one read of the ring.
 
     python benchmarks/cache_capacity.py
 
-Two models that differ in chunk_size alone are exported; the programs are the same but for the ring they hold. A step
-has to read a layer's keys and values; if it copied them, it would write them as well, and grow by more than the read.
+The script exports two models that differ in chunk_size alone. A step has to read the keys and values of every layer. A
+step that copied them would write them as well, so its time would grow by more than the time of a read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIZES = {"vocab_size": 512, "model_dim": 256, "num_layers": 2, "num_heads": 1, "
 
 
 def main() -> None:
-    """Export one model per capacity, time a step of each."""
+    """Export a model for each capacity, time its decode step, print the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--chunks", type=int, nargs="+", default=[1024, 16384])
     parser.add_argument("--batch", type=int, default=4)

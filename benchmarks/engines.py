@@ -1,4 +1,4 @@
-"""What the harness times: a name -> a Runtime, on a bundle's weights or on random ones made on the device."""
+"""The runtimes that the benchmarks time, by name. Their weights are a bundle's, or random ones drawn on the device."""
 
 from __future__ import annotations
 
@@ -40,19 +40,23 @@ from megalodon_export.runtimes.eager import BoundModelPrograms, ModelRuntime
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured; `folder` is a bundle of it, or None where there are only random weights."""
+    """The model that is measured.
+
+    `folder` is its bundle; None means random weights without a bundle. `programs` is the folder of AOTInductor programs
+    that belong to no bundle; None means the bundle's own.
+    """
 
     config: MegalodonConfig
     device: str
     dtype: str
     max_batch: int
-    programs: Path | None  # AOTInductor programs that belong to no bundle are kept here; None: those of the bundle
+    programs: Path | None
     folder: Path | None = None
     weight_format: WeightFormat = "float"
 
 
 def open_engine(name: str, subject: Subject) -> Runtime:
-    """A runtime by name; ValueError for one that the subject cannot have."""
+    """A runtime by name; ValueError for an unknown name, and for one that needs a bundle where there is none."""
     if name == "compile":
         return CompiledRuntime(loaded_model(subject))
     if name == "kernels":
@@ -69,7 +73,7 @@ def open_engine(name: str, subject: Subject) -> Runtime:
 
 
 def random_model(subject: Subject) -> MegalodonForCausalLM:
-    """Random weights by the model's own initialisation, drawn on the device in the model's dtype: no copy elsewhere."""
+    """A model with random weights, drawn on the device in the model's dtype, so that no copy is made elsewhere."""
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     try:
@@ -80,7 +84,7 @@ def random_model(subject: Subject) -> MegalodonForCausalLM:
         torch.set_default_dtype(before)
     for module in model.modules():
         if isinstance(module, ComplexEMA) and subject.dtype == "bfloat16":
-            module.float()  # as it is loaded from a checkpoint
+            module.float()  # a checkpoint's EMA is loaded in float32 too
         if isinstance(module, QuantizedLinear):
             bounds = (-127, 128) if module.weight.dtype == torch.int8 else (0, 256)
             module.weight.random_(*bounds)
@@ -89,7 +93,7 @@ def random_model(subject: Subject) -> MegalodonForCausalLM:
 
 
 def loaded_model(subject: Subject) -> MegalodonForCausalLM:
-    """The bundle's model in memory, or a random one."""
+    """The bundle's model, loaded into memory, or a random one where there is no bundle."""
     if subject.folder is None:
         return random_model(subject)
     runtime = open_engine("eager", subject)
@@ -98,7 +102,7 @@ def loaded_model(subject: Subject) -> MegalodonForCausalLM:
 
 
 def make_bundle(subject: Subject, destination: Path, runtimes: Sequence[str]) -> None:
-    """Export a random model to a bundle with the programs of the runtimes, by way of a checkpoint that goes again."""
+    """Export a random model to a bundle with the programs of the runtimes. Its checkpoint is removed afterwards."""
     with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
         random_model(subject).save_pretrained(scratch)
         if "aoti" not in runtimes:
@@ -111,7 +115,7 @@ def make_bundle(subject: Subject, destination: Path, runtimes: Sequence[str]) ->
 
 
 class CompiledRuntime(ModelRuntime):
-    """torch.compile of both passes, once for all sizes; captured as for every runtime."""
+    """Both passes under torch.compile, compiled once for all sizes. On CUDA a decode step is a captured graph."""
 
     def __init__(self, model: MegalodonForCausalLM) -> None:
         super().__init__(model)
@@ -123,36 +127,36 @@ class CompiledRuntime(ModelRuntime):
 
 
 class CompiledPrograms(BoundModelPrograms):
-    """Both passes over one cache."""
+    """The compiled passes, bound to one cache."""
 
     runtime: CompiledRuntime
 
     @torch.no_grad()
     def run_prefill(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Compiled on the first call."""
-        # One row of a slice has strides of its own, to which a graph would be specialised.
+        """Logits of a prefill; the first call compiles."""
+        # A slice of one row has unusual strides, and torch.compile would specialise the graph to them.
         token_ids = token_ids.clone(memory_format=torch.contiguous_format)
-        _vary(token_ids, lengths, cache=self.cache)
+        _mark_batch(token_ids, lengths, cache=self.cache)
         torch._dynamo.maybe_mark_dynamic(token_ids, 1)
-        with sizes_from_one():  # batch 1 and one block are sizes like any
+        with sizes_from_one():  # keeps batch 1 and one block in the same graph as all other sizes
             return self.runtime.compiled_prefill(token_ids, lengths, self.cache, self.runtime.limits.max_length)
 
     @torch.no_grad()
     def run_decode(self, token_ids: Tensor) -> Tensor:
-        """Compiled on the first call."""
-        _vary(token_ids, cache=self.cache)
+        """Logits of a decode step; the first call compiles."""
+        _mark_batch(token_ids, cache=self.cache)
         with sizes_from_one():
             return self.runtime.compiled_decode(token_ids, self.cache)
 
 
-def _vary(*inputs: Tensor, cache: MegalodonCache) -> None:
-    """The batch is any."""
+def _mark_batch(*inputs: Tensor, cache: MegalodonCache) -> None:
+    """Tell torch.compile that the first dimension, the batch, varies."""
     for tensor in (*inputs, *cache.tensors()):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 class InMemoryAotiRuntime(AotiRuntime):
-    """AOTInductor programs bound to a model's weights where they are, without a file of them."""
+    """AOTInductor programs bound to the tensors of a model in memory, without a weight file."""
 
     def __init__(self, model: MegalodonForCausalLM, entry: AotiPrograms, folder: Path) -> None:
         Runtime.__init__(self, model.config, model.dtype_of_weights, model.device, entry.limits, False)
@@ -166,10 +170,10 @@ class InMemoryAotiRuntime(AotiRuntime):
 
 
 def compile_from_config(subject: Subject) -> Runtime:
-    """AOTInductor programs of a random model, bound to its weights on the device: no copy of them on host or disk.
+    """AOTInductor programs of a random model, bound to its weights on the device.
 
-    A bundle's way is `export_aoti`. Programs do not depend on the number of layers: they are compiled from a checkpoint
-    of one.
+    No copy of the weights is made on the host or on disk. The programs do not depend on the number of layers, so they
+    are compiled from a checkpoint of one layer.
     """
     entry, _ = programs_of(subject)
     model = random_model(subject)
@@ -179,13 +183,14 @@ def compile_from_config(subject: Subject) -> Runtime:
 
 
 def programs_of(subject: Subject) -> tuple[AotiPrograms, float]:
-    """Compile the programs of a config, or take those that are there; the manifest's entry, and seconds to compile.
+    """Compile a config's programs into `subject.programs`, or take those that an earlier run left there.
 
-    ValueError if the programs that are there are others.
+    Returns the manifest's entry about them, and the seconds that compiling took. ValueError if the folder holds
+    programs of another config, dtype, batch or torch.
     """
     config = MegalodonConfig(**{**subject.config.to_diff_dict(), "num_layers": 1})
     sizes = json.loads(json.dumps(config.to_diff_dict(), default=str))
-    for name in ("architectures", "dtype"):  # which a config has or not by how it came here
+    for name in ("architectures", "dtype"):  # present or not depending on how the config was loaded
         sizes.pop(name, None)
     made_of = {"config": sizes, "dtype": subject.dtype, "max_batch": subject.max_batch, "torch": torch.__version__}
     assert subject.programs is not None

@@ -1,12 +1,12 @@
-"""What export costs as a model grows deeper: stages, one compiled layer for all, beside a whole graph of every layer.
+"""Measure how the cost of an export grows with the number of layers, for stages and for one graph of all layers.
 
     python benchmarks/export_depth.py --preset 200M --layers 4 12 32 --out FILE
 
-Random weights, float32, CPU. Both programs of a bundle are made of stages (`exporters/stages.py`), compiled here one
-after the other; the whole graph is what torch.export gives for decode itself, the weights its constants. (Inductor does
-not compile a whole prefill: how many slots of the ring are read depends on data, a size that the stages hand on.)
-Seconds are the clock's, to export and compile on a machine that does nothing else; bytes are of the libraries, without
-weights.
+The models have random weights in float32, and the device is the CPU. A bundle's programs are made of stages
+(`exporters/stages.py`): one compiled layer serves all layers. The whole graph is torch.export's of decode, with the
+weights as constants. Inductor does not compile a whole prefill, because the number of ring slots that it reads depends
+on data; between stages that number is an ordinary size. Seconds are wall-clock times to export and compile. Bytes are
+those of the compiled libraries, without weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megalodon_export.model import MegalodonCache, MegalodonForCausalLM, freeze_
 
 
 class WholeDecode(nn.Module):
-    """One step of all layers as a function of its tokens and the cache's tensors, which change in place."""
+    """A decode step of all layers, as a function of the tokens and the cache's tensors, which it updates in place."""
 
     def __init__(self, model: MegalodonForCausalLM) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class WholeDecode(nn.Module):
 
 
 def compile_whole(model: MegalodonForCausalLM, request: aoti.CompileRequest) -> list[str]:
-    """Compile decode as one graph; the files of it."""
+    """Compile decode as one graph; the paths of the files that this makes."""
     batch = Dim("batch", min=1, max=request.limits.max_batch)
     inputs = (torch.zeros(2, dtype=torch.int64), model.new_cache(2).tensors())
     with torch.no_grad(), symbolic_sizes():
@@ -52,14 +52,14 @@ def compile_whole(model: MegalodonForCausalLM, request: aoti.CompileRequest) -> 
 
 
 def compile_stages(model: MegalodonForCausalLM, request: aoti.CompileRequest) -> list[str]:
-    """Compile a program as a bundle's is, from the model's checkpoint; the files of its stages."""
+    """Compile a program in stages from the model's checkpoint, like a bundle's; the paths of the stages' files."""
     model.save_pretrained(request.checkpoint)
     compiled = aoti.compile_program(request, lambda message: None)
     return [file for stage in compiled.values() for file in stage.files]
 
 
 def measure(model: MegalodonForCausalLM, form: str, program: str) -> dict[str, Any]:
-    """A row of the report."""
+    """Compile a program in one form ("stages" or "whole"); a row of the report."""
     compile_it = compile_whole if form == "whole" else compile_stages
     with tempfile.TemporaryDirectory() as scratch:
         limits, checkpoint = Limits.of(model.config), str(Path(scratch, "checkpoint"))
@@ -72,7 +72,7 @@ def measure(model: MegalodonForCausalLM, form: str, program: str) -> dict[str, A
 
 
 def main() -> None:
-    """Measure every depth; the report is written after each row."""
+    """Measure every depth, and write the report after each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="200M")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 32])

@@ -1,4 +1,4 @@
-"""Where the time of a prefill and of a decode step goes, by kernel, on CUDA: `speed.py --profile`."""
+"""Times of the kernels of a prefill and of a decode step, on CUDA: `speed.py --profile`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from megalodon_export.runtimes import Runtime
 
 _CALLS = 5
 
-# What a kernel is for -> parts of the names of such kernels; the first that fits.
+# A group of kernels -> parts of their names. A kernel belongs to the first group that fits.
 GROUPS = {
     "EMA and norms": ("moments", "timestep_norm", "rms_norm", "layer_norm", "final_norm", "megalodon_ema"),
     "attention": ("rotate", "scores", "softmax", "pv_matmul", "store_ring", "attend", "combine_splits"),
     "matrix products": ("gemm", "nvjet", "cutlass", "gemv", "splitk"),
 }
-OTHERS = "element by element, copies"
+OTHERS = "elementwise, copies"
 
 
 def kernel_times(runtime: Runtime, batch: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """Per pass: microseconds on the device by group and by kernel, and each group's share of their sum.
+    """One row for each pass: microseconds on the device by kernel, and the share of each group in their sum.
 
-    Kernels run one after the other, without a captured CUDA graph: they do not overlap, and gaps between them are not
-    counted.
+    The kernels run one after the other, without a captured CUDA graph, so they do not overlap. Gaps between them are
+    not counted.
     """
     cache, lengths = runtime.new_cache(batch), torch.full((batch,), tokens)
     programs = runtime.bind(cache, capture=False)

@@ -1,11 +1,11 @@
-"""ONNX Runtime's weight quantisation on the default checkpoint's graphs, and what it costs: size, bits per byte, time.
+"""Quantise the default checkpoint's graphs with ONNX Runtime's tools, and measure size, bits per byte and time.
 
     python -m megalodon_export onnx --all-logits --out BUNDLE
     python benchmarks/onnx_quantized.py BUNDLE --text kjv.txt
 
-`onnxruntime.quantization` quantises products with a constant second factor: its own tools first make such ones of the
-graphs (Transpose of a weight to a constant, Gemm to MatMul), then MatMulNBitsQuantizer stores 4 or 8 bits a weight,
-in blocks of 32. The text and the measure are those of `quality.py`.
+`onnxruntime.quantization` quantises matrix products whose second factor is a constant. Its own tools first bring the
+graphs into that form: a transposed weight becomes a constant, a Gemm becomes a MatMul. MatMulNBitsQuantizer then stores
+4 or 8 bits for each weight, in blocks of 32. The text and the measure are those of `quality.py`.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def quantize(source: Path, target: Path, bits: int) -> None:
 
 
 def bits_per_byte(runtime: OnnxRuntime, tokens: torch.Tensor) -> float:
-    """Bits of every token but the first, as one stream, over the bytes among the tokens."""
+    """Bits to predict every token but the first, in one stream, over the number of bytes among the tokens."""
     return score(runtime, [tokens]).nats / math.log(2) / int((tokens < 256).sum())
 
 
 def step_milliseconds(runtime: OnnxRuntime) -> float:
-    """Median time of a decode step for one stream."""
+    """Median milliseconds of a decode step for one stream."""
     programs, times = runtime.bind(runtime.new_cache(1)), []
     for _ in range(60):
         started = time.perf_counter()
@@ -62,7 +62,7 @@ def step_milliseconds(runtime: OnnxRuntime) -> float:
 
 
 def main() -> None:
-    """Quantise, score, print a table."""
+    """Quantise to 8 and 4 bits, score each, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bundle", type=Path, help="a bundle with ONNX programs that return all logits")
     parser.add_argument("--text", type=Path, required=True, help="the corpus of artifacts/recipe")
@@ -72,7 +72,7 @@ def main() -> None:
         parser.error("the bundle's prefill returns the logits of the last token alone; export it with --all-logits")
     tokens = torch.tensor(corpus.token_ids(corpus.split(args.text.read_bytes()).held_out))
     torch.set_num_threads(1)
-    logging.disable(logging.INFO)  # the quantiser tells of every node
+    logging.disable(logging.INFO)  # the quantiser logs every node
     print("weights   decode.onnx bytes   bits a byte   decode ms")
     with tempfile.TemporaryDirectory() as scratch:
         for bits in (None, 8, 4):

@@ -1,4 +1,4 @@
-"""megalodon-hf (PyTorch, package `megalodon`) on the same sizes, in the same run: `--peer PATH`, a checkout of it."""
+"""Time megalodon-hf (PyTorch, package `megalodon`) on the same sizes in the same run: `speed.py --peer CHECKOUT`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ import torch
 from engines import Subject
 
 from megalodon_export.bundles.manifest import DTYPES
-from megalodon_export.measure.bench import WARM_UP, Ceilings, median_seconds
+from megalodon_export.measure.bench import WARM_UP, PeakRates, median_seconds
 from megalodon_export.measure.roofline import decode_bytes, prefill_flops, visible_tokens
 
 NAME = "megalodon-hf"
 
 
 def open_peer(path: Path, subject: Subject) -> torch.nn.Module:
-    """Its model in the subject's sizes with random weights on the device; ValueError if it is not at `path`."""
+    """megalodon-hf's model in the subject's sizes, with random weights on the device.
+
+    ValueError if `path` is not a checkout of megalodon-hf.
+    """
     source = path / "src" if (path / "src").is_dir() else path
     if not (source / "megalodon").is_dir():
         raise ValueError(f"{path} has no package 'megalodon'; give a checkout of megalodon-hf")
@@ -35,11 +38,12 @@ def open_peer(path: Path, subject: Subject) -> torch.nn.Module:
 
 
 def time_peer(
-    model: Any, subject: Subject, batches: Sequence[int], prompts: Sequence[int], steps: int, ceilings: Ceilings
+    model: Any, subject: Subject, batches: Sequence[int], prompts: Sequence[int], steps: int, peak: PeakRates
 ) -> Iterator[dict[str, Any]]:
-    """Rows as of the runtimes: prefill with and without its cache, decode near the end of a chunk.
+    """Rows like those of the runtimes: prefill with and without its cache, decode near the end of a chunk.
 
-    The floors are those of the task, though its prefill computes the logits of every token.
+    The roofline is the runtimes', which counts the head for one token of each row. megalodon-hf's prefill computes the
+    logits of every token.
     """
     config, device, dtype = subject.config, torch.device(subject.device), DTYPES[subject.dtype]
 
@@ -53,7 +57,7 @@ def time_peer(
     for batch in batches:
         for count in prompts:
             ids = tokens(batch, count)
-            floor = prefill_flops(config, batch, count) / ceilings.matmul
+            roofline_seconds = prefill_flops(config, batch, count) / peak.matmul
             for cached in (False, True):
                 seconds = median_seconds(lambda ids=ids, cached=cached: run(ids, use_cache=cached), device, 3, 1)
                 yield {
@@ -62,7 +66,7 @@ def time_peer(
                     "prompt_tokens": count,
                     "prefill_seconds": seconds,
                     "prefill_tokens_per_second": batch * count / seconds,
-                    "prefill_share": floor / seconds,
+                    "prefill_share": roofline_seconds / seconds,
                 }
         first = max(config.chunk_size - steps, WARM_UP)
         state = [run(tokens(batch, max(first - WARM_UP, 1)), use_cache=True).past_key_values]
@@ -78,5 +82,5 @@ def time_peer(
             "batch": batch,
             "decode_seconds": seconds,
             "decode_tokens_per_second": batch / seconds,
-            "decode_share": decode_bytes(config, dtype, batch, visible) / ceilings.copy / seconds,
+            "decode_share": decode_bytes(config, dtype, batch, visible).total / peak.copy / seconds,
         }

@@ -1,4 +1,4 @@
-"""Measurements of a bundle that need a run of their own: a fresh process's memory, a CUDA graph against none.
+"""Two measurements of `speed.py`: the memory of a new process, and a CUDA graph beside plain launches.
 
 python benchmarks/processes.py BUNDLE DEVICE     prints the memory that both programs add to this process
 """
@@ -20,9 +20,9 @@ from megalodon_export.runtimes import Runtime, open_runtime
 
 
 def memory_of_a_process(folder: Path, device: str) -> dict[str, int]:
-    """Bytes that loading both programs and running each once adds to a fresh process, on the host and on a GPU.
+    """Bytes that a new process needs to load both programs and to run each once, on the host and on a GPU.
 
-    `resident` less `private` are pages of the weight files, shared by every process that opens the bundle.
+    `resident` minus `private` are pages of the weight files. All processes that open the bundle share them.
     """
     command = [sys.executable, __file__, str(folder), device]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -31,14 +31,14 @@ def memory_of_a_process(folder: Path, device: str) -> dict[str, int]:
 
 
 def resident_memory() -> dict[str, int]:
-    """Bytes of this process in memory: all of them, and those that are not pages of files."""
+    """Bytes of this process in memory: `resident` counts all pages, `private` those that are not pages of files."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     return {"resident": sizes["Rss"], "private": sizes["Anonymous"]}
 
 
 def added_memory(folder: Path, device: str) -> dict[str, int]:
-    """In the fresh process: what loading and running adds."""
+    """Load both programs, run each once, and return how many bytes this process has grown by."""
     manifest = bundle.read(folder, check="sizes")
     torch.zeros(1, device=device)
     before = resident_memory()
@@ -57,7 +57,7 @@ def added_memory(folder: Path, device: str) -> dict[str, int]:
 
 
 def graph_against_none(runtime: Runtime, steps: int) -> dict[str, Any]:
-    """Greedy decode with a CUDA graph and without: equal tokens, GPU memory before and after, milliseconds a step."""
+    """Greedy decode with a CUDA graph and without: whether the tokens are equal, GPU memory grown, times of a step."""
     first = torch.tensor([7], device=runtime.device)
 
     def run(step: Any) -> torch.Tensor:

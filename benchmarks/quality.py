@@ -1,10 +1,10 @@
-"""Bits per byte of the default checkpoint's held-out text, for every dtype and weight format, in one run.
+"""Measure bits per byte of the default checkpoint's held-out text, for every dtype and weight format.
 
     python benchmarks/quality.py --text kjv.txt --out benchmarks/results/quality-default.json
 
-`artifacts/recipe/README.md` says how to get the text; the measure is the recipe's own, scored as `eval` does: all
-held-out bytes as one stream, in eager mode, the state carried from the first byte to the last. Perplexity is that of a
-byte, 2 to the bits.
+`artifacts/recipe/README.md` says how to get the text. The measure is the recipe's: all held-out bytes are one stream in
+eager mode, with the state carried from the first byte to the last. The perplexity is that of a byte, 2 to the power of
+the bits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from checkpoint import bits_per_byte
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Measure every dtype and format; write and print the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="the corpus of artifacts/recipe")
     parser.add_argument("--checkpoint", type=Path, default=default_checkpoint())
@@ -56,14 +56,14 @@ def main() -> None:
 
 
 def formats(group_sizes: list[int]) -> list[tuple[str, int | None]]:
-    """Every quantised format, int4 once for each group size."""
+    """The quantised formats with their group sizes: int8 once, int4 once for each size."""
     return [(name, size) for name in QUANTIZED_FORMATS for size in (group_sizes if name == "int4" else [None])]
 
 
 def measure(
     checkpoint: Path, dtype: str, weight_format: str, group_size: int | None, stream: torch.Tensor
 ) -> dict[str, Any]:
-    """One row: bits per byte and perplexity of a byte, beside the bytes of weights that a decode step reads."""
+    """One row: bits per byte, perplexity of a byte, and the bytes of weights that a decode step reads."""
     model = load_model(checkpoint, DTYPES[dtype], stream.device)
     if weight_format != "float":
         quantize(model, weight_format, group_size)  # type: ignore[arg-type]

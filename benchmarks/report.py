@@ -1,7 +1,11 @@
-"""Reports: what all begin with, and the one on speed for readers, as Markdown tables and plots (by matplotlib)."""
+"""Reports of the benchmarks: the fields that each begins with, and speed.json as Markdown tables and plots.
+
+python benchmarks/report.py DIR     writes DIR/speed.md again, and the plots, from DIR/speed.json
+"""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -19,7 +23,7 @@ Column = tuple[str, Callable[[Row], Any]]
 
 
 def head(device: str) -> Row:
-    """What every report begins with: the command, when, on which machine, by which versions."""
+    """The fields that every report begins with: command, date, machine, threads and versions."""
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -30,7 +34,7 @@ def head(device: str) -> Row:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The whole report as Markdown."""
+    """The contents of speed.json as Markdown, one table for each kind of measurement."""
     config = found["config"]
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "cuda") if name in found["versions"])
     lines = [
@@ -39,9 +43,9 @@ def markdown(found: dict[str, Any]) -> str:
         f"`{found['command']}`",
         "",
         f"{found['date']}; {versions}; {found['threads']} threads on the host; "
-        f"{config.get('num_layers', 12)} layers, D {config.get('model_dim', 1024)}. Ceilings of this run: "
+        f"{config.get('num_layers', 12)} layers, D {config.get('model_dim', 1024)}. Peak rates of this run: "
         f"copy {found['copy_gigabytes_per_second']:,.1f} GB/s, matmul {found['matmul_teraflops']:,.3g} TFLOP/s. "
-        "Medians; a share is the floor over the time taken.",
+        "Times are medians. The roofline's share is the time that it allows over the measured time.",
     ]
     results = found["results"]
     lines += _table("Prefill", [r for r in results if "prefill_seconds" in r], _PREFILL)
@@ -56,13 +60,19 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(found: dict[str, Any], out: Path) -> None:
+    """Write speed.md and, with matplotlib, the plots into a folder."""
+    (out / "speed.md").write_text(markdown(found))
+    plots(found, out)
+
+
 def _numbers(found: dict[str, Any]) -> str:
     weights = found.get("weight_format", "float")
     return found["dtype"] if weights == "float" else f"{found['dtype']} with {weights} weights"
 
 
 def plots(found: dict[str, Any], out: Path) -> None:
-    """context.png (rates and memory against the context), batch.png (share of the floor against the batch)."""
+    """Write context.png (rates and memory against the context) and batch.png (share of the roofline by batch)."""
     try:
         import matplotlib
     except ImportError:
@@ -87,7 +97,7 @@ def plots(found: dict[str, Any], out: Path) -> None:
     if decoded:
         figure, axis = pyplot.subplots(figsize=(6, 4.5))
         _lines(axis, decoded, "batch", "decode_share", 0.01)
-        axis.set(xlabel="batch", ylabel="decode, % of the floor")
+        axis.set(xlabel="batch", ylabel="decode, % of the roofline")
         _save(pyplot, figure, title, out / "batch.png")
 
 
@@ -125,11 +135,11 @@ def _table(title: str, rows: list[Row], columns: Iterable[Column]) -> list[str]:
     return ["", f"## {title}", "", header, "|" + "---|" * len(columns), *body]
 
 
-_LISTED = 16  # kernels of a pass
+_LISTED_KERNELS = 16
 
 
 def _kernels(row: Row) -> list[str]:
-    """Where the time of one pass goes."""
+    """The kernels of one pass that take the most time, and the share of each group of kernels."""
     where = f"{row['tokens']:,} tokens" if "tokens" in row else f"at {row['position']:,}"
     title = f"Kernels of a {row['pass']} ({row['runtime']}, batch {row['batch']}, {where})"
     shares = ", ".join(f"{group} {share:.1%}" for group, share in row["shares"].items())
@@ -138,7 +148,7 @@ def _kernels(row: Row) -> list[str]:
         ("launches", _number("launches", ".0f")),
         ("us", _number("microseconds", ",.1f")),
     ]
-    table = _table(title, row["kernels"][:_LISTED], columns)
+    table = _table(title, row["kernels"][:_LISTED_KERNELS], columns)
     return [*table[:2], "", f"{row['microseconds']:,.0f} us on the device: {shares}.", *table[2:]]
 
 
@@ -151,7 +161,7 @@ _PREFILL: list[Column] = [
     ("prefill ms", _number("prefill_seconds", ",.2f", 1e-3)),
     ("tokens/s", _number("prefill_tokens_per_second", ",.0f")),
     ("TFLOP/s", _number("prefill_teraflops", ",.3g")),
-    ("of floor", _number("prefill_share", ".1%")),
+    ("of roofline", _number("prefill_share", ".1%")),
     ("first token ms", _number("first_token_seconds", ",.2f", 1e-3)),
     *_MEMORY,
 ]
@@ -161,7 +171,7 @@ _DECODE: list[Column] = [
     ("decode ms", _number("decode_seconds", ",.3f", 1e-3)),
     ("tokens/s", _number("decode_tokens_per_second", ",.0f")),
     ("GB/s", _number("decode_gigabytes_per_second", ",.1f")),
-    ("of floor", _number("decode_share", ".1%")),
+    ("of roofline", _number("decode_share", ".1%")),
     ("generate ms", _number("generate_seconds", ",.3f", 1e-3)),
     *_MEMORY,
 ]
@@ -169,9 +179,9 @@ _CONTEXTS: list[Column] = [
     ("runtime", lambda r: r["runtime"]),
     ("context", lambda r: f"{r['context_tokens']:,}" + (" each, fresh" if r.get("fresh_streams") else "")),
     ("prefill tokens/s", _number("prefill_tokens_per_second", ",.0f")),
-    ("of floor", _number("prefill_share", ".1%")),
+    ("of roofline", _number("prefill_share", ".1%")),
     ("decode ms", _number("decode_seconds", ",.3f", 1e-3)),
-    ("of floor", _number("decode_share", ".1%")),
+    ("of roofline", _number("decode_share", ".1%")),
     *_MEMORY,
 ]
 _ERRORS: list[Column] = [
@@ -179,3 +189,7 @@ _ERRORS: list[Column] = [
     ("tokens", lambda r: r.get("prompt_tokens", "-")),
     ("why", lambda r: r["error"]),
 ]
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    write(json.loads((folder / "speed.json").read_text()), folder)

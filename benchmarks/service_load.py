@@ -1,9 +1,10 @@
-"""What the example service does with thousands of requests, some of whose clients hang up or send garbage.
+"""Send the example service thousands of requests. Some clients hang up, or send garbage.
 
     python benchmarks/service_load.py build/megalodon-service artifacts/default-aoti-cpu
 
-Prints requests by what their client saw and by what the service counted, the sessions left at the end, and the
-service's resident memory along the way. Exits with 1 if a session is left, or an answer is not what was asked for.
+The script prints how many requests had each outcome, as the clients saw it and as the service counted it. It also
+prints the service's resident memory on the way, and the sessions left at the end. The exit status is 1 if a session is
+left, or if an answer is not what was asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ KINDS = {"whole": 50, "streamed": 25, "hang up": 10, "half a request": 5, "garba
 
 
 def ask(service: Service, index: int) -> str:
-    """Send one request of a kind that its number chooses; what became of it."""
+    """Send one request, whose kind and contents are drawn with its index as seed; its kind and outcome."""
     dice = random.Random(index)
     kind = dice.choices(list(KINDS), list(KINDS.values()))[0]
     fields = {"prompt": dice.choice(PROMPTS), "max_tokens": dice.randint(1, 48), "seed": index, "ignore_eos": True}
@@ -63,7 +64,7 @@ def _answer(service: Service, fields: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Run the load; 1 if something is wrong."""
+    """Send the requests, and print the outcomes; 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("program", type=Path)
     parser.add_argument("bundle", type=Path)
@@ -93,7 +94,7 @@ def main() -> int:
     with ThreadPoolExecutor(args.clients) as pool:
         list(pool.map(one, range(args.requests)))
     seconds = time.monotonic() - started
-    time.sleep(1)  # in which the last to hang up are noticed
+    time.sleep(1)  # the service needs a moment to notice the last clients that hung up
     metrics = service.metrics()
     print(f"resident at the end: {resident()}")
     print(f"{args.requests} requests from {args.clients} clients in {seconds:.1f} s")

@@ -1,7 +1,8 @@
-"""What the doctor tries, one function per process: python -P doctor_probes.py FOLDER TITLE FUNCTION [ARGUMENT...]
+"""What the doctor tries, one function per process: python -P probes.py FOLDER TITLE FUNCTION [ARGUMENT...]
 
-Each check goes to FOLDER/checks as one JSON line as soon as it is known, and what is being tried to FOLDER/stage, so
-that both survive a crash. This file is run as a script: it imports nothing of this package.
+A probe appends each check to FOLDER/checks, as one JSON line, as soon as it is known. It writes what it is about to try
+to FOLDER/stage. Both therefore survive a crash. This file is run as a script, so it imports nothing of this package:
+its probes also work where the package cannot be imported.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 SYSTEM_COMPILER = "export CXX=/usr/bin/g++ CC=/usr/bin/gcc"
-# Enough of the library to be linked against whatever the compiler takes for it.
+# It uses streams and strings, so it is linked with the compiler's C++ standard library.
 LIBRARY_SOURCE = """
 #include <iostream>
 #include <string>
@@ -36,22 +37,25 @@ int main() { std::string s("hello"); std::cout << s << std::endl; }
 
 
 class Report:
-    """Where one probe writes its checks."""
+    """The folder in which one probe writes its checks, and what it is about to try."""
 
     def __init__(self, folder: Path, title: str) -> None:
         self.folder = folder
         self.title = title
 
     def stage(self, doing: str) -> None:
+        """Write what is tried next; the doctor reads it if this process crashes or hangs."""
         (self.folder / "stage").write_text(doing, encoding="utf-8")
 
     def add(self, ok: bool | None, found: str, advice: str = "", name: str = "") -> None:
+        """Append a check; its name is the probe's title by default."""
         line = json.dumps({"name": name or self.title, "ok": ok, "found": found, "advice": advice})
         with (self.folder / "checks").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
 def package(report: Report, name: str, minimum: str) -> None:
+    """Import a package, and compare its version with the minimum; an empty minimum accepts every version."""
     report.stage(f"importing {name}")
     importlib.import_module(name)
     version = importlib.metadata.version(name)
@@ -60,6 +64,7 @@ def package(report: Report, name: str, minimum: str) -> None:
 
 
 def torch_build(report: Report, minimum: str) -> None:
+    """Import torch; report its version and build, its C++ ABI, and the CPU instructions that it uses."""
     report.stage("importing torch")
     import torch
 
@@ -78,6 +83,7 @@ def torch_build(report: Report, minimum: str) -> None:
 
 
 def compiler(report: Report) -> None:
+    """Build and run a C++20 program with the compiler that Inductor takes, and look at how it links a library."""
     chosen = os.environ.get("CXX", "")
     origin = f"CXX={chosen}" if chosen else "CXX not set"
     report.stage("asking torch for its compiler")
@@ -86,7 +92,7 @@ def compiler(report: Report) -> None:
     except Exception as error:
         report.add(False, f"none that works ({origin}): {_summary(error)}", _compiler_advice())
         return
-    source, program, library = (report.folder / name for name in ("probe.cpp", "probe", "probe.so"))
+    source, program = report.folder / "probe.cpp", report.folder / "probe"
     report.stage(f"running {path}")
     version = _output([path, "--version"]).splitlines()[:1]
     source.write_text(PROGRAM_SOURCE, encoding="utf-8")
@@ -97,23 +103,28 @@ def compiler(report: Report) -> None:
         report.add(False, f"{path} ({origin}) does not build a C++20 program: {_summary(error)}", _compiler_advice())
         return
     report.add(printed == "hello", f"{shutil.which(path) or path} ({origin}): {''.join(version)}", _compiler_advice())
-    if sys.platform != "linux":
-        return
+    if sys.platform == "linux":
+        _check_standard_library(report, path)
+
+
+def _check_standard_library(report: Report, compiler_path: str) -> None:
+    """A library with a C++ standard library of its own crashes beside torch's, so it has to use the shared one."""
+    source, library = report.folder / "library.cpp", report.folder / "probe.so"
     source.write_text(LIBRARY_SOURCE, encoding="utf-8")
-    _output([path, "-std=c++20", "-shared", "-fPIC", str(source), "-o", str(library)])
-    # The names of the libraries it needs are in its dynamic string table, so no readelf is needed to see them.
+    _output([compiler_path, "-std=c++20", "-shared", "-fPIC", str(source), "-o", str(library)])
+    # The dynamic string table holds the names of the libraries that this one needs, so readelf is not needed.
     shared = b"libstdc++.so.6" in library.read_bytes()
+    own = "output does not use the shared libstdc++.so.6 that torch uses"
     report.add(
         shared,
-        "libstdc++.so.6, shared with torch"
-        if shared
-        else "output does not use the shared libstdc++.so.6 that torch uses",
+        "libstdc++.so.6, shared with torch" if shared else own,
         f"Such programs crash or fail when AOTInductor loads them. {_compiler_advice()}",
         name="C++ standard library",
     )
 
 
 def aoti(report: Report, device: str) -> None:
+    """Export, compile, load and run a small program with AOTInductor, and compare it with eager mode."""
     report.stage("importing torch")
     import torch
 
@@ -143,6 +154,7 @@ def aoti(report: Report, device: str) -> None:
 
 
 def cuda(report: Report) -> None:
+    """Report nvcc; multiply matrices on every CUDA device, and compare with float64 on the CPU."""
     nvcc = "not found (optional)"
     with contextlib.suppress(OSError, subprocess.SubprocessError, StopIteration):
         nvcc = next(line for line in _output(["nvcc", "--version"]).splitlines() if "release" in line)
@@ -153,7 +165,7 @@ def cuda(report: Report) -> None:
     report.stage("looking for devices")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     if not torch.cuda.is_available():
-        _no_cuda(report, torch, hidden)
+        _explain_missing_cuda(report, torch, hidden)
         return
     for index in range(torch.cuda.device_count()):
         report.stage(f"multiplying on device {index}")
@@ -171,7 +183,8 @@ def cuda(report: Report) -> None:
         )
 
 
-def _no_cuda(report: Report, torch: Any, hidden: bool) -> None:
+def _explain_missing_cuda(report: Report, torch: Any, hidden: bool) -> None:
+    """Say why torch sees no device: none is there, they are hidden, or the driver or the build is wrong."""
     if hidden or not _has_nvidia_driver():
         report.add(None, "hidden by CUDA_VISIBLE_DEVICES" if hidden else "no NVIDIA device")
     elif torch.version.cuda is None:
@@ -186,6 +199,7 @@ def _no_cuda(report: Report, torch: Any, hidden: bool) -> None:
 
 
 def onnx_runtime(report: Report, device: str) -> None:
+    """Run a small graph in ONNX Runtime on the device, and compare it with numpy."""
     report.stage("importing onnxruntime")
     import onnxruntime
 
@@ -193,7 +207,7 @@ def onnx_runtime(report: Report, device: str) -> None:
     offered = onnxruntime.get_available_providers()
     if device == "cpu":
         report.add(True, f"{onnxruntime.__version__}; {', '.join(offered)}", name="ONNX Runtime")
-    elif not _prepare_cuda(report, onnxruntime, provider in offered):
+    elif not _load_cuda_libraries(report, onnxruntime, provider in offered):
         return
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -202,7 +216,7 @@ def onnx_runtime(report: Report, device: str) -> None:
     model, x, expected = _tiny_onnx_model(report)
     report.stage("creating a session")
     session = onnxruntime.InferenceSession(model, options, providers=[provider])
-    # A provider whose libraries do not load is replaced silently.
+    # ONNX Runtime replaces a provider silently if its libraries do not load.
     if session.get_providers()[0] != provider:
         report.add(False, f"{provider} does not load; {session.get_providers()[0]} was taken")
         return
@@ -211,7 +225,8 @@ def onnx_runtime(report: Report, device: str) -> None:
     report.add(error < 1e-2, f"session created and run; {error:.1e} from numpy")
 
 
-def _prepare_cuda(report: Report, onnxruntime: Any, offered: bool) -> bool:
+def _load_cuda_libraries(report: Report, onnxruntime: Any, offered: bool) -> bool:
+    """Load CUDA's libraries for ONNX Runtime; False, with a check that says why, where there is nothing to try."""
     available = False
     with contextlib.suppress(ImportError):
         report.stage("importing torch")
@@ -229,6 +244,7 @@ def _prepare_cuda(report: Report, onnxruntime: Any, offered: bool) -> bool:
 
 
 def _tiny_onnx_model(report: Report) -> tuple[bytes, Any, Any]:
+    """A serialised model of a product and a Relu, its input, and the output that numpy computes."""
     report.stage("making an ONNX model")
     import numpy
     from onnx import TensorProto, checker, helper, numpy_helper
@@ -242,7 +258,7 @@ def _tiny_onnx_model(report: Report) -> tuple[bytes, Any, Any]:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 8])],
         [numpy_helper.from_array(weight, "weight")],
     )
-    # An older IR than onnx writes by default: ONNX Runtime lags behind it.
+    # ONNX Runtime does not read the newest IR version, which onnx writes by default.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     checker.check_model(model)
     return model.SerializeToString(), x, numpy.maximum(x @ weight, 0)
@@ -254,7 +270,7 @@ def _tiny_onnx_model(report: Report) -> tuple[bytes, Any, Any]:
 def _inductor_compiler() -> str:
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
-    except ImportError:  # torch has a row of its own
+    except ImportError:  # the probe `torch_build` reports it
         return os.environ.get("CXX", "g++")
     return str(get_cpp_compiler())
 
@@ -284,7 +300,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _summary(error: BaseException) -> str:
-    """The line that tells most: a compiler's first error if there is one, else the exception's first line."""
+    """The exception's type and one line of its text: a compiler's first error if there is one, else the first line."""
     text = f"{getattr(error, 'stderr', None) or ''}\n{error}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = next((line for line in lines if re.search(r"(error|undefined reference|No such file).*\S", line)), None)
@@ -292,6 +308,7 @@ def _summary(error: BaseException) -> str:
 
 
 def main(folder: str, title: str, function: str, *arguments: str) -> None:
+    """Run one probe; an exception that it raises becomes a check that fails."""
     probes: dict[str, Callable[..., None]] = {
         probe.__name__: probe for probe in (package, torch_build, compiler, aoti, cuda, onnx_runtime)
     }

@@ -1,4 +1,8 @@
-"""Timing a runtime: load, prefill, first token, decode and generation apart, beside the floors of the same run."""
+"""Time a runtime: load, prefill, first token, decode step and generation, each apart.
+
+Every time stands beside the roofline: the bytes or operations that the model needs (`roofline.py`) over the peak rates
+of the device, measured in the same run.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +31,15 @@ WARM_UP = 3
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What the device gave in this run: bytes a second (read and written) by a copy, operations by a matmul."""
+class PeakRates:
+    """The rates that a device reached in this run, on random data."""
 
-    copy: float
-    matmul: float
+    copy: float  # bytes a second, read and written, of a large copy
+    matmul: float  # floating-point operations a second of a large matrix product
 
     @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype) -> Ceilings:
-        """Measure them, with random data."""
+    def measure(cls, device: torch.device, dtype: torch.dtype) -> PeakRates:
+        """Measure both on the device, the product in the dtype."""
         return cls(copy_rate(device), matmul_rate(device, dtype))
 
 
@@ -56,27 +60,27 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def bench(
     folder: Path, runtimes: Sequence[str], batches: Sequence[int], prompt_tokens: int = 512, steps: int = 64
 ) -> dict[str, Any]:
-    """Median times in seconds on this machine, per runtime and batch size, and the ceilings measured in this run.
+    """Median times in seconds on this machine, per runtime and batch size, and the peak rates measured in this run.
 
-    `prefill_share` and `decode_share` are the floors (operations over the matmul's rate, bytes over the copy's) over
-    the time taken.
+    `prefill_share` and `decode_share` are shares of the roofline: the time that the roofline allows (operations over
+    the matmul's rate, bytes over the copy's) over the measured time.
     """
     started = time.perf_counter()
     manifest = bundle.read(folder)
     check_seconds = time.perf_counter() - started
     results: list[dict[str, Any]] = []
-    ceilings, device = Ceilings(0.0, 0.0), torch.device("cpu")
+    peak, device = PeakRates(0.0, 0.0), torch.device("cpu")
     for name in runtimes:
         started = time.perf_counter()
         runtime = open_runtime(name, folder, manifest)
         load_seconds = time.perf_counter() - started
         if not results or runtime.device != device:
             device = runtime.device
-            ceilings = Ceilings.of(device, runtime.dtype)
+            peak = PeakRates.measure(device, runtime.dtype)
         for batch in batches:
             timed = {
-                **time_prefill(runtime, batch, prompt_tokens, ceilings),
-                **time_decode(runtime, batch, steps, ceilings),
+                **time_prefill(runtime, batch, prompt_tokens, peak),
+                **time_decode(runtime, batch, steps, peak),
             }
             results.append({"runtime": name, "batch": batch, "load_seconds": load_seconds, **timed})
     return {
@@ -87,24 +91,24 @@ def bench(
         "prompt_tokens": prompt_tokens,
         "decode_steps": steps,
         "hash_check_seconds": check_seconds,
-        "copy_gigabytes_per_second": ceilings.copy / 1e9,
-        "matmul_teraflops": ceilings.matmul / 1e12,
+        "copy_gigabytes_per_second": peak.copy / 1e9,
+        "matmul_teraflops": peak.matmul / 1e12,
         "versions": versions(),
         "results": results,
     }
 
 
 def time_prefill(
-    runtime: Runtime, batch: int, tokens: int, ceilings: Ceilings, repeats: int = 5, warm_up: int = WARM_UP
+    runtime: Runtime, batch: int, tokens: int, peak: PeakRates, repeats: int = 5, warm_up: int = WARM_UP
 ) -> dict[str, Any]:
-    """Prefill of fresh streams, and the time from a prompt on the host to its first token on the host."""
+    """Time a prefill of fresh streams, and the way from a prompt on the host to its first token on the host."""
     prompt = random_tokens(runtime, batch, tokens)
     lengths, device = torch.full((batch,), tokens), runtime.device
     programs = runtime.bind(runtime.new_cache(batch))
     cache = programs.cache
 
     def first_token() -> list[int]:
-        cache.position.zero_()  # a fresh stream for the programs: nothing of the ring is visible
+        cache.position.zero_()  # makes the streams fresh: no slot of the ring is visible
         loop.start(programs.prefill(prompt.to(device), lengths), [SamplingParams()] * batch, 1)
         return loop.read()
 
@@ -120,20 +124,23 @@ def time_prefill(
         "prefill_tokens_per_second": batch * tokens / seconds,
         "prefill_flops": operations,
         "prefill_teraflops": operations / seconds / 1e12,
-        "prefill_share": operations / ceilings.matmul / seconds,
+        "prefill_share": operations / peak.matmul / seconds,
     }
 
 
 def time_decode(
-    runtime: Runtime, batch: int, steps: int, ceilings: Ceilings, position: int | None = None
+    runtime: Runtime, batch: int, steps: int, peak: PeakRates, position: int | None = None
 ) -> dict[str, Any]:
-    """A decode step (on CUDA captured) in streams near the end of their chunk, and a token of the generation loop."""
+    """Time a decode step, and a token of the generation loop. On CUDA the step is a captured graph.
+
+    The first timed step is at `position`. By default the last one is at the end of a chunk, where attention reads most.
+    """
     chunk, cache = runtime.config.chunk_size, runtime.new_cache(batch)
     first = max(chunk - steps, WARM_UP) if position is None else position
     fill(cache, first - WARM_UP)
     seconds = _time_step(runtime, cache, steps)
     visible = visible_tokens(runtime.config, first, steps) / steps
-    moved = decode_bytes(runtime.config, runtime.dtype, batch, visible)
+    moved = decode_bytes(runtime.config, runtime.dtype, batch, visible).total
     fill(cache, first - WARM_UP)
     return {
         "decode_position": first,
@@ -142,7 +149,7 @@ def time_decode(
         "decode_tokens_per_second": batch / seconds,
         "decode_bytes": moved,
         "decode_gigabytes_per_second": moved / seconds / 1e9,
-        "decode_share": moved / ceilings.copy / seconds,
+        "decode_share": moved / peak.copy / seconds,
         "generate_seconds": _time_generation(runtime, cache, steps),
     }
 
@@ -154,7 +161,7 @@ def _time_step(runtime: Runtime, cache: ModelCache, steps: int) -> float:
 
 
 def _time_generation(runtime: Runtime, cache: ModelCache, steps: int) -> float:
-    """Seconds a token of the loop that sessions use, greedy, every token read on the host."""
+    """Seconds for each token of the loop that sessions use, with greedy sampling and every token read on the host."""
     loop = DecodeLoop(runtime.bind(cache), can_roll_back=cache.batch == 1)
     logits = torch.randn(cache.batch, runtime.config.logits_size, device=runtime.device)
     loop.start(logits, [SamplingParams()] * cache.batch, steps + WARM_UP)
@@ -174,7 +181,7 @@ def random_tokens(runtime: Runtime, batch: int, tokens: int) -> Tensor:
 
 
 def fill(cache: ModelCache, position: int) -> None:
-    """Random contents as of streams at `position`: on zeros, caches and branch predictors flatter."""
+    """Fill a cache with random numbers, and put its streams at `position`. Zeros would give times that are too good."""
     generator = torch.Generator(cache.position.device).manual_seed(0)
     for tensor in cache.tensors():
         if tensor.is_floating_point():
@@ -183,7 +190,10 @@ def fill(cache: ModelCache, position: int) -> None:
 
 
 def median_seconds(call: Callable[[], Any], device: torch.device, repeats: int, warm_up: int = WARM_UP) -> float:
-    """Median duration of a call after `warm_up` that are not counted; on CUDA between events, without waiting."""
+    """Median seconds of a call, after `warm_up` calls that are not counted.
+
+    On CUDA the times are between events, and the host does not wait between the calls.
+    """
     if device.type != "cuda":
         return median_wall_seconds(call, repeats, warm_up)
     for _ in range(warm_up):
@@ -199,7 +209,10 @@ def median_seconds(call: Callable[[], Any], device: torch.device, repeats: int, 
 
 
 def median_wall_seconds(call: Callable[[], Any], repeats: int, warm_up: int = WARM_UP) -> float:
-    """As `median_seconds`, by the host's clock, for calls that return when they are done."""
+    """Median seconds of a call by the host's clock, after `warm_up` calls that are not counted.
+
+    The call has to return only when its work is done.
+    """
     times = []
     for index in range(repeats + warm_up):
         started = time.perf_counter()
@@ -210,7 +223,7 @@ def median_wall_seconds(call: Callable[[], Any], repeats: int, warm_up: int = WA
 
 
 def machine(device: torch.device) -> str:
-    """The device in words."""
+    """The name of the GPU or of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -221,14 +234,14 @@ def machine(device: torch.device) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for a reader."""
+    """The report of `bench` as text: one line for each runtime and batch size."""
     lines = [
         f"{report['folder']}: {report['dtype']}, {report['machine']}, {report['threads']} threads, "
         f"copy {report['copy_gigabytes_per_second']:.1f} GB/s, matmul {report['matmul_teraflops']:.3g} TFLOP/s, "
         f"hashes checked in {report['hash_check_seconds']:.2f} s",
-        f"prompts of {report['prompt_tokens']} tokens; medians; 'of floor': matmul rate for prefill, copy for decode",
-        f"{'runtime':<8}{'batch':>6}{'load s':>9}{'prefill ms':>12}{'tokens/s':>10}{'of floor':>9}{'first ms':>10}"
-        f"{'decode ms':>11}{'tokens/s':>10}{'GB/s':>8}{'of floor':>9}{'loop ms':>10}",
+        f"prompts of {report['prompt_tokens']} tokens; medians; roofline by matmul (prefill) and copy (decode)",
+        f"{'runtime':<8}{'batch':>6}{'load s':>9}{'prefill ms':>12}{'tokens/s':>10}{'roofline':>9}{'first ms':>10}"
+        f"{'decode ms':>11}{'tokens/s':>10}{'GB/s':>8}{'roofline':>9}{'loop ms':>10}",
     ]
     for r in report["results"]:
         lines.append(

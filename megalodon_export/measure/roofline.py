@@ -1,9 +1,12 @@
-"""What a model cannot avoid: bytes that a decode step moves, operations that a prefill does. One function each."""
+"""The roofline of a model: the bytes that a decode step has to move, and the operations that a prefill has to do.
+
+A program cannot be faster than these over the peak rates of its device (`PeakRates` in `bench.py`).
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import torch
@@ -12,43 +15,61 @@ from torch import nn
 from ..model import MegalodonLM, ModelConfig, QuantizedLinear, cache_layout, dimension_sizes
 
 
-def decode_bytes(config: ModelConfig, dtype: torch.dtype, batch: int, visible: float) -> float:
-    """Bytes read and written by a decode step of `batch` rows, each of which sees `visible` tokens (itself included).
+@dataclass(frozen=True)
+class RooflineBytes:
+    """Bytes that a decode step reads and writes at least. Activations and logits are not counted.
 
-    Weights once, whatever the batch: every parameter but the embedding (one row of it for each row of the batch) and
-    but the EMA's, of which a step reads what is derived from them: p, q, gamma and omega in float32. Of the cache, per
-    row: the visible keys and values read, one slot of each written, and all other states read and written. Activations
-    and logits are not counted.
+    `weights` are read once, whatever the batch (`weight_bytes`). The others are sums over the rows of the batch:
+    `embedding` is one row of the embedding for each token, `ring` the visible keys and values, read, and one slot of
+    each, written; `states` are all other tensors of the cache, read and written.
     """
-    sizes, rings, slots, states = dimension_sizes(config), 0, 0, 0
+
+    weights: int
+    embedding: int
+    ring: float
+    states: int
+
+    @property
+    def total(self) -> float:
+        """The sum of all four."""
+        return self.weights + self.embedding + self.ring + self.states
+
+
+def decode_bytes(config: ModelConfig, dtype: torch.dtype, batch: int, visible: float) -> RooflineBytes:
+    """The bytes of a decode step of `batch` rows, each of which attends to `visible` tokens (itself included)."""
+    sizes, slot, states = dimension_sizes(config), 0, 0  # bytes of a row
     for tensor in cache_layout(config):
         size = tensor.torch_dtype(dtype).itemsize * torch.Size(tensor.shape(sizes, 1)).numel()
         if "C" in tensor.dims:
-            rings += size
-            slots += size // config.chunk_size
+            slot += size // config.chunk_size
         else:
             states += size
-    row = rings * visible / config.chunk_size + slots + 2 * states
-    row += config.model_dim * dtype.itemsize  # of the embedding
-    return weight_bytes(config, dtype) + batch * row
+    embedding = config.model_dim * dtype.itemsize
+    return RooflineBytes(
+        weight_bytes(config, dtype), batch * embedding, batch * slot * (visible + 1), batch * 2 * states
+    )
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the weights that a step reads whole; the rows of the embedding that it looks up are not among them."""
-    parameters, quantized, _ = _counts(_key(config))
+    """Bytes of the weights that a decode step reads whole, the derived constants of the EMA among them.
+
+    The embedding is not counted, unless it is the head as well. The EMA's parameters are not counted either: a step
+    reads what is derived from them, p, q, gamma and omega in float32.
+    """
+    counts = _count_parameters(_key(config))
     ema = config.num_layers * config.model_dim * (5 * config.cema_ndim + 1)
-    return parameters * dtype.itemsize + quantized + ema * max(dtype.itemsize, 4)
+    return counts.read_whole * dtype.itemsize + counts.quantized_bytes + ema * max(dtype.itemsize, 4)
 
 
 def prefill_flops(config: ModelConfig, batch: int, tokens: int, start: int = 0, all_logits: bool = False) -> int:
-    """Floating-point operations of a prefill of `tokens` tokens a row, the first at position `start`; a product is 2.
+    """Floating-point operations of a prefill of `tokens` tokens a row, the first at position `start`.
 
-    Per token: 2 for each weight of a linear layer; attention over what the token sees of its chunk, 2 (Z + E) for each
-    token seen; the EMA as a recurrence, D (12 N + 2). The head is taken for the last token alone unless `all_logits`.
-    Norms, activations and gates are not counted.
+    A multiplication and an addition are 2 operations. A token needs 2 for each weight of a linear layer, 2 (Z + E) for
+    each token that it attends to, in each layer, and D (12 N + 2) for the EMA as a recurrence, in each layer. The head
+    is computed for the last token alone unless `all_logits`. Norms, activations and gates are not counted.
     """
     c = config
-    _, _, linear = _counts(_key(config))
+    linear = _count_parameters(_key(config)).linear_weights
     ema = c.model_dim * (12 * c.cema_ndim + 2)
     attention = 2 * (c.z_dim + c.value_dim) * visible_tokens(config, start, tokens)
     head = 2 * c.model_dim * c.logits_size * (tokens if all_logits else 1)
@@ -56,7 +77,10 @@ def prefill_flops(config: ModelConfig, batch: int, tokens: int, start: int = 0, 
 
 
 def visible_tokens(config: ModelConfig, start: int, tokens: int) -> int:
-    """How many tokens of their chunks `tokens` tokens from position `start` see, themselves included, in sum."""
+    """The sum, over `tokens` tokens from position `start`, of how many tokens each attends to (itself included).
+
+    A token attends to its chunk: with chunk_size 4, the tokens at positions 3, 4 and 5 attend to 4, 1 and 2 tokens.
+    """
 
     def before(position: int) -> int:
         chunks, rest = divmod(position, config.chunk_size)
@@ -65,22 +89,27 @@ def visible_tokens(config: ModelConfig, start: int, tokens: int) -> int:
     return before(start + tokens) - before(start)
 
 
+@dataclass(frozen=True)
+class _ParameterCounts:
+    read_whole: int  # parameters that a decode step reads whole, without the EMA's
+    quantized_bytes: int  # bytes of quantised weights and their scales
+    linear_weights: int  # weights of the layers' linear layers, without the head's
+
+
 def _key(config: ModelConfig) -> str:
+    """The config as a string, which a cache can hold."""
     return json.dumps(asdict(config), sort_keys=True, default=str)
 
 
 @lru_cache
-def _counts(key: str) -> tuple[int, int, int]:
-    """What a step reads whole, without the EMA's: the number of parameters, and the bytes of quantised weights and
-    their scales. And the number of weights of the layers' linear layers.
-    """
-    config = ModelConfig(**json.loads(key))
+def _count_parameters(key: str) -> _ParameterCounts:
+    config = ModelConfig.from_dict(json.loads(key))
     with torch.device("meta"):
         model = MegalodonLM(config)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
     quantized = sum(m.weight.nbytes + m.scale.nbytes for m in layers if isinstance(m, QuantizedLinear))
     linear = sum(m.in_features * m.out_features for m in layers if m is not model.lm_head)
     read = {id(p): p.numel() for name, p in model.named_parameters() if ".cema." not in name and ".embed." not in name}
-    if config.head_is_embedding:  # the head is the embedding, read whole
+    if config.head_is_embedding:  # the head reads the whole embedding
         read[id(model.lm_head.weight)] = model.lm_head.weight.numel()
-    return sum(read.values()), quantized, linear
+    return _ParameterCounts(sum(read.values()), quantized, linear)

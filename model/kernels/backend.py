@@ -32,7 +32,7 @@ class KernelBackend(Backend):
     writes_next_tokens = True
 
     def begin_step(self, model: Megalodon, token_ids: Tensor, position: Tensor) -> tuple[Tensor, Rotary]:
-        """See `Backend`."""
+        """token_ids, position (B) -> scaled embeddings x (B, D) and rotary angles (B, dz/2), in one kernel."""
         if model.training:
             return super().begin_step(model, token_ids, position)
         angles = model.rotary.constants()
@@ -43,7 +43,7 @@ class KernelBackend(Backend):
     def prefill_layer(
         self, layer: MegalodonBlock, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None
     ) -> Tensor:
-        """See `Backend`."""
+        """A layer over new tokens, x (B, L, D) -> (B, L, D). The kernels update the layer's cache in place."""
         if cache is None or layer.training:
             return super().prefill_layer(layer, x, plan, rotary, cache)
         tokens = plan.tokens
@@ -52,30 +52,30 @@ class KernelBackend(Backend):
     def step_layer(
         self, layer: MegalodonBlock, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache
     ) -> Tensor:
-        """See `Backend`."""
+        """A layer over one token of each row, x (B, D) -> (B, D). The kernels update the layer's cache in place."""
         if layer.training:
             return super().step_layer(layer, x, position, rotary, cache)
         return layer_step(layer.attn, layer.ffn, x, position, rotary, cache)
 
     def prefill_norm(self, norm: TimestepNorm, x: Tensor, plan: PrefillPlan, cache: FinalCache | None) -> Tensor:
-        """See `Backend`."""
+        """The final norm over new tokens, x (B, L, D) -> (B, L, D). It updates the cached statistics in place."""
         if cache is None or norm.training:
             return super().prefill_norm(norm, x, plan, cache)
         return timestep_norm_(norm, x, plan.tokens.lengths, plan.tokens.position, cache.norm_mean, cache.norm_var)
 
     def step_norm(self, norm: TimestepNorm, x: Tensor, cache: FinalCache) -> Tensor:
-        """See `Backend`."""
+        """The final norm over one token of each row, x (B, D) -> (B, D). It moves the cached position on by one."""
         if norm.training:
             return super().step_norm(norm, x, cache)
         states = cache.position, cache.norm_mean, cache.norm_var
         return final_norm(x, *states, norm.weight, norm.bias, norm.eps, norm.statistics == "megalodon-hf")
 
     def head(self, head: nn.Module, hidden: Tensor) -> Tensor:
-        """See `Backend`; the kernel takes one hidden state of each row."""
+        """Hidden states (..., D) -> logits (..., V) in float32. The kernel is for (B, D), the plain form for the rest."""
         if head.training or hidden.dim() != 2:
             return super().head(head, hidden)
         return linear(hidden, *linear_tensors(head), None, None, None, torch.float32)
 
     def write_next_tokens(self, logits: Tensor, next_tokens: Tensor) -> None:
-        """See `Backend`."""
+        """Write the most probable tokens of logits (B, V), and their logit errors, into next_tokens (2, B)."""
         argmax(logits, next_tokens)

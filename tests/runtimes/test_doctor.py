@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from megalodon_export.doctor import checks as doctor
-from megalodon_export.doctor.checks import PROBES, Check, Probe, diagnose, main, table
+from megalodon_export.doctor.checks import PROBES, diagnose, main
+from megalodon_export.doctor.report import Check, table
+from megalodon_export.doctor.run_probes import Probe
 
 COMPILER = next(probe for probe in PROBES if probe.function == "compiler")
 
@@ -39,7 +41,7 @@ def test_everything_required_works_here(capsys: pytest.CaptureFixture[str]) -> N
     assert status == 0, [check for check in answer["checks"] if check["ok"] is False]
     assert answer["ok"] is True
     assert f"{len(PROBES)}/{len(PROBES)}" in printed.err
-    for name in ("Python", "torch", "transformers", "onnx", "C++ compiler", "torch's C++ ABI"):
+    for name in ("Python", "torch", "transformers", "msgspec", "onnx", "C++ compiler", "torch's C++ ABI"):
         assert checks[name]["ok"] is True
     assert "run" in checks["AOTInductor on the CPU"]["found"]
     assert "run" in checks["ONNX Runtime on the CPU"]["found"]
