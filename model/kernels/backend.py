@@ -71,7 +71,7 @@ class KernelBackend(Backend):
         return final_norm(x, *states, norm.weight, norm.bias, norm.eps, norm.statistics == "megalodon-hf")
 
     def head(self, head: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states (..., D) -> logits (..., V) in float32. The kernel is for (B, D), the plain form for the rest."""
+        """Hidden states (..., D) -> logits (..., V) in float32. The kernel takes (B, D) alone."""
         if head.training or hidden.dim() != 2:
             return super().head(head, hidden)
         return linear(hidden, *linear_tensors(head), None, None, None, torch.float32)
