@@ -30,7 +30,7 @@ SIZES = {"vocab_size": 512, "model_dim": 256, "num_layers": 2, "num_heads": 1, "
 def main() -> None:
     """Export a model for each capacity, time its decode step, print the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1024, 16384])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1024, 16384], help="the chunk sizes, one model each")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", default=default_device())
     args = parser.parse_args()

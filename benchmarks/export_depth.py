@@ -75,8 +75,8 @@ def main() -> None:
     """Measure every depth, and write the report after each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="200M")
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 32])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 32], help="numbers of layers to export")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     args = parser.parse_args()
     found: dict[str, Any] = {**head("cpu"), "results": []}
     for layers in args.layers:

@@ -5,6 +5,7 @@ python benchmarks/processes.py BUNDLE DEVICE     prints the memory that both pro
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -84,4 +85,8 @@ def graph_against_none(runtime: Runtime, steps: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(added_memory(Path(sys.argv[1]), sys.argv[2])))
+    parser = argparse.ArgumentParser(description="print the memory that a bundle's programs add to this process")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("device")
+    args = parser.parse_args()
+    print(json.dumps(added_memory(args.bundle, args.device)))

@@ -5,6 +5,7 @@ python benchmarks/report.py DIR     writes DIR/speed.md again, and the plots, fr
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import sys
@@ -191,5 +192,7 @@ _ERRORS: list[Column] = [
 ]
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description="write speed.md and the plots from a speed.json")
+    parser.add_argument("folder", type=Path, help="the folder that holds speed.json")
+    folder = parser.parse_args().folder
     write(json.loads((folder / "speed.json").read_text()), folder)

@@ -66,8 +66,8 @@ def _answer(service: Service, fields: dict[str, Any]) -> str:
 def main() -> int:
     """Send the requests, and print the outcomes; 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("program", type=Path)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("program", type=Path, help="the built service")
+    parser.add_argument("bundle", type=Path, help="the bundle that it serves")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=32)
     args = parser.parse_args()

@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,10 +152,10 @@ def measure(name: str, subject: Subject, args: argparse.Namespace, peak: PeakRat
     for batch in args.batch:
         row = {**head, "batch": batch}
         for tokens in args.prompt_tokens:
-            calls = (time_prefill(runtime, batch, tokens, peak, *repeats) for _ in (0,))
-            found["results"] += guarded(calls, {**row, "prompt_tokens": tokens}, subject.device)
-        calls = (time_decode(runtime, batch, args.steps, peak) for _ in (0,))
-        found["results"] += guarded(calls, row, subject.device)
+            prefill = one_row(time_prefill, runtime, batch, tokens, peak, *repeats)
+            found["results"] += guarded(prefill, {**row, "prompt_tokens": tokens}, subject.device)
+        decode = one_row(time_decode, runtime, batch, args.steps, peak)
+        found["results"] += guarded(decode, row, subject.device)
     if args.context_tokens:
         streamed = stream(runtime, sorted(args.context_tokens), args.steps, peak)
         found["contexts"] += guarded(streamed, {"runtime": name}, subject.device)
@@ -164,6 +164,11 @@ def measure(name: str, subject: Subject, args: argparse.Namespace, peak: PeakRat
     if args.profile and device.type == "cuda":
         kernels = found.setdefault("kernels", [])
         kernels += [{"runtime": name, **row} for row in kernel_times(runtime, args.batch[0], args.prompt_tokens[-1])]
+
+
+def one_row(measurement: Callable[..., dict[str, Any]], *arguments: Any) -> Iterator[dict[str, Any]]:
+    """The row of one measurement, which starts when `guarded` asks for the row."""
+    yield measurement(*arguments)
 
 
 def guarded(rows: Iterator[dict[str, Any]], head: dict[str, Any], device: str) -> list[dict[str, Any]]:

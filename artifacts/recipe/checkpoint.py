@@ -1,4 +1,4 @@
-"""The checkpoint as a folder: writing it, measuring it as it was written, and its model card."""
+"""Write the checkpoint's folder, load it again, measure it, and write its model card."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import corpus
 import torch
+from card import PROMPT, SAMPLE_BYTES, TEMPERATURE, card
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
@@ -20,16 +21,14 @@ from megalodon_export.model import MegalodonForCausalLM
 from megalodon_export.runtimes.eager import ModelRuntime
 
 MAX_BYTES = 4_000_000
-PIECE = 4096  # tokens a prefill call, when a long stream is measured
-PROMPT = "And it came to pass in those days"
-TEMPERATURE = 0.75
-SAMPLE_BYTES = 700
+PIECE = 4096  # tokens in a call of prefill when a long stream is measured
 
 
 def bits_per_byte(model: MegalodonForCausalLM, stream: Tensor) -> tuple[float, int]:
-    """Bits per byte of ids (L), after the first one, as one stream whose state is carried to the end; and its bytes.
+    """Bits per byte of a stream of token ids (L), and the number of its bytes.
 
-    Predicting the END_OF_TEXT between the texts costs bits too, but is not counted as a byte.
+    Every token but the first is predicted, with the state carried from the first to the last. The END_OF_TEXT tokens
+    between the texts cost bits, but do not count as bytes.
     """
     nats = score(ModelRuntime(model, Limits(max_length=PIECE)), [stream]).nats
     count = int((stream != corpus.END_OF_TEXT).sum())
@@ -38,7 +37,7 @@ def bits_per_byte(model: MegalodonForCausalLM, stream: Tensor) -> tuple[float, i
 
 @torch.no_grad()
 def sample(model: MegalodonForCausalLM, seed: int = 0) -> str:
-    """PROMPT continued by SAMPLE_BYTES bytes, drawn at TEMPERATURE on the CPU."""
+    """PROMPT, continued by SAMPLE_BYTES bytes that are drawn at TEMPERATURE on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     ids = list(PROMPT.encode())
     prompt = torch.tensor([ids], device=model.device)
@@ -52,7 +51,7 @@ def sample(model: MegalodonForCausalLM, seed: int = 0) -> str:
 
 
 def save(model: MegalodonForCausalLM, folder: Path) -> None:
-    """Write weights, configs and tokenizer; each file replaces an older one at once."""
+    """Write weights, configs and tokenizer. Each file replaces an older one in one step."""
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
@@ -73,7 +72,7 @@ def save(model: MegalodonForCausalLM, folder: Path) -> None:
 
 
 def finish(folder: Path, parts: corpus.Corpus, results: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Reload the folder as a user would, measure it on the held-out text, write the card, check the size."""
+    """Load the folder like a user, measure it on the held-out text, write the model card, check the folder's size."""
     model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     stream = torch.tensor(corpus.token_ids(parts.held_out), device=device)
@@ -97,86 +96,3 @@ def finish(folder: Path, parts: corpus.Corpus, results: dict[str, Any], device: 
     if results["folder_bytes"] > MAX_BYTES:
         raise RuntimeError(f"{folder} has {results['folder_bytes']:,} bytes, expected at most {MAX_BYTES:,}")
     return results
-
-
-def card(config: dict[str, Any], r: dict[str, Any]) -> str:
-    """The model card, from the config and what was measured."""
-    epochs = r["steps"] * r["batch"] * r["length"] / r["train_bytes"]
-    quoted = "\n".join(f"> {line}  " for line in r["sample"].splitlines())
-    return f"""---
-language: en
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
-tags: [megalodon, byte-level]
----
-
-# Megalodon, byte level, King James Bible
-
-A small Megalodon language model that reads and writes bytes, to try exports, runtimes and tests on. It is small enough
-to be committed. It is trained, so the text that it writes shows whether a runtime is right.
-
-    import megalodon_export  # registers the model with transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained("artifacts/default")
-    tokenizer = AutoTokenizer.from_pretrained("artifacts/default")
-
-## Model
-
-| | |
-|---|---|
-| parameters | {r["parameters"]:,} ({" and ".join(r["dtypes"])}; the complex EMA's are float32) |
-| `model.safetensors` | {r["weights_bytes"]:,} bytes |
-| layers, width, heads | {config["num_layers"]}, {config["model_dim"]}, {config["num_heads"]} |
-| query/key, value, feed-forward width | {config["z_dim"]}, {config["value_dim"]}, {config["ffn_hidden_dim"]} (SwiGLU) |
-| EMA modes, norm groups | {config["cema_ndim"]}, {config["norm_num_groups"]} |
-| attention chunk | {config["chunk_size"]} bytes; the EMA and the norms' statistics carry what lies further back |
-| vocabulary | {config["vocab_size"]}: the 256 bytes, and `<|endoftext|>` before, between and after books |
-
-## Data
-
-The text is the King James Version in the Debian package `bible-kjv`, as `bible -f gen1:1-rev22:21` prints it:
-{r["text_bytes"]:,} bytes, one verse a line, each after its reference (`Ge1:1`). The package states that the
-copyright of the text is expired. The text is in the public domain (in the United Kingdom, Crown
-letters patent govern its printing).
-
-The last 5% of each book's verses are held out, and the 1% before them choose the checkpoint:
-{r["train_bytes"]:,} bytes of training,
-{r["validation_bytes"]:,} of validation, {r["held_out_bytes"]:,} held out. {r["repeated_share"]:.1%} of the held-out
-bytes lie in passages of {corpus.REPEAT} bytes or more that the training part has too: the Bible repeats itself.
-
-## Training
-
-{r["steps"]:,} steps of {r["batch"]} sequences of {r["length"]:,} bytes from random places, {epochs:.1f} times the
-text, in {r["minutes"]:.1f} minutes on {r["hardware"]}, with torch {r["torch"]}.
-
-The optimisers are Muon for the layers' matrices and AdamW for the rest. The learning rate has its peak at
-{r["rate"]:g} and falls as a cosine. Weight decay is {r["weight_decay"]:g}, dropout {r["dropout"]:g}, the seed
-{r["seed"]}. The weights are trained in bfloat16 over float32 masters. The file holds the running average of
-the masters. The recipe is `artifacts/recipe/`.
-
-## Quality
-
-| bits per byte | |
-|---|---|
-| held out | **{r["held_out_bits_per_byte"]:.3f}** |
-| validation (step {r["best_step"]:,}, the best) | {r["validation_bits_per_byte"]:.3f} |
-| `xz -9e`, the whole text | {r["xz_bits_per_byte"]:.3f} |
-
-The figures were measured on these files, as `from_pretrained` loads them. All held-out bytes are one stream, book after
-book, with the state carried from the first byte to the last.
-
-A sample: "{PROMPT}", continued by {SAMPLE_BYTES} bytes drawn at temperature {TEMPERATURE}:
-
-{quoted}
-
-## Limits
-
-It knows one book, in early modern English, and nothing else: no facts, no instructions, no other language. It invents
-verses and references: nothing that it writes is a quotation. It says what that book says, in the book's terms.
-
-## Licence
-
-The weights are under the project's licence, Apache-2.0; the text is in the public domain.
-"""

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-END_OF_TEXT = 256  # the one token that is no byte
-HELD_OUT = 0.05  # the last verses of each book: never trained on, measured once
-VALIDATION = 0.01  # the verses just before them: never trained on, they choose the checkpoint
-REPEAT = 50  # bytes of a passage that counts as repeated
+END_OF_TEXT = 256  # the only token that is not a byte
+HELD_OUT = 0.05  # share of each book, its last verses: never trained on, measured once
+VALIDATION = 0.01  # share of each book, the verses before those: never trained on, they choose the checkpoint
+REPEAT = 50  # shortest passage, in bytes, that counts as repeated
 
 _REFERENCE = re.compile(rb"^(\d?[A-Za-z]+)\d+:\d+ ")
 
@@ -28,7 +28,7 @@ class Corpus:
 def split(text: bytes) -> Corpus:
     """Cut every book's last verses off: 5% (rounded up) held out, and 1% (rounded up) before them for validation.
 
-    text: one verse a line, `Ge1:1 In the beginning ...`. Raises ValueError for a line of another form.
+    `text` has one verse on each line: `Ge1:1 In the beginning ...`. Raises ValueError for a line of another form.
     """
     parts = Corpus([], [], [])
     for verses in _books(text):
@@ -54,7 +54,7 @@ def repeated_share(corpus: Corpus) -> float:
     known = {text[i : i + REPEAT] for text in corpus.train for i in range(len(text) - REPEAT + 1)}
     covered = 0
     for text in corpus.held_out:
-        end = 0  # bytes before it are counted
+        end = 0  # bytes before this one are counted already
         for i in range(len(text) - REPEAT + 1):
             if text[i : i + REPEAT] in known:
                 covered += i + REPEAT - max(end, i)
@@ -63,7 +63,7 @@ def repeated_share(corpus: Corpus) -> float:
 
 
 def xz_bits_per_byte(text: bytes) -> float:
-    """What `xz -9e` takes for the whole text."""
+    """Bits that `xz -9e` needs for each byte of the text."""
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 
 

@@ -2,7 +2,8 @@
 
     python artifacts/recipe/train.py --text kjv.txt --out artifacts/default --minutes 7
 
-Progress goes to stderr, the measured results to stdout as JSON. The folder always holds the best checkpoint so far.
+The script writes progress to stderr, and the measured results to stdout as JSON. The folder always holds the best
+checkpoint so far.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ SIZES = {
 TINY = {"model_dim": 32, "num_layers": 2, "z_dim": 16, "value_dim": 32, "ffn_hidden_dim": 32, "chunk_size": 16}
 SMOKE_VERSES = 2000
 WARMUP = 0.02  # share of the training in which the learning rate rises
-FINAL_RATE = 0.02  # of the learning rate, at the end of the cosine
-AVERAGE_DECAY = 0.995  # a step; the averaged weights are the ones that are measured and saved
+FINAL_RATE = 0.02  # share of the peak learning rate that is left at the end of the cosine
+AVERAGE_DECAY = 0.995  # for each step; the averaged weights are measured and saved
 MAX_GRADIENT_NORM = 1.0
 
 LossFunction = Callable[[Tensor], Tensor]
@@ -70,9 +71,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="what `bible -f gen1:1-rev22:21` prints")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, artifacts/default")
     parser.add_argument("--minutes", type=float, default=7, help="everything ends within this time")
-    parser.add_argument("--steps", type=int, default=5000, help="at most so many; the schedule follows what ends first")
-    parser.add_argument("--batch", type=int, default=32, help="sequences a step")
-    parser.add_argument("--length", type=int, default=2048, help="bytes a sequence")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=5000,
+        help="most steps; the schedule follows the time or the steps, whichever ends first",
+    )
+    parser.add_argument("--batch", type=int, default=32, help="sequences in a step")
+    parser.add_argument("--length", type=int, default=2048, help="bytes in a sequence")
     parser.add_argument("--rate", type=float, default=8e-3, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)
@@ -88,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Weights:
-    """Float32 masters of a model whose own weights are as the checkpoint stores them, and their running average."""
+    """Float32 master weights of a model, and their running average. The model itself has the checkpoint's dtypes."""
 
     def __init__(self, model: MegalodonForCausalLM) -> None:
         self.names = [name for name, _ in model.named_parameters()]
@@ -106,14 +112,14 @@ class Weights:
 
     @torch.no_grad()
     def publish(self, step: int) -> None:
-        """Copy the masters into the model, and take them into the average."""
+        """Copy the masters into the model, and update the average."""
         torch._foreach_copy_(self.model, self.masters)
         share = 1 - min(AVERAGE_DECAY, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.average, self.masters, share)
 
 
 class Trainer:
-    """Everything between the split text and the best checkpoint."""
+    """Trains on the split text, and saves the best checkpoint."""
 
     def __init__(self, args: argparse.Namespace, parts: corpus.Corpus) -> None:
         self.args, self.started = args, time.monotonic()
@@ -152,9 +158,9 @@ class Trainer:
             self.validate(torch.stack(losses).mean().item() / math.log(2))
 
     def progress(self) -> float:
-        """Share of the training that is done: of the steps, or of the time if that ends first.
+        """Share of the steps that is done, or of the time if the time ends first.
 
-        Time is left for the last measurements, which take about ten times as long as a validation.
+        Some time is left for the last measurements, which take about ten times as long as a validation.
         """
         elapsed = time.monotonic() - self.started
         available = self.args.minutes * 60 - 12 * self.measuring - 15
@@ -177,8 +183,8 @@ class Trainer:
         compiled = torch.compile(loss_of)
         try:
             compiled(self.batch(torch.Generator().manual_seed(0))).backward()
-        except Exception as error:  # whatever the compiler says, training works without it
-            log(f"torch.compile failed, going on without it: {type(error).__name__}: {str(error)[:300]}")
+        except Exception as error:  # training works without the compiler
+            log(f"torch.compile failed; training continues without it: {type(error).__name__}: {str(error)[:300]}")
             compiled = loss_of
         self.model.zero_grad(set_to_none=True)
         log(f"{time.monotonic() - self.started:.0f} s: ready to train")
@@ -201,7 +207,7 @@ class Trainer:
         )
 
     def results(self) -> dict[str, object]:
-        """What the model card says about the training."""
+        """The figures about the training that the model card shows."""
         args = self.args
         return {
             "validation_bits_per_byte": self.best,
@@ -215,7 +221,7 @@ class Trainer:
 
 
 def to_stored_dtypes(model: MegalodonForCausalLM) -> None:
-    """bfloat16 weights, except those that the model class keeps in float32: as `from_pretrained` will load them."""
+    """Convert to the dtypes that `from_pretrained` loads: bfloat16, and float32 for the modules that stay in it."""
     keep = model._keep_in_fp32_modules_strict
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not any(module in name.split(".") for module in keep):
@@ -249,7 +255,7 @@ def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 
 
 def hardware(device: torch.device) -> str:
-    """The device in words."""
+    """The device as the model card names it."""
     if device.type == "cuda":
         return f"one {torch.cuda.get_device_name(device)}"
     cores = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""What the doctor tries, one function per process: python -P probes.py FOLDER TITLE FUNCTION [ARGUMENT...]
+"""The doctor's probes, one function per process: python -P probes.py FOLDER TITLE FUNCTION [ARGUMENT...]
 
 A probe appends each check to FOLDER/checks, as one JSON line, as soon as it is known. It writes what it is about to try
 to FOLDER/stage. Both therefore survive a crash. This file is run as a script, so it imports nothing of this package:

@@ -1,4 +1,4 @@
-"""What the doctor found: one `Check` for each row, and the table that a person reads."""
+"""The doctor's findings: one `Check` for each row, and the table that a person reads."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class _Run:
         return time.monotonic() - self._started
 
     def ended(self) -> bool:
-        """Whether the process has ended. One that is over its time is killed first."""
+        """Kill the process if it is over its time; True once it has ended."""
         if self._process.poll() is None and self.seconds() > self.probe.timeout:
             self.timed_out = True
             end_process(self._process)
