@@ -47,9 +47,12 @@ class MegalodonModel(Megalodon, MegalodonPreTrainedModel):  # type: ignore[misc]
     block_class = MegalodonDecoderLayer
     cache_class = MegalodonCache
 
-    def __new__(cls, config: MegalodonConfig, *args: Any, **kwargs: Any) -> Self:
-        """The class that a config asks for: attention beyond the chunk has one of its own."""
-        if cls is MegalodonModel and config.attention_window is not None:
+    def __new__(cls, config: MegalodonConfig | None = None, *args: Any, **kwargs: Any) -> Self:
+        """The class that a config asks for: attention beyond the chunk has one of its own.
+
+        copy.deepcopy and pickle call this without a config.
+        """
+        if cls is MegalodonModel and config is not None and config.attention_window is not None:
             from ..compat.windowed_attention import WindowedModel  # which is a subclass of this one
 
             return super().__new__(WindowedModel)  # type: ignore[return-value]

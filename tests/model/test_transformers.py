@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = random_tokens(2, 12)
 LEFT = torch.ones_like(TOKENS)
 LEFT[0, :5] = 0
+
+
+# ---- copies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 32}], ids=["chunks", "window"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_model_can_be_copied(copied: Callable[[Any], Any], options: dict[str, Any]) -> None:
+    model = make_model(torch.float32, **options)
+    other = copied(model)
+    assert type(other.model) is type(model.model)
+    with torch.no_grad():
+        assert torch.equal(other(TOKENS).logits, model(TOKENS).logits)
+        next(other.parameters()).zero_()
+        assert not torch.equal(other(TOKENS).logits, model(TOKENS).logits)
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
