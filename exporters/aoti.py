@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from ..model import MegalodonForCausalLM, use_kernels
 from .gemv_rewrite import rewrite_gemv
@@ -64,6 +65,8 @@ def inductor_options(request: CompileRequest, stage: str) -> dict[str, Any]:
         "aot_inductor.check_lowerbound": False,  # with the check, a program refuses batch 1
         "aot_inductor.model_name_for_generated_files": stage,
         "cpp.dynamic_threads": True,  # else the number of threads of this machine is compiled in
+        # Code that Inductor generates for one thread computes wrong numbers on two, where sums are shared out.
+        "cpp.threads": max(2, torch.get_num_threads()),
     }
     if request.portable:
         options |= {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}

@@ -102,7 +102,7 @@ class Session:
         if not fed:
             raise ValueError("there are no tokens to feed; give at least one")
         with self._guarded():
-            ids = torch.tensor([fed], device=self.runtime.device)
+            ids = torch.tensor([fed])  # on the host, where ids are checked before they are uploaded
             lengths = torch.tensor([len(fed)])
             logits = self.programs.prefill(ids, lengths)[0]
         self._pending = None
@@ -113,7 +113,7 @@ class Session:
         if self._pending is not None:
             return self.prefill([token_id])
         with self._guarded():
-            return self.programs.decode(torch.tensor([token_id], device=self.runtime.device))[0].clone()
+            return self.programs.decode(torch.tensor([token_id]))[0].clone()
 
     def generate(
         self,
@@ -262,7 +262,7 @@ def _prefill_rows(loop: DecodeLoop, prompts: Sequence[Sequence[int]]) -> Tensor:
     padded = torch.zeros(batch, int(lengths.max()), dtype=torch.int64)
     for row, tokens in zip(padded, prompts, strict=False):
         row[: len(tokens)] = torch.tensor(tokens)
-    return loop.programs.prefill(padded.to(loop.runtime.device), lengths)
+    return loop.programs.prefill(padded, lengths)
 
 
 def _check_count(max_new_tokens: int) -> None:

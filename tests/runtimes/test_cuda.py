@@ -140,3 +140,17 @@ def test_capturing_leaves_the_cache_as_it_was(folder: Path) -> None:
     programs.capture_step(lambda: programs.run_decode(token_ids), [])
     for a, b in zip(before, cache.tensors(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_an_unknown_token_id_is_refused_and_other_sessions_go_on(folder: Path) -> None:
+    runtime = opened(folder)
+    session, other = Session(runtime), Session(runtime)
+    expected = list(other.generate_ids([1, 2, 3], 5))
+    for feed in (lambda: session.prefill([1, 1_000_000]), lambda: session.decode(-1)):
+        with pytest.raises(ValueError, match="token ids must be in"):
+            feed()
+    with pytest.raises(ValueError, match="token ids must be in"):
+        list(session.generate_ids([1_000_000], 5))
+    other.reset()
+    assert list(other.generate_ids([1, 2, 3], 5)) == expected
+    assert list(session.generate_ids([1, 2, 3], 5)) == expected

@@ -156,3 +156,15 @@ def test_scoring_gives_the_logits_of_every_token_where_the_programs_do(pair: Pai
     with pytest.raises(ValueError, match=r"export it again with --all-logits"):
         runtime.score(token_ids, lengths)
     assert all(map(torch.equal, runtime.cache.tensors(), before))
+
+
+def test_programs_run_on_more_threads_than_they_were_compiled_on(tiny_bundle: Path) -> None:
+    """The bundle is exported on one thread; from code for one thread, two once computed other logits."""
+    manifest = bundle.read(tiny_bundle)
+    pair = [open_runtime(name, tiny_bundle, manifest, "cpu") for name in ("aoti", "eager")]
+    torch.set_num_threads(2)  # `one_thread` sets it back
+    for batch in (1, 2):
+        case = Case("two threads", batch, ((40,) * batch, *(None,) * 12))
+        for _ in range(3):
+            logits, cache, _ = compare(pair[0], pair[1], case)
+            assert max(logits, cache) < 1e-4
