@@ -14,8 +14,8 @@ from .cache import LayerCache
 from .norm import accumulation_dtype, cast
 from .plan import PrefillPlan
 
-# A prefill takes its queries in so many parts, each over the keys up to its own last: 5/8 of all pairs are computed,
-# where one part would compute all of them and half are visible.
+# A prefill cuts its queries into four parts. Each part takes the keys up to its own last query: of all pairs of a query
+# and a key, 5/8 are computed. One part would compute all of them, though only half are visible.
 QUERY_SPLITS = 4
 MIN_SCORE = -1e30  # of masked pairs: finite, so that a row without any valid key stays finite
 

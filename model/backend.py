@@ -1,7 +1,8 @@
-"""The one seam between the model and how its passes are computed.
+"""The interface between the model and its implementations.
 
-A model asks its `backend` for the parts of a pass that may be computed in more than one way. `Backend` is the plain
-form in PyTorch: the reference, the form for training, and the form for every device. Another back end is a subclass.
+`Megalodon` calls its `backend` for every operation that has a GPU implementation. `Backend` computes each in plain
+PyTorch: it is the reference, trains, and runs on every device. Another back end is a subclass, such as `KernelBackend`
+in `model/kernels/backend.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Backend:
-    """The plain form of every part. Caches are updated in place."""
+    """Every operation in plain PyTorch. Caches are updated in place."""
 
     writes_next_tokens = False  # whether `write_next_tokens` is part of a decode step
 

@@ -22,6 +22,11 @@ from .config import ModelConfig
 
 
 def tensor_field(dims: str, dtype: str, meaning: str, fill: float = 0.0) -> Any:
+    """A field of a cache dataclass: the letters of its dimensions, its dtype, what it holds, and its initial value.
+
+    `dims` are letters or numbers with spaces between them, such as "B D N 2". `dtype` is "model" (the model's own),
+    "float32" or "int64".
+    """
     return field(metadata={"dims": tuple(dims.split()), "dtype": dtype, "meaning": meaning, "fill": fill})
 
 
@@ -93,7 +98,7 @@ _LAYER, _FINAL = (
 
 
 def dimension_sizes(config: ModelConfig) -> dict[str, int]:
-    """What the letters of the layout stand for in a model."""
+    """The size of each letter of the layout in a model, all but B, the batch: {"H": 1, "C": 2048, "dz": 256 ...}."""
     return {
         "H": config.num_heads,
         "C": config.max_cache_len or config.chunk_size,  # an unbounded ring grows from a chunk
@@ -170,7 +175,11 @@ class ModelCache:
                 setattr(part, f.name, next(replaced))
 
     def rings(self) -> list[Tensor]:
-        """The keys and values. A decode step writes one slot of them, which only a later position makes visible."""
+        """The keys and values.
+
+        A decode step writes slot `position mod C` of each before it reads it, so running the step again from the same
+        states writes the same values.
+        """
         return [tensor for tensor, f in self._fields() if "C" in f.metadata["dims"]]
 
     def states(self) -> list[Tensor]:

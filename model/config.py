@@ -35,8 +35,13 @@ class ModelConfig:
     | `norm_num_groups` | G | groups of features in TimestepNorm |
 
     `rope_base` None is 10000. `norm_statistics` "megalodon" is the original's running variance; "megalodon-hf" is that
-    port's variance of the group means alone, with a prior m2 of 1 and a floor of 1e-6. `projection_bias` adds biases to
-    wh2, fc1, fc2 and fc3, as megalodon-hf has them. `dropout` applies to the embedding and to what a block adds,
+    port's variance of the group means alone, at least 1e-6, whose sum of squared deviations starts at 1. `norm_affine`
+    gives RMSNorm and LayerNorm weights. `swiglu` multiplies the feed-forward network's hidden features by a third
+    product, fc3. `rescale_nffn` scales its output by a learned alpha. `scale_emb` multiplies embeddings by sqrt(D).
+    `share_emb` makes the head the embedding. `init_mode` is how weights of linear layers are initialised: "he", "bert",
+    "gaussian", "xavier" or "none". `projection_bias` adds biases to wh2, fc1, fc2 and fc3, as megalodon-hf has them.
+
+    `dropout` applies to the embedding and to what a block adds,
     `hidden_dropout` to what is inside a block, `attention_dropout` to attention weights, or to keys with `drop_key`.
     `max_cache_len` (tokens, at least C) and `cache_unbounded` let cached calls attend beyond the chunk, as megalodon-hf
     can: to the last `max_cache_len` keys, or to all. `ema_prefill` picks how prefill evaluates the complex EMA,

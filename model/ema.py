@@ -7,9 +7,10 @@ h_t is one complex number for each of D channels and N modes. Prefill works on b
     inside a block   y = x K,  K[i, j] = Re(sum gamma p q^(j-i)) for i <= j (Toeplitz; omega on the diagonal)
     block's state    s = p * sum_j q^(T-1-j) x_j
     carried state    H_b = q^T H_{b-1} + s_{b-1}     by doubling: log2(blocks) steps
-    from the state   y += Re(sum_n gamma q^(t+1) H_b)
+    from the state   y_j += Re(sum_n gamma_n q_n^(j+1) H_b,n)     for token j = 0..T-1 of the block
 
-The FFT form replaces the first line by one causal convolution over the whole length and shares everything else.
+The FFT form computes y in another way: one causal convolution over the whole length, plus the contribution of the state
+before the call. Both forms compute the states between blocks, and the last state, alike.
 Complex numbers are pairs (real, imaginary) in a last dimension of 2. Powers of q come from magnitude and phase.
 """
 
@@ -63,8 +64,8 @@ class ComplexEMA(DerivedConstants):
         """The coefficients of the recurrence and of its blocks, computed in float64.
 
         p (D, N), q and gamma (D, N, 2), omega (D), log|q| and phase_cycles (D, N), the convolution kernel K[0..T)
-        (D, T). `scan_coefficients` (7, N, D) hold p, q, gamma and q^S again, each as a plane (N, D), for back ends that
-        scan segments of S tokens in time.
+        (D, T). `scan_coefficients` (7, N, D) hold p, q, gamma and q^SEGMENT again (real and imaginary parts apart), in
+        the order in which the GPU kernels read them.
         """
         dtype = accumulation_dtype(self.alpha.dtype)
         p = torch.sigmoid(self.alpha.double()[..., 0])
@@ -101,7 +102,7 @@ class ComplexEMA(DerivedConstants):
     def forward(self, x: Tensor, plan: PrefillPlan, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Prefill: x (B, L, D), 0 where not valid; state (B, D, N, 2) or None (zero).
 
-        Returns y (B, L, D) in the accumulation dtype and the state after each row's last valid step.
+        Returns y (B, L, D) in the accumulation dtype and the state after each row's last valid token.
         """
         if not torch.is_autocast_enabled(x.device.type):
             return self._prefill(x, plan, state)
@@ -147,7 +148,7 @@ class Scan(NamedTuple):
         tail = torch.where(plan.ema.tail_valid, picked, 0.0)  # (B, T, D)
         added = torch.bmm(tail.permute(2, 0, 1), self.to_state).unflatten(-1, (-1, 2))
         start = self.carried[:, plan.tokens.rows, plan.ema.last_block]  # (D, B, N, 2)
-        last = complex_mul(self.powers.index_select(1, plan.ema.last_steps), start) + added
+        last = complex_mul(self.powers.index_select(1, plan.ema.last_count), start) + added
         return last.transpose(0, 1)
 
 
@@ -195,7 +196,7 @@ def causal_convolution(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def from_incoming(state: Tensor, from_state: Tensor, starts: Tensor, length: int) -> Tensor:
-    """The state's part of the outputs (B, L, D): Re(sum_n gamma q^(t+1) h) for the state h (B, D, N, 2) before them."""
+    """The state's part of the outputs (B, L, D): Re(sum_n gamma q^(t+1) h) at t = 0..L-1, state h (B, D, N, 2)."""
     decayed = complex_mul(state.transpose(0, 1)[:, :, None], starts[:, None])  # (D, B, blocks, N, 2)
     incoming = torch.bmm(decayed.flatten(1, 2).flatten(2), from_state).unflatten(1, (state.shape[0], starts.shape[1]))
     return from_blocks(incoming.permute(1, 2, 3, 0), 1, length)

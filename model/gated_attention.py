@@ -5,6 +5,9 @@ z  = wz m, each head over its root mean square                       v = silu(wv
 q  = rotary((gamma_0 + 1) / sqrt(dz) z + beta_0)                     k = rotary((gamma_1 + 1) / sqrt(dz) z + beta_1)
 o  = softmax(q k^T) v, inside chunks of C tokens
 h  = wh1 m + wh2 (o * silu(wr m))                                    returns x + h
+
+Each head of z has a root mean square of 1, so its length is sqrt(dz). The factor 1 / sqrt(dz) makes it 1, in q as in k.
+So q k^T has no factor of its own.
 """
 
 from __future__ import annotations
@@ -73,7 +76,10 @@ class GatedAttention(nn.Module):
     def recurrence(
         self, x: Tensor, plan: PrefillPlan, norm: NormState, ema: Tensor | None
     ) -> tuple[Tensor, Tensor, NormState, Tensor]:
-        """What runs along the whole text, from the states before x: x' and y (B, L, D), and the states after x."""
+        """TimestepNorm and CEMA, the two parts that see the whole text, from the states before x.
+
+        Returns x' and y (B, L, D), and the states of both after each row's last valid token.
+        """
         x_norm, norm = self.timenorm(x, plan, norm)
         y, ema = self.cema(x_norm, plan, ema)
         return x_norm, y, norm, ema

@@ -53,7 +53,10 @@ class Megalodon(nn.Module):
         self.build(config)
 
     def build(self, config: ModelConfig) -> None:
-        """Make the submodules."""
+        """Make the submodules.
+
+        This is apart from `__init__` because transformers' subclass runs `PreTrainedModel.__init__` first.
+        """
         self.config = config
         self.backend = Backend()
         self.supported_dtypes = SUPPORTED_DTYPES  # an exporter whose runtime keeps statistics in float32 may add to it
@@ -112,7 +115,7 @@ class Megalodon(nn.Module):
         return self.embed_tokens(token_ids), plan, rotary
 
     def end_prefill(self, x: Tensor, plan: PrefillPlan, cache: FinalCache | None) -> Tensor:
-        """The last layer's x (B, L, D) -> hidden states (B, L, D)."""
+        """The last layer's x (B, L, D) -> hidden states (B, L, D). The cache's statistics and position move on."""
         x = self.backend.prefill_norm(self.norm, x, plan, cache)
         if cache is not None:
             cache.position.copy_(plan.tokens.position + plan.tokens.lengths)
@@ -124,7 +127,7 @@ class Megalodon(nn.Module):
         return self.backend.begin_step(self, token_ids, position)
 
     def end_decode(self, x: Tensor, cache: FinalCache) -> Tensor:
-        """The last layer's x (B, D) -> hidden states (B, D)."""
+        """The last layer's x (B, D) -> hidden states (B, D). The cache's statistics and position move on."""
         return self.backend.step_norm(self.norm, x, cache)
 
     @property
@@ -149,7 +152,7 @@ class Megalodon(nn.Module):
         return self.cache_class.allocate(self.config, batch, self.dtype_of_weights, self.embed.weight.device)
 
     def train(self, mode: bool = True) -> Self:
-        """As nn.Module.train; leaving inference drops frozen constants, which would go stale."""
+        """As nn.Module.train. Training changes the weights, so constants frozen from them are dropped first."""
         if mode:
             unfreeze_constants(self)
         return super().train(mode)
@@ -167,7 +170,7 @@ class MegalodonLM(nn.Module):
             self.lm_head.weight = self.model.embed.weight
 
     def build(self, config: ModelConfig) -> None:
-        """Make the submodules."""
+        """Make the submodules; apart from `__init__` for the reason that `Megalodon.build` gives."""
         self.config: Any = config
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.model_dim, config.logits_size, bias=False)

@@ -51,15 +51,17 @@ def prefix_sum(x: Tensor, max_length: int, upper_ones: Tensor | None = None) -> 
     if upper_ones is None:
         upper_ones = upper_triangle(x.device).to(x.dtype)
     if max_length <= BLOCK:
-        return _times(x, upper_ones, x.shape[1])
+        return _triangular_sums(x, upper_ones, x.shape[1])
     blocks = to_blocks(x, 1, BLOCK)  # (B, blocks, 32, K)
-    inside = _times(blocks, upper_ones, BLOCK)
+    inside = _triangular_sums(blocks, upper_ones, BLOCK)
     totals, count = inside[:, :, -1], -(-max_length // BLOCK)
-    up_to = _times(totals, upper_ones, totals.shape[1]) if count <= len(upper_ones) else prefix_sum(totals, count)
+    up_to = (
+        _triangular_sums(totals, upper_ones, totals.shape[1]) if count <= len(upper_ones) else prefix_sum(totals, count)
+    )
     return from_blocks(inside + (up_to - totals)[:, :, None], 1, x.shape[1])
 
 
-def _times(x: Tensor, triangle: Tensor, size: int) -> Tensor:
+def _triangular_sums(x: Tensor, triangle: Tensor, size: int) -> Tensor:
     """Inclusive sums over the last but one dimension of x (..., T, K), as x^T times an upper triangle of ones."""
     rows = compact(x.mT)  # (..., K, T)
     triangle = triangle.narrow(0, 0, size).narrow(1, 0, size)
@@ -70,7 +72,8 @@ class TimestepNorm(nn.Module):
     """Normalises each of G groups of features by the mean and variance of all that the group has seen so far.
 
     `statistics` "megalodon" takes the variance within groups and between steps, without a prior. "megalodon-hf" takes
-    the variance of the group means alone, with a prior m2 of 1 and a floor of 1e-6.
+    the variance of the group means alone, at least 1e-6. Its sum of squared deviations (Welford's M2; the variance is
+    M2 / n) starts at 1, not at 0, so the variance has a bias of 1 / n.
     """
 
     def __init__(self, dim: int, groups: int, eps: float, statistics: NormStatistics) -> None:
@@ -88,7 +91,7 @@ class TimestepNorm(nn.Module):
     def forward(self, x: Tensor, plan: PrefillPlan, state: NormState) -> tuple[Tensor, NormState]:
         """Normalise new tokens x (B, L, D), from the statistics before them.
 
-        Returns (B, L, D), exactly 0 where not valid, and the statistics after each row's last valid step.
+        Returns (B, L, D), exactly 0 where not valid, and the statistics after each row's last valid token.
         """
         grouped = cast(x.unflatten(-1, (self.groups, -1)), accumulation_dtype(x.dtype))  # (B, L, G, D/G)
         mean, variance, state = running_statistics(grouped, plan, state, self.statistics)
@@ -123,7 +126,7 @@ def normalized(grouped: Tensor, mean: Tensor, variance: Tensor, eps: float) -> T
 def running_statistics(
     grouped: Tensor, plan: PrefillPlan, state: NormState, statistics: NormStatistics
 ) -> tuple[Tensor, Tensor, NormState]:
-    """Mean and variance (B, L, G) of all that each group has seen at each step, and the state after the last valid one.
+    """Mean and variance (B, L, G) of all that each group has seen at each column, and the state after the last token.
 
     `grouped` (B, L, G, D/G) are the new tokens, `state` the statistics before them. Sums run in float64.
     """
@@ -132,7 +135,7 @@ def running_statistics(
     moments = torch.cat([mu, mu * mu if hf else var + mu * mu], dim=-1)
     first, second = prefix_sum(moments * plan.tokens.valid, plan.max_length, plan.tokens.upper_ones).chunk(2, dim=-1)
 
-    count, seen = plan.tokens.count, plan.tokens.seen
+    count, seen = plan.tokens.seen_before, plan.tokens.seen
     mean_in, var_in = (cast(s, torch.float64)[:, None] for s in state)
     mean = (count * mean_in + first) / seen
     prior = count.clamp(min=1) if hf else count
@@ -140,8 +143,8 @@ def running_statistics(
     variance = variance.clamp(min=_HF_VARIANCE_FLOOR if hf else 0.0)
 
     mean, variance = cast(mean, grouped.dtype), cast(variance, grouped.dtype)
-    started = plan.tokens.started  # a row without a valid step keeps its statistics
-    last = torch.where(started, mean[:, -1], state.mean), torch.where(started, variance[:, -1], state.var)
+    has_tokens = plan.tokens.has_tokens  # a row without tokens keeps its statistics
+    last = torch.where(has_tokens, mean[:, -1], state.mean), torch.where(has_tokens, variance[:, -1], state.var)
     return mean, variance, NormState(*last)
 
 

@@ -16,7 +16,7 @@ from .blocking import padding_to
 from .config import BLOCK
 
 SEGMENT = 64  # tokens per segment where the EMA is scanned in time
-NEVER = 2**30  # the time of a slot without a token: after every query
+NEVER = 2**30  # the time of a slot that no query sees: it is empty, or holds a token of an earlier chunk
 
 
 class _Plan:
@@ -33,37 +33,37 @@ class _Plan:
 
 @dataclass
 class TokenPlan(_Plan):
-    """Which steps are tokens, and how many tokens each stream has seen.
+    """Which columns are tokens, and how many tokens each stream has seen.
 
     Example: L = 4, a row with lengths 3 at position 10.
 
-        valid   1  1  1  0      the last step is padding
-        seen   11 12 13 13      tokens of the stream up to and including each step
-        count  10               tokens before this call
+        valid         1  1  1  0    the last column is padding
+        seen         11 12 13 13    tokens of the stream up to and including each column
+        seen_before  10             tokens before this call
     """
 
     lengths: Tensor  # (B) int64
     position: Tensor  # (B) int64
     valid: Tensor  # (B, L, 1) bool
-    started: Tensor  # (B, 1) bool: the row has a valid token
-    count: Tensor  # (B, 1, 1) float64: `position`
+    has_tokens: Tensor  # (B, 1) bool: the row has a valid token
+    seen_before: Tensor  # (B, 1, 1) float64: `position`
     seen: Tensor  # (B, L, 1) float64, at least 1
-    upper_ones: Tensor  # (S, S) float64: see `upper_triangle`
+    upper_ones: Tensor  # (2T, 2T) float64: see `upper_triangle`
     # (B): 0, 1, 2 ... After the other fields: where torch.export meets this tensor before `valid`, it loses sight of L
     # being a multiple of BLOCK, and pads and cuts at every layer (`tests/exporters/test_limits.py` would fail).
     rows: Tensor
 
     @classmethod
     def of(cls, lengths: Tensor, position: Tensor, length: int) -> TokenPlan:
-        """Plan L = `length` steps."""
-        steps = torch.arange(1, length + 1, device=lengths.device)
+        """Plan L = `length` columns."""
+        ends = torch.arange(1, length + 1, device=lengths.device)
         return cls(
             lengths=lengths,
             position=position,
-            valid=(steps <= lengths[:, None])[:, :, None],
-            started=lengths[:, None] > 0,
-            count=position[:, None, None].double(),
-            seen=(position[:, None] + torch.minimum(steps, lengths[:, None]))[:, :, None].clamp(min=1).double(),
+            valid=(ends <= lengths[:, None])[:, :, None],
+            has_tokens=lengths[:, None] > 0,
+            seen_before=position[:, None, None].double(),
+            seen=(position[:, None] + torch.minimum(ends, lengths[:, None]))[:, :, None].clamp(min=1).double(),
             upper_ones=upper_triangle(lengths.device),
             rows=torch.arange(lengths.shape[0], device=lengths.device),
         )
@@ -76,22 +76,23 @@ class RingPlan(_Plan):
     Times count from the first new token: a new token's time is its index, a slot's time is that of the token it holds.
     A query sees keys from the start of its chunk up to itself. Example: C = 4, position 6, 3 new tokens.
 
-        slot_time     -2 -1 NEVER NEVER   slots 0 and 1 hold tokens 4 and 5
+        slot_time     -2 -1 NEVER NEVER   slots 0 and 1 hold tokens 4 and 5; 2 and 3 hold tokens of the last chunk
         time           0  1  2            the new tokens 6, 7 and 8
         chunk_start   -2 -2  2            tokens 6 and 7 see from token 4 on; token 8 begins a chunk
     """
 
-    single: bool  # attention takes the new tokens as one block; otherwise as blocks of C
-    time: Tensor  # (L) int32; L in whole chunks unless `single`
+    single: bool  # a call has at most C tokens, which attention takes as one block; otherwise as blocks of C
+    time: Tensor  # (L) int32: 0, 1, 2 ...; L is rounded up to whole chunks unless `single`
     chunk_start: Tensor  # (B, L) int32: the time of the first token of each chunk
-    slot_time: Tensor  # (B, R) int32: the first R slots hold all that is visible
-    index: Tensor  # (B, size): which new tokens the rings take,
-    slots: Tensor  # (B, size): in which slots, all distinct,
-    taken: Tensor  # (B, size, 1, 1) bool: and whether these are real tokens
+    slot_time: Tensor  # (B, R) int32: of the first R slots, which hold all that is visible; R <= C
+    # The rings take a row's last `size` new tokens, where size is L if `single`, else C.
+    index: Tensor  # (B, size): which new tokens the rings take
+    slots: Tensor  # (B, size): the slot of each, all distinct
+    taken: Tensor  # (B, size, 1, 1) bool: whether it is a real token; otherwise its slot keeps what it holds
 
     @classmethod
     def of(cls, lengths: Tensor, position: Tensor, length: int, ring: int, single: bool, cached: bool) -> RingPlan:
-        """Plan L = `length` steps over rings of `ring` slots; `cached`: the call goes on from a cache."""
+        """Plan L = `length` columns over rings of `ring` slots; `cached`: the call goes on from a cache."""
         device = lengths.device
         offset = (position % ring).int()[:, None]  # valid slots
         time = torch.arange(length + (0 if single else padding_to(length, ring)), dtype=torch.int32, device=device)
@@ -118,12 +119,12 @@ class EMAPlan(_Plan):
     Example: a row of 70 tokens.
 
         last_block   2          tokens 64..69 are in block 2
-        last_steps   6          and are its valid tokens
+        last_count   6          valid tokens of that block: 64..69
         tail_index   38 ... 69  the 32 tokens that end at the last one; the last 6 of them are in block 2
     """
 
     last_block: Tensor  # (B)
-    last_steps: Tensor  # (B): 0..T
+    last_count: Tensor  # (B): 0..T
     tail_index: Tensor  # (B, T)
     tail_valid: Tensor  # (B, T, 1) bool
     exponents: Tensor  # (T + 1 + shifts, 1): 0..T, and T times each of `carry_shifts`
@@ -132,7 +133,7 @@ class EMAPlan(_Plan):
 
     @classmethod
     def of(cls, lengths: Tensor, max_length: int) -> EMAPlan:
-        """Plan a call of at most `max_length` steps."""
+        """Plan a call of at most `max_length` columns."""
         device = lengths.device
         last = (lengths - 1).clamp(min=0) // BLOCK
         rest = lengths - last * BLOCK
@@ -141,7 +142,7 @@ class EMAPlan(_Plan):
         carries = [torch.full((1,), BLOCK * shift, device=device) for shift in carry_shifts(max_length)]
         return cls(
             last_block=last,
-            last_steps=rest,
+            last_count=rest,
             tail_index=(lengths[:, None] + offsets).clamp(min=0),
             tail_valid=(rest[:, None] + offsets >= 0)[:, :, None],
             exponents=torch.cat([torch.arange(BLOCK + 1, device=device), *carries])[:, None],
@@ -177,13 +178,13 @@ class PrefillPlan(_Plan):
 
 
 def upper_triangle(device: torch.device) -> Tensor:
-    """Ones on and above the diagonal, (S, S) float64: x times it are prefix sums of up to S steps.
+    """Ones on and above the diagonal, (2T, 2T) float64: x times it are prefix sums of up to 2T columns.
 
-    S is two blocks, so that a call of up to 2,048 tokens has two levels of sums. A third level would have one block or
-    two: a size of one in a traced graph, which compilers take for a constant.
+    The size is two blocks, so that a call of up to 2,048 tokens has two levels of sums. A third level would have one
+    block or two: a size of one in a traced graph, which compilers take for a constant.
     """
-    steps = torch.arange(2 * BLOCK, device=device)
-    return (steps >= steps[:, None]).double()
+    columns = torch.arange(2 * BLOCK, device=device)
+    return (columns >= columns[:, None]).double()
 
 
 def carry_shifts(max_length: int) -> list[int]:

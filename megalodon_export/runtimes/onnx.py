@@ -1,9 +1,9 @@
 """ONNX Runtime on a bundle's graphs: on a CPU, or on CUDA with every node there.
 
 Keys and values are updated in place: one buffer is a graph's input and its output. The small states are written to
-buffers of their own, and copied to the cache after the run. A decode step that runs twice therefore gives the same as
-one that runs once: of its inputs it changes one slot of each ring, which it does not read. ONNX Runtime needs that,
-because it runs a graph several times where it captures a CUDA graph.
+buffers of their own, and copied to the cache after the run. A decode step writes slot `position mod C` of each ring
+before it reads it, so running it again from the same states gives the same values. ONNX Runtime needs that, because it
+runs a graph several times where it captures a CUDA graph.
 """
 
 from __future__ import annotations

@@ -160,4 +160,4 @@ def _plan_of(x: Tensor, padding_mask: Tensor | None, position: Tensor) -> Prefil
     length, valid = x.shape[1], _valid(x, padding_mask)
     plan = PrefillPlan.of(torch.full_like(position, length), position, length, length, length, cached=False)
     seen = (position[:, None, None] + valid.cumsum(1)).clamp(min=1).double()
-    return replace(plan, tokens=replace(plan.tokens, valid=valid, seen=seen, started=valid.any(1)))
+    return replace(plan, tokens=replace(plan.tokens, valid=valid, seen=seen, has_tokens=valid.any(1)))
