@@ -125,12 +125,14 @@ def _examples(
 ) -> tuple[dict[str, Any], dict[str, dict[int, Any]]]:
     """Example arguments of a program, and the dynamic dimensions of their tensors."""
     device, vocabulary = model.device, model.config.vocab_size
-    # Ranges end at 3 at least. torch takes a size of 1 for 2 where 1 is not special, so 1..2 would be the constant 2.
+    # Under `sizes_from_one` torch traces as if every dynamic size were at least 2. A range of 1..2 would then be the
+    # constant 2, so ranges end at 3 at least.
     batch_size = min(3, limits.max_batch)
     batch = Dim("B", min=1, max=max(limits.max_batch, 3)) if limits.max_batch > 1 else Dim.STATIC
     cache = model.new_cache(batch_size)
     blocks = limits.max_length // limits.length_multiple
-    # The example's length is not the largest, which may equal another size, and no size in the graph may be 1 in it.
+    # The example's length is one multiple below the largest, which may equal another size, such as the chunk's. Up to
+    # three multiples it is the largest: with one less, the number of blocks before the last could be 1.
     example = limits.length_multiple * (blocks - 1 if blocks > 3 else blocks)
     shape = (batch_size,) if name != PREFILL else (batch_size, example)
     values = {

@@ -24,7 +24,8 @@ class ModelConfig:
 
     | field | letter | |
     |---|---|---|
-    | `vocab_size` | V | rows of the embedding; `output_size` is the head's width, -1 for V |
+    | `vocab_size` | | rows of the embedding |
+    | `output_size` | V | width of the logits; -1 is `vocab_size` |
     | `model_dim` | D | features of a token |
     | `num_heads` | H | attention heads |
     | `z_dim` | Z | features of queries and keys, all heads |

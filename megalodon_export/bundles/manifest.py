@@ -88,8 +88,19 @@ class FileEntry(Record, frozen=True):
 class Manifest(Record, frozen=True, kw_only=True):
     """All of manifest.json.
 
-    `created` is a time in UTC. `dimensions`: sizes by the letters of `dims`, but for B (rows) and L (tokens of a call).
-    `layout_id` is equal for models that can exchange snapshots. `weights` and `derived_constants` are names of files.
+    | key | holds |
+    |---|---|
+    | `format`, `schema_version`, `created` | what the file is, the version of these keys, when it was made (UTC) |
+    | `config` | the model's config |
+    | `dtype`, `weight_format` | the dtype of its weights and rings, and how the weights of linear layers are stored |
+    | `dimensions` | sizes by the letters of `dims`, but for B (rows) and L (tokens of a call) |
+    | `cache` | the tensors of the cache, in order |
+    | `layout_id` | a fingerprint of the cache's layout, equal for models that can exchange snapshots |
+    | `boundary` | by program: its inputs and outputs |
+    | `weights`, `derived_constants` | names of the safetensors files |
+    | `programs` | by runtime: target, limits, and the stages or graphs |
+    | `versions` | of this package, torch and others that made the bundle |
+    | `files` | by name: size and sha256 of each file |
     """
 
     format: Literal["megalodon-export"] = "megalodon-export"

@@ -25,7 +25,8 @@ from .sampling import SamplerKind, SamplingParams, choose, controls, device_unif
 # On a GPU, one step of lookahead hides the host's work between two steps, and a second one its variation. A CPU runs
 # steps on the host itself, so there is nothing to hide.
 LOOKAHEAD = {"cpu": 0, "cuda": 2}
-_CHECKPOINT_INTERVAL = 8  # steps: a checkpoint takes microseconds, rolling back replays up to this many steps
+# A checkpoint is saved every 8 + lookahead steps and takes microseconds. Rolling back replays at most 7 + lookahead.
+_CHECKPOINT_INTERVAL = 8
 
 
 class DecodeLoop:
@@ -40,7 +41,7 @@ class DecodeLoop:
         runtime, cache = programs.runtime, programs.cache
         device, batch = runtime.device, cache.batch
         self.programs, self.runtime, self.cache = programs, runtime, cache
-        self.lookahead = LOOKAHEAD[device.type] if lookahead is None else lookahead
+        self.lookahead = LOOKAHEAD.get(device.type, 0) if lookahead is None else lookahead
         self._next_tokens = torch.zeros(2, batch, dtype=torch.int64, device=device)  # to be fed next; logit errors
         self._index = torch.zeros((), dtype=torch.int64, device=device)  # tokens sampled since `start`
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -60,14 +61,14 @@ class DecodeLoop:
         self._last: list[int] = []
         self._steps = self._launched = self._accepted = 0
 
-    def start(self, logits: Tensor, rows: Sequence[SamplingParams], count: int) -> None:
+    def start(self, logits: Tensor, params: Sequence[SamplingParams], count: int) -> None:
         """Sample the first of `count` tokens from logits (B, V), those after the cache's last token, and launch steps.
 
-        `rows` are the parameters of each row; their seeds are used from draw 0.
+        `params` has the parameters of each row; their seeds are used from draw 0.
         """
-        self._kind = SamplerKind.of(rows)
-        self._controls.copy_(controls(rows))
-        self._seeds.copy_(torch.tensor([wrap(row.seed) for row in rows]))
+        self._kind = SamplerKind.of(params)
+        self._controls.copy_(controls(params))
+        self._seeds.copy_(torch.tensor([wrap(row.seed) for row in params]))
         self._index.zero_()
         self._steps, self._launched, self._accepted = count - 1, 0, 0
         # Only a loop that can roll back has to know where a chunk ends.

@@ -36,8 +36,10 @@ class SessionError(RuntimeError):
 def load(folder: str | Path, runtime: str | None = None, device: str | None = None, check: bool = True) -> Session:
     """Open a bundle and start a session on it.
 
-    `runtime` "aoti", "onnx" or "eager", by default that of the bundle's programs; `check=False` skips the hashes (sizes
-    are always checked) for a folder verified before.
+    `runtime` is "aoti", "onnx" or "eager". By default it is "aoti", or "onnx" for a bundle with ONNX programs alone.
+    `device` is "cpu" or "cuda". By default AOTInductor takes the one that its programs are for, and the other runtimes
+    take CUDA where there is a GPU.
+    `check=False` skips the hashes, for a folder that was verified before. Sizes are always checked.
     BundleError for a damaged bundle, RuntimeUnavailable where its programs cannot run here.
     """
     folder = Path(folder)
@@ -49,12 +51,13 @@ def load(folder: str | Path, runtime: str | None = None, device: str | None = No
 class Session:
     """One stream of tokens, which may run forever at constant memory.
 
-    `generate` continues the stream: text generated before is context. `reset` starts a new stream. After an error
-    inside a call the session refuses further calls until `reset` or `restore`.
+    `generate` continues the stream: text generated before is context. `reset` starts a new stream. After a
+    ValueError the session can be used on. After any other error inside a call, it refuses further calls until `reset`
+    or `restore`.
     """
 
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer | None = None, lookahead: int | None = None) -> None:
-        """`lookahead`: steps that the device runs ahead of the reader; by default 0 on a CPU, 2 on a GPU."""
+        """`lookahead`: steps that the device may run before the reader asks; by default 0 on a CPU, 2 on a GPU."""
         self.runtime, self.tokenizer = runtime, tokenizer
         self.programs = runtime.bind(runtime.new_cache(1))
         self._lookahead = lookahead
@@ -67,7 +70,7 @@ class Session:
     @property
     def cache(self) -> ModelCache:
         """The stream's state. The token that `generate` returned last is not in it yet."""
-        self._settle()
+        self._roll_back()
         return self.programs.cache
 
     def fork(self) -> Session:
@@ -85,12 +88,12 @@ class Session:
 
     def snapshot(self) -> Snapshot:
         """A copy of the stream's state, constant in size. `Snapshot.save` and `Snapshot.load` keep it on disk."""
-        self._usable()
+        self._check_usable()
         return Snapshot.of(self.runtime.config, self.programs.cache, self._pending)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this model; ValueError if it is another model's."""
-        self._settle()
+        self._roll_back()
         snapshot.copy_to(self.runtime.config, self.programs.cache)
         self._loop.discard_lookahead()
         self._pending, self._broken = snapshot.pending, False
@@ -166,7 +169,7 @@ class Session:
                         loop.advance()
                     self._pending = None
         finally:
-            self._settle()
+            self._roll_back()
 
     def generate_batch(
         self, prompts: Sequence[str], max_new_tokens: int = 256, stop: Sequence[str] = (), **sampling: Any
@@ -225,21 +228,21 @@ class Session:
             raise ValueError(f"the bundle has no {TOKENIZER}; use generate_ids with token ids")
         return self.tokenizer
 
-    def _usable(self) -> None:
+    def _check_usable(self) -> None:
         if self._broken:
             raise SessionError(
                 "an earlier call failed half-way, so the stream's state is unknown; call reset or restore"
             )
-        self._settle()
+        self._roll_back()
 
-    def _settle(self) -> None:
+    def _roll_back(self) -> None:
         """Roll the cache back to where the stream is, if the device is ahead of it."""
         if not self._broken:
             self._loop.roll_back()
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        self._usable()
+        self._check_usable()
         self._moves += 1
         with self._poisoning():
             yield

@@ -17,7 +17,10 @@ class RuntimeUnavailable(Exception):
 
 
 class Runtime(ABC):
-    """Weights and programs of one model on one device. A subclass loads them, and binds them to a cache in `_bind`.
+    """Weights and programs of one model on one device.
+
+    A subclass is made from `(folder, manifest, device)`. It loads weights and programs, raises RuntimeUnavailable where
+    they cannot run, and calls this `__init__`. Its `_bind` returns a subclass of `BoundPrograms`.
 
     limits: the sizes that one call of a program takes; `BoundPrograms.prefill` splits longer prompts.
     all_logits: whether the prefill program computes the logits of every token, not of the last one alone.

@@ -95,14 +95,14 @@ class MegalodonModel(Megalodon, MegalodonPreTrainedModel):  # type: ignore[misc]
         cache = past_key_values if cache is None else cache
         if cache is not None:
             cache.check_batch(input_ids.shape[0])
-            hidden = self._go_on(layout.to_right(input_ids), layout.lengths, cache)
+            hidden = self._continue(layout.to_right(input_ids), layout.lengths, cache)
         else:
             if (self.config.use_cache and not self.training) if use_cache is None else use_cache:
                 cache = self.new_cache(input_ids.shape[0])
             hidden = self._prefill(layout.to_right(input_ids), layout.lengths, cache)
         return BaseModelOutputWithPast(last_hidden_state=layout.back(hidden), **{CACHE: cache})  # type: ignore[arg-type]
 
-    def _go_on(self, token_ids: Tensor, lengths: Tensor | None, cache: MegalodonCache) -> Tensor:
+    def _continue(self, token_ids: Tensor, lengths: Tensor | None, cache: MegalodonCache) -> Tensor:
         """Continue a cache, by `decode` where every row has one token."""
         cache.record(token_ids, lengths, partial(self.prefill, cache=cache))
         if token_ids.shape[1] == 1 and lengths is None:
@@ -149,17 +149,20 @@ class MegalodonForCausalLM(MegalodonLM, MegalodonPreTrainedModel, MegalodonGener
         lengths: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: MegalodonCache | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **unsupported: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, V) float32 of input_ids (B, L), and the loss (nats a token) if `labels` (B, L) are given.
 
-        Rows may be padded on either side, as `attention_mask` (1 for a token) says, or on the right, of `lengths` (B)
-        valid tokens: each row gives what it gives alone, and 0 at padding. Labels are shifted inside, -100 is ignored,
-        and so is padding; with `num_items_in_batch`, which the Trainer gives where it accumulates gradients, the loss
-        is the sum over that number. `past_key_values`, which newer versions of transformers call `cache`, is updated in
-        place. `logits_to_keep` n computes those of each row's last n tokens alone, a tensor those of these columns.
+        `attention_mask` (B, L) is 1 for a token, 0 for padding on either side. `lengths` (B) says instead how many
+        tokens each row has, with padding on the right. Each row gives what it gives alone, and 0 at padding.
+        `labels` are shifted here. A label of -100 is ignored, and so is padding.
+        `num_items_in_batch` makes the loss the sum over this number. The Trainer gives it where it accumulates
+        gradients.
+        `past_key_values` is updated in place. Newer versions of transformers call it `cache`.
+        `use_cache` makes a cache where none is given. It is the config's by default, and False in training.
+        `logits_to_keep` n gives the logits of each row's last n tokens alone, a tensor those of these columns.
         """
-        items = unsupported.pop("num_items_in_batch", None)
         _refuse(unsupported)
         cache = past_key_values if cache is None else cache
         layout = PaddingLayout.of(input_ids, attention_mask, lengths)
@@ -168,14 +171,22 @@ class MegalodonForCausalLM(MegalodonLM, MegalodonPreTrainedModel, MegalodonGener
         if labels is not None and (keep or isinstance(logits_to_keep, Tensor)):
             raise ValueError("labels need the logits of all tokens; leave logits_to_keep out")
         if cache is not None and cache.record_past and layout.lengths is None and 0 < keep < input_ids.shape[1]:
-            self.model(token_ids[:, :-keep], past_key_values=cache)  # an assistant's guesses are among those to keep
-            cache.forget()
-            token_ids = token_ids[:, -keep:]
+            token_ids = self._feed_for_good(token_ids, keep, cache)
         out = self.model(token_ids, None, cache, use_cache, layout.lengths, return_dict=True)
         hidden = layout.last(out.last_hidden_state, keep) if keep else layout.back(out.last_hidden_state)
         logits = self.logits(hidden if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep])
-        loss = None if labels is None else cross_entropy(logits[:, :-1], layout.targets(labels), items)
+        loss = None if labels is None else cross_entropy(logits[:, :-1], layout.targets(labels), num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(out, CACHE)})
+
+    def _feed_for_good(self, token_ids: Tensor, keep: int, cache: MegalodonCache) -> Tensor:
+        """Assisted generation: feed all but the last `keep` tokens, which are returned.
+
+        An assistant's guesses are among the last `keep` tokens. Those before them are never taken back, so the cache
+        need not record them, and `crop` need not feed them again.
+        """
+        self.model(token_ids[:, :-keep], past_key_values=cache)
+        cache.forget()
+        return token_ids[:, -keep:]
 
 
 def _refuse(unsupported: dict[str, Any]) -> None:

@@ -10,8 +10,9 @@
     final_norm.py        final_norm      TimestepNorm; the position moves on
     argmax.py            argmax          the most probable token of each row
 
-`layer.py` chains a layer's operators. `linear`, `project` and `up_projection` each have two kernels: the GEMV path
-(`gemv.py`) for up to MAX_GEMV_BATCH rows, the GEMM path (`gemm.py`) above. Weights may be floats, int8 or int4
+`layer.py` chains a layer's operators. `linear`, `project` and `up_projection` each have two kernels: one of the
+GEMV path for up to MAX_GEMV_BATCH rows, one of the GEMM path above. `gemv.py` and `gemm.py` hold what the kernels of a
+path share, and the two kernels of `linear`. Weights may be floats, int8 or int4
 (`weights.py`). Every module holds its reference in plain PyTorch (`*_reference`), its kernels (`megalodon_*`) and its
 launch, a torch operator with the reference's signature.
 

@@ -1,14 +1,14 @@
 """The GEMV path of a decode step: a weight times one vector, for each row of a batch of up to MAX_GEMV_BATCH.
 
-A program holds some output features of the weight in registers and multiplies them by every row's vector, one row
-after the other. The weight is read once. For one row this is the fastest form; every further row adds its latency, so
-larger batches take the GEMM path (`gemm.py`).
+A Triton program holds some output features of the weight in registers and multiplies them by every row's vector, one
+row after the other. The weight is read once. For one row this is the fastest form; every further row adds its latency,
+so larger batches take the GEMM path (`gemm.py`).
 
-    reference    `gemv_reference`
-    device       `load_weight_tile`, `gemv_tile`: shared by the kernels of `linear.py`, `projections.py`,
-                 `up_projection.py`
-    kernel       `megalodon_linear_gemv`, launched by `linear.py`
-    launch       `gemv_tile_sizes`
+    reference         `gemv_reference`, the product alone; `linear_reference` in `linear.py`, all that the kernel does
+    device functions  `load_weight_tile`, `gemv_tile`, `gemv_registers`: the kernel's, and those of the GEMV kernels in
+                      `projections.py` and `up_projection.py`
+    kernel            `megalodon_linear_gemv`
+    launch            `linear` in `linear.py`, with the sizes of `gemv_tile_sizes`
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _WARP_BYTES = 512  # of a weight's row that a warp takes with one load
 
 
 def gemv_reference(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """x (B, K) times a stored weight (N, K) transposed: (B, N) float32."""
+    """x (B, K) times a stored weight (OUT, K) transposed: (B, OUT) float32."""
     return x.float() @ weight_reference(weight, scale).T
 
 
 def gemv_tile_sizes(weight: Tensor, columns: int, features: int, warps: int) -> dict[str, int]:
-    """FEATURES, the output features of a weight in one program, and its warps: the given ones if K is small.
+    """FEATURES, the output features of a weight in one Triton program, and its warps: the given ones if K is small.
 
     A thread holds some 64 numbers of a weight. More features a program spare work that every program repeats, such as
     the LayerNorm of `up_projection`; fewer leave more programs to share the bytes. Each thread loads 16 bytes of each
@@ -50,33 +50,33 @@ def min_columns(weight: Tensor, warps: int) -> int:
 
 
 @triton.jit
-def tile_columns(first, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """WIDTH columns from `first` on: (WIDTH), or for int4, whose columns are bytes, (WIDTH / GROUP, GROUP)."""
+def tile_columns(first_column, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """WIDTH columns from `first_column` on: (WIDTH). int4's columns are bytes, (WIDTH / GROUP, GROUP)."""
     if BITS == 4:
         group = tl.arange(0, WIDTH // GROUP)
-        return first + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        return first_column + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     else:
-        return first + tl.arange(0, WIDTH)
+        return first_column + tl.arange(0, WIDTH)
 
 
 @triton.jit
 def load_weight_tile(
     weight_ptr, scale_ptr,
-    feature, first,
+    feature, first_column,
     OUT: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Output features `feature` of a weight (OUT, K), WIDTH columns from `first` on, into registers.
+    """Output features `feature` of a weight (OUT, K), WIDTH columns from `first_column` on, into registers.
 
     -> (weight, low scales, high scales): the weight (features, WIDTH), for int4 (features, WIDTH / GROUP, GROUP); the
     scales (features), for int4 (features, WIDTH / GROUP) of the low and of the high half of K.
     """
-    k = tile_columns(first, WIDTH, BITS, GROUP)
+    k = tile_columns(first_column, WIDTH, BITS, GROUP)
     long_feature, feature_ok = feature.to(tl.int64), feature < OUT
     if BITS == 4:
         HALF: tl.constexpr = K // 2
         ok = feature_ok[:, None, None] & (k < HALF)[None, :, :]
         weight = tl.load(weight_ptr + long_feature[:, None, None] * HALF + k[None, :, :], mask=ok, other=0)
-        group = first // GROUP + tl.arange(0, WIDTH // GROUP)
+        group = first_column // GROUP + tl.arange(0, WIDTH // GROUP)
         group_ok = feature_ok[:, None] & (group < HALF // GROUP)[None, :]
         scales = scale_ptr + long_feature[:, None] * (K // GROUP) + group[None, :]
         low = tl.load(scales, mask=group_ok, other=0.0)
@@ -104,9 +104,12 @@ def to_storing_threads(y):
 
 
 @triton.jit
-def gemv_tile(tile, x_ptr, first, K: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+def gemv_tile(
+    tile, x_ptr, first_column,
+    K: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """A tile of `load_weight_tile` times its columns of the vector x (K) in memory: (features) float32."""
-    k = tile_columns(first, WIDTH, BITS, GROUP)
+    k = tile_columns(first_column, WIDTH, BITS, GROUP)
     if BITS == 4:
         HALF: tl.constexpr = K // 2
         low_x = tl.load(x_ptr + k, mask=k < HALF, other=0.0).to(tl.float32)
@@ -141,7 +144,7 @@ def megalodon_linear_gemv(
     """y = first + second + alpha * (x W^T + bias); each of first, second, alpha and bias only if its flag is set.
 
     In: x (B, K); weight (OUT, K) as stored and its scales; bias, alpha (OUT); first, second (B, OUT). Out: y (B, OUT).
-    Grid: (ceil(OUT / FEATURES),), FEATURES output features a program for all B rows. The program's tile of the weight,
+    Grid: (ceil(OUT / FEATURES),), FEATURES output features a Triton program for all B rows. Its tile of the weight,
     bias and alpha stay in registers over the loop of rows; sums are float32. The columns are split into HEAD, a power
     of two, and a tail padded to TAIL_P: less is masked than in one tile of all.
     """

@@ -50,8 +50,8 @@ def linear(
 ) -> Tensor:
     """first + second + alpha * (x W^T + bias), without the terms that are None; sums in float32.
 
-    x (B, K); weight (N, K) as stored, with its scales (`weights.py`); bias, alpha (N); first, second (B, N)
-    -> (B, N) in `dtype`.
+    x (B, K); weight (OUT, K) as stored, with its scales (`weights.py`); bias, alpha (OUT); first, second (B, OUT)
+    -> (B, OUT) in `dtype`.
     """
     batch, columns = x.shape
     features = weight.shape[0]
