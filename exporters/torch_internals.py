@@ -36,14 +36,6 @@ class TorchChangedError(RuntimeError):
     """A private interface of torch is not what this package was written for. The message names it."""
 
 
-def _private(module: Any, name: str, without_it: str) -> Any:
-    """A module's attribute, or TorchChangedError that says what is lost."""
-    found = getattr(module, name, None)
-    if found is None:
-        raise TorchChangedError(f"this torch has no {module.__name__}.{name}, without which {without_it}")
-    return found
-
-
 # ---- torch.export ----------------------------------------------------------------------------------------------------
 
 
@@ -111,17 +103,21 @@ def compile_graph(graph: fx.GraphModule, examples: tuple[Tensor, ...], options: 
     return [str(file) for file in files]  # type: ignore[union-attr]
 
 
+# Functions of torch._inductor.sizevars that remember their last 128 results, from torch 2.12 on.
+INDEX_CACHES = ("stride_at", "simplify_index_in_vec_range")
+
+
 def widen_inductor_caches() -> None:
-    """Let Inductor remember every simplified index and stride.
+    """Let Inductor remember every simplified index and stride, where it has caches of them (torch 2.11 has none).
 
     By itself it remembers 128. A prefill has hundreds, so that each is forgotten before it is needed again, and
     compilation takes several times as long.
     """
     import torch._inductor.sizevars as sizevars
 
-    for name in ("stride_at", "simplify_index_in_vec_range"):
-        cached = _private(sizevars, name, "Inductor's cache of indices cannot be widened")
-        if cached.cache_info().maxsize is not None:
+    for name in INDEX_CACHES:
+        cached = getattr(sizevars, name, None)
+        if cached is not None and cached.cache_info().maxsize is not None:
             setattr(sizevars, name, functools.cache(cached.__wrapped__))
 
 

@@ -190,10 +190,16 @@ def test_sizes_found_in_values_are_known() -> None:
     assert torch_internals.symbol_bounds(size) == (3, 9)
 
 
+needs_index_caches = pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="Inductor of torch 2.11 does not remember indices"
+)
+
+
+@needs_index_caches
 def test_inductor_forgets_indices_unless_its_caches_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.sizevars as sizevars
 
-    names = ("stride_at", "simplify_index_in_vec_range")
+    names = torch_internals.INDEX_CACHES
     for name in names:
         original = getattr(sizevars, name).__wrapped__
         monkeypatch.setattr(sizevars, name, functools.lru_cache(original))
@@ -203,11 +209,9 @@ def test_inductor_forgets_indices_unless_its_caches_are_widened(monkeypatch: pyt
     assert [cached.cache_info().maxsize for cached in widened] == [None, None]
     torch_internals.widen_inductor_caches()
     assert [getattr(sizevars, name) for name in names] == widened  # with what they remember
-    monkeypatch.delattr(sizevars, "stride_at")
-    with pytest.raises(TorchChangedError, match=r"no torch\._inductor\.sizevars\.stride_at"):
-        torch_internals.widen_inductor_caches()
 
 
+@needs_index_caches
 def test_inductor_remembers_128_by_itself() -> None:
     """Else `widen_inductor_caches` is needed no more."""
     check = (

@@ -33,8 +33,8 @@ def test_importing_the_package_imports_little() -> None:
 
 @pytest.mark.parametrize("runtime", ["aoti", "onnx", "eager"])
 def test_a_bundle_opens_and_runs_without_heavy_packages(request: pytest.FixtureRequest, runtime: str) -> None:
-    fixture = "onnx_bundles" if runtime == "onnx" else "bundles"
-    folder: Path = request.getfixturevalue(fixture)["tiny"]
+    fixture = "tiny_onnx_bundle" if runtime == "onnx" else "tiny_bundle"
+    folder: Path = request.getfixturevalue(fixture)
     code = (
         "import sys, megalodon_export\n"
         "session = megalodon_export.load(sys.argv[1], runtime=sys.argv[2], device='cpu')\n"
