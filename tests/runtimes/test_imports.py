@@ -31,10 +31,13 @@ def test_importing_the_package_imports_little() -> None:
     assert packages <= {"megalodon_export", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("runtime", ["aoti", "onnx", "eager"])
-def test_a_bundle_opens_and_runs_without_heavy_packages(request: pytest.FixtureRequest, runtime: str) -> None:
-    fixture = "tiny_onnx_bundle" if runtime == "onnx" else "tiny_bundle"
-    folder: Path = request.getfixturevalue(fixture)
+@pytest.mark.parametrize(
+    ("runtime", "bundle"), [("aoti", "tiny_bundle"), ("onnx", "tiny_onnx_bundle"), ("eager", "tiny_bundle")]
+)
+def test_a_bundle_opens_and_runs_without_heavy_packages(
+    request: pytest.FixtureRequest, runtime: str, bundle: str
+) -> None:
+    folder: Path = request.getfixturevalue(bundle)
     code = (
         "import sys, megalodon_export\n"
         "session = megalodon_export.load(sys.argv[1], runtime=sys.argv[2], device='cpu')\n"
