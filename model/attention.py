@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocking import batched_matmul, first, from_blocks, guard_or_false, to_blocks
+from .blocking import batched_matmul, first, from_blocks, known, to_blocks
 from .cache import LayerCache
 from .norm import accumulation_dtype, cast
 from .plan import PrefillPlan
@@ -61,7 +61,7 @@ def attend_prefill(
         k, v = (torch.cat([first(ring, 2, before), new], dim=2) for ring, new in ((cache.key, k), (cache.value, v)))
         time = torch.cat([plan.ring.slot_time, time], dim=1)
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    splits = QUERY_SPLITS if guard_or_false(length % QUERY_SPLITS == 0) else 1
+    splits = QUERY_SPLITS if known(length % QUERY_SPLITS == 0) else 1
     size, out = length // splits, []
     for split in range(splits):
         start, end = split * size, before + (split + 1) * size

@@ -16,12 +16,20 @@ from torch import Tensor
 
 # A private interface of torch, and the core's only one. Without it, a comparison of symbolic sizes that torch cannot
 # decide would become a condition of the exported program, which some batch or length then breaks.
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds for every value of the symbols in it; False if a trace cannot tell."""
+    if torch.compiler.is_dynamo_compiling() or isinstance(condition, torch.SymBool):
+        # Not imported above: symbolic shapes import sympy, which takes longer than opening a bundle. Whoever traces has
+        # imported them.
+        return torch.fx.experimental.symbolic_shapes.guard_or_false(condition)
+    return condition
 
 
 def padding_to(length: int, size: int) -> int:
     """How much is missing to the next multiple of `size`."""
-    return 0 if guard_or_false(length % size == 0) else (size - length % size) % size
+    return 0 if known(length % size == 0) else (size - length % size) % size
 
 
 def to_blocks(x: Tensor, dim: int, size: int) -> Tensor:
@@ -39,7 +47,7 @@ def from_blocks(x: Tensor, dim: int, length: int) -> Tensor:
 
 def first(x: Tensor, dim: int, length: int) -> Tensor:
     """The first `length` entries of a dimension."""
-    if guard_or_false(x.shape[dim] == length):
+    if known(x.shape[dim] == length):
         return x
     return x.index_select(dim, torch.arange(length, device=x.device))
 
