@@ -87,7 +87,7 @@ def test_a_captured_step_starts_from_the_right_state_wherever_it_is_captured(fol
     pair = [r.bind(r.new_cache(3)) for r in (runtime, eager)]
     for programs in pair:
         programs.prefill(ids, lengths)
-    bound = BOUNDS[bundle.read(folder)["dtype"]]
+    bound = BOUNDS[bundle.read(folder).dtype]
     for token in range(5):
         tokens = torch.full((3,), token, device="cuda")
         assert (pair[0].decode(tokens) - pair[1].decode(tokens)).abs().max() < bound
@@ -109,7 +109,7 @@ def test_both_sessions_share_one_copy_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_sessions_write_the_same_text_as_eager(folder: Path) -> None:
-    if bundle.read(folder)["dtype"] != "float32":
+    if bundle.read(folder).dtype != "float32":
         pytest.skip("in half precision a tie may fall otherwise")
     texts = []
     for name in ("onnx", "eager"):
