@@ -85,7 +85,7 @@ class CompiledProgram(Record, frozen=True):
 
 
 class AotiPrograms(Record, frozen=True):
-    """What AOTInductor made. `package` holds every stage once more, as torch loads them.
+    """AOTInductor's programs. `package` holds every stage once more, as torch loads them.
 
     `all_logits`: prefill returns the logits of every token, not of the last alone.
     """

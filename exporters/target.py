@@ -18,7 +18,7 @@ _FEATURE_PREFIXES = (*("avx", "amx", "bmi", "f16c", "fma", "movbe", "popcnt", "s
 
 
 def target(device: str, portable: bool) -> Target:
-    """What a machine needs to run programs compiled here: device kind, and CPU features or GPU architecture."""
+    """The needs of programs compiled here: device kind, and CPU features or GPU architecture."""
     if torch.device(device).type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return Target("cuda", f"sm_{major}{minor}")

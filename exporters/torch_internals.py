@@ -152,7 +152,7 @@ def pdl_understood() -> Iterator[None]:
 
 
 def _writes_without_pdl(original: Callable[..., Any], kernel: Any, kwargs: dict[str, Any], *others: Any) -> Any:
-    """What `original` finds for the kernel without PDL."""
+    """The result of `original` for the kernel without PDL."""
     name = kernel_name(kernel)
     if not name.startswith(KERNEL_PREFIX):
         return original(kernel, kwargs, *others)

@@ -61,7 +61,7 @@ class WeightFiles:
 
 
 def stored_tensors(path: Path) -> list[StoredTensor]:
-    """What the header of a safetensors file says."""
+    """The header of a safetensors file."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

@@ -42,7 +42,7 @@ def _register_models() -> None:
     AutoModelForCausalLM.register(MegalodonConfig, MegalodonForCausalLM, exist_ok=True)
 
 
-# What to do after each of the modules that define Auto classes.
+# To be called after each of the modules that define Auto classes.
 _REGISTRATIONS = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,

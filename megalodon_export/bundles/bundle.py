@@ -74,7 +74,7 @@ def _load_json(root: Path) -> dict[str, Any]:
 
 
 def _file_problems(root: Path, listed: dict[str, Any], hash_contents: bool) -> dict[str, str]:
-    """What is wrong with the files of a folder, by their names, beside a manifest's list of files."""
+    """Faults of a folder's files, by their names, beside a manifest's list of files."""
     try:
         found, problems = scan(root)
     except OSError as error:

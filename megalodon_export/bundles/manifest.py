@@ -71,7 +71,7 @@ class BoundaryTensor(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
 
 
 class Boundary(Record, frozen=True):
-    """What a program takes and gives. "cache" stands for all tensors of the cache, in the order of the manifest's."""
+    """Inputs and outputs of a program. "cache" stands for all tensors of the cache, in the order of the manifest's."""
 
     inputs: tuple[BoundaryTensor | Literal["cache"], ...]
     updated_in_place: tuple[Literal["cache"], ...]
