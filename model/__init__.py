@@ -1,4 +1,4 @@
-"""What a Megalodon model computes.
+"""The Megalodon model.
 
 The names below are imported when they are first used: those of transformers' classes import transformers, and the rest
 needs PyTorch alone.

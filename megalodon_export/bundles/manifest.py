@@ -145,7 +145,7 @@ class Manifest(Record, frozen=True, kw_only=True):
         return DTYPES[self.dtype]
 
     def replace(self, **changes: Any) -> Manifest:
-        """The same manifest with other values in some fields."""
+        """A copy of the manifest with other values in some fields."""
         return msgspec.structs.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:

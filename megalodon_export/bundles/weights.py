@@ -31,7 +31,7 @@ def save_constants(model: MegalodonLM, folder: Path) -> None:
 def with_sources(
     stages: dict[ProgramName, CompiledProgram], layers: int, folder: Path
 ) -> dict[ProgramName, CompiledProgram]:
-    """The same programs, whose weights say where they are: `file`, and `tensor` in it.
+    """A copy of the programs, whose weights say where they are: `file`, and `tensor` in it.
 
     KeyError if a weight is nowhere, ValueError if it is not what the stage was compiled for, in any layer.
     """

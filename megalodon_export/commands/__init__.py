@@ -1,1 +1,1 @@
-"""What each command does once its options are parsed. `cli.py` imports a command's module when the command is given."""
+"""The commands, once their options are parsed. `cli.py` imports a command's module when the command is given."""

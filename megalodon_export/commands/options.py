@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `--temperature` and the options beside it say, by the names of `SamplingParams`."""
+    """The values of `--temperature` and the options beside it, by the names of `SamplingParams`."""
     return {name: getattr(args, name) for name in _SAMPLING}
 
 

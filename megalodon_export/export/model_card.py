@@ -37,7 +37,7 @@ It holds native code: load bundles only from those you trust. Largest difference
 
 
 def _quantized_weights(manifest: Manifest) -> str:
-    """What the card adds about quantised weights, and how transformers reads them; nothing for float weights."""
+    """The card's sentence on quantised weights, and how transformers reads them; empty for float weights."""
     if manifest.weight_format == "float":
         return ""
     words = f", linear layers in {manifest.weight_format}"

@@ -1,4 +1,4 @@
-"""What every runtime has: weights and programs on one device, caches for them, and `bind`."""
+"""The interface of every runtime: weights and programs on one device, caches for them, and `bind`."""
 
 from __future__ import annotations
 
