@@ -57,8 +57,10 @@ class Limits:
     def of(cls, config: ModelConfig, max_batch: int = 64, max_length: int | None = None) -> Limits:
         """Limits that suit a model: prefill takes up to one chunk a call (at most 2,048 tokens) unless told otherwise.
 
-        ValueError if max_length is not a multiple of what the model's chunks ask for.
+        ValueError if max_length is not a multiple of what the model's chunks ask for, and for a model that attends
+        beyond its chunks.
         """
+        _check_attention(config)
         chunk = config.chunk_size
         default = min(chunk, 2048) // BLOCK * BLOCK
         if (max_length or default) <= chunk and default:
@@ -96,11 +98,7 @@ def program_specs(config: ModelConfig, dtype: torch.dtype, all_logits: bool = Fa
 
     ValueError for a model that attends beyond its chunks.
     """
-    if config.attention_window is not None:
-        raise ValueError(
-            f"max_cache_len is {config.max_cache_len} and cache_unbounded {config.cache_unbounded}: programs attend "
-            "inside chunks; run such a model through transformers, or export it with both left out of config.json"
-        )
+    _check_attention(config)
     cache = tuple(TensorSpec(t.name, t.dims, dtype_name(t.torch_dtype(dtype))) for t in cache_layout(config))
     logits_dtype: DtypeName = "float64" if dtype == torch.float64 else "float32"
     logits = TensorSpec("logits", ("B", "V"), logits_dtype)
@@ -110,6 +108,14 @@ def program_specs(config: ModelConfig, dtype: torch.dtype, all_logits: bool = Fa
         PREFILL: ProgramSpec(PREFILL, (replace(ids, dims=("B", "L")), lengths), cache, (prefill_logits,)),
         DECODE: ProgramSpec(DECODE, (ids,), cache, (logits,)),
     }
+
+
+def _check_attention(config: ModelConfig) -> None:
+    if config.attention_window is not None:
+        raise ValueError(
+            f"max_cache_len is {config.max_cache_len} and cache_unbounded {config.cache_unbounded}: programs attend "
+            "inside chunks; run such a model through transformers, or export it with both left out of config.json"
+        )
 
 
 def static_sizes(config: ModelConfig) -> dict[str, int]:

@@ -27,7 +27,6 @@ from megalodon_export.exporters.stages import export_stages
 from megalodon_export.measure.roofline import prefill_flops, weight_bytes
 from megalodon_export.model.quantized import pack, replace_linear_layers, unpack
 from megalodon_export.runtimes import open_runtime
-from support.slow import slow_except
 from support.small_models import VARIANTS, full, make_model, random_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,8 +205,9 @@ def test_a_decode_step_of_one_stream_dequantises_no_matrix(weight_format: str, v
 # ---- bundles ---------------------------------------------------------------------------------------------------------
 
 
-# int4, which is slow, adds groups and bfloat16: the numbers of both are compared without AOTInductor above.
-@pytest.mark.parametrize("fixture", slow_except(("int8_bundle", "int4_bundle"), "int8_bundle"))
+# Slow: each format takes a minute of compiling. The numbers of both are compared without AOTInductor above.
+@pytest.mark.slow
+@pytest.mark.parametrize("fixture", ["int8_bundle", "int4_bundle"])
 def test_programs_equal_the_quantised_model(
     request: pytest.FixtureRequest, checkpoints: dict[str, Path], fixture: str
 ) -> None:
@@ -233,6 +233,7 @@ def dtype_of(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+@pytest.mark.slow
 def test_a_quantised_bundle_in_daily_use(int8_bundle: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = int8_bundle
     texts = {}

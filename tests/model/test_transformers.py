@@ -208,6 +208,8 @@ print(exported(input_ids=torch.tensor([[3], [5]]), cache=cache).logits.flatten()
 """
 
 
+# Slow: it compiles one program by AOTInductor. The other back ends of transformers' exporters run in faster tests.
+@pytest.mark.slow
 def test_aotinductor_is_a_back_end(exporters: Any, tmp_path: Path) -> None:
     from transformers.exporters import AutoExportConfig, AutoHfExporter
 
