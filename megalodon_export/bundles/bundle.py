@@ -7,13 +7,14 @@ The programs in a bundle are native code, so `read` comes before any of them is 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from .files import MANIFEST, PARITY, BundleError, bundle_error, scan, sha256s
 from .manifest import SCHEMA_VERSION, Manifest
+from .sealed_files import read_sealed
+from .sealing import find_seal
 
 __all__ = ["MANIFEST", "PARITY", "SCHEMA_VERSION", "BundleError", "is_bundle", "read"]
 
@@ -56,18 +57,15 @@ def _load_json(root: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
         what = "is a symbolic link" if path.is_symlink() else "is missing"
         raise BundleError(f"{root} is not a complete bundle: {MANIFEST} {what}. {_RENEW}")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise BundleError(f"{path}: a JSON object expected, found something unreadable ({error}). {_RENEW}") from error
-    if not isinstance(manifest, dict):
-        raise BundleError(f"{path}: a JSON object expected, {type(manifest).__name__} found. {_RENEW}")
+    data, manifest = read_sealed(path, _RENEW)
     version = manifest.get("schema_version")
     if type(version) is not int:
         raise BundleError(f"{path}: schema_version {SCHEMA_VERSION} expected, {version!r} found. Export it again.")
     if version != SCHEMA_VERSION:
         advice = "Upgrade this package." if version > SCHEMA_VERSION else "Export it again."
         raise BundleError(f"{path}: schema_version {SCHEMA_VERSION} expected, {version} found. {advice}")
+    if find_seal(data) is None:
+        raise BundleError(f'{path}: "seal" expected at its end, none found. {_RENEW}')
     if not isinstance(manifest.get("files"), dict):
         raise BundleError(f'{path}: "files", an object of file names, expected; none found. {_RENEW}')
     return manifest
@@ -112,7 +110,7 @@ def _entry_flaw(name: str, entry: Any) -> str | None:
 
 
 def _is_unlisted(name: str) -> bool:
-    # A crash inside update_parity leaves a file of the second form; it must not make a good bundle unreadable.
+    # A crash inside `update_parity` leaves a file of the second form; it must not make a good bundle unreadable.
     return name in (MANIFEST, PARITY) or name.startswith(f".{PARITY}.")
 
 

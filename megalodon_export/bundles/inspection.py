@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ from ..exporters.manifest_types import numbered
 from ..generation.snapshot import state_size
 from . import bundle
 from .manifest import Manifest
+from .parity import read_parity
 
 
 def inspect(folder: Path) -> dict[str, Any]:
     """Facts about a bundle, from its manifest and parity.json; hashes are checked. Sizes in bytes."""
     manifest = bundle.read(folder)
     config, aoti = manifest.config, manifest.programs.aoti
-    parity = folder / bundle.PARITY
     bound = {
         name: {
             (one.file, numbered(str(one.tensor), layer))
@@ -47,7 +46,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "weights_inside_programs": _weights_inside(folder, manifest),
         "files": {name: entry.size for name, entry in manifest.files.items()},
         "versions": manifest.versions,
-        "parity": json.loads(parity.read_text()) if parity.is_file() else None,
+        "parity": read_parity(folder, manifest),
     }
 
 

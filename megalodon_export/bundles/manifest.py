@@ -8,8 +8,8 @@ the file for readers without this package. `Manifest.of` derives it, and `from_j
 
 The C++ library reads the same file (`cpp/src/bundle/manifest.hpp`). Its structs and these:
 
-    C++ Manifest         Manifest: config (vocab_size, num_layers, ids of special tokens), dimensions (V, C), layout_id;
-                         AotiPrograms: limits, all_logits; files, of which it keeps the sizes alone
+    C++ Manifest         Manifest: config (vocab_size, num_layers, ids of special tokens), dimensions (V, C), layout_id,
+                         model_id; AotiPrograms: limits, all_logits; files, of which it keeps the sizes alone
     C++ CacheTensor      CacheEntry (fill is initial_value, ring is "C" among dims)
     C++ Target           Target, with the torch of versions
     C++ ProgramEntry     CompiledProgram
@@ -42,8 +42,9 @@ from ..exporters.programs import (
 from ..generation.snapshot import layout_id
 from ..model import CacheTensor, ModelConfig, cache_layout, dimension_sizes
 from ..model.config import WeightFormat
+from .sealing import UNSEALED
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 WEIGHTS, CONSTANTS, TOKENIZER = "model.safetensors", "constants.safetensors", "tokenizer.json"
 
 ModelDtype = Literal["float32", "bfloat16", "float64", "float16"]
@@ -101,6 +102,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     | `programs` | by runtime: target, limits, and the stages or graphs |
     | `versions` | of this package, torch and others that made the bundle |
     | `files` | by name: size and sha256 of each file |
+    | `seal` | the sha256 of this file, with zeros in its place |
     """
 
     format: Literal["megalodon-export"] = "megalodon-export"
@@ -118,6 +120,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     versions: dict[str, str]
     schema_version: int = SCHEMA_VERSION
     files: dict[str, FileEntry] = msgspec.field(default_factory=dict)
+    seal: str = UNSEALED
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: ModelDtype, programs: Programs, versions: dict[str, str]) -> Manifest:
@@ -138,6 +141,11 @@ class Manifest(Record, frozen=True, kw_only=True):
             programs=programs,
             versions=versions,
         )
+
+    @property
+    def model_id(self) -> str:
+        """A fingerprint of the model: the sha256 of the weights' file, or "" before the files are listed."""
+        return self.files[self.weights].sha256 if self.weights in self.files else ""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -177,7 +185,7 @@ class Manifest(Record, frozen=True, kw_only=True):
             limits = Limits.of(self.config, entry.limits.max_batch, entry.limits.max_length)
             programs = programs.including(name, msgspec.structs.replace(entry, limits=limits))
         again = Manifest.of(self.config, self.dtype, programs, self.versions)
-        return again.replace(created=self.created, files=self.files)
+        return again.replace(created=self.created, files=self.files, seal=self.seal)
 
     def _files_named(self) -> Iterator[tuple[str, str]]:
         """Places in the manifest, and the files that they name."""

@@ -18,6 +18,7 @@ from ..model import ModelCache
 from ..runtimes import RUNTIMES, Runtime, open_runtime
 from . import bundle
 from .manifest import Manifest
+from .parity import read_parity
 from .writing import update_parity
 
 # Largest allowed |difference|, logits absolute and cache relative to each tensor's largest value. float32 programs
@@ -68,9 +69,9 @@ def verify(
     """
     manifest = bundle.read(folder)
     available = [name for name in RUNTIMES if name in manifest.programs.by_runtime()]
+    read_parity(folder, manifest)  # a damaged report is part of a damaged bundle
     parity = measure(folder, manifest, runtimes or available, report or (lambda message: None))
-    update_parity(folder, parity)
-    return require(parity)
+    return require(update_parity(folder, manifest, parity))
 
 
 def verify_folder(

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from ..model.conversion.staged_folder import StagingError, staged_folder, sync
+from ..model.conversion.staged_folder import StagingError, staged_folder
 from .bundle import is_bundle
 from .files import MANIFEST, PARITY, BundleError, bundle_error, scan, sha256s
 from .manifest import SCHEMA_VERSION, FileEntry, Manifest
+from .sealed_files import write_sealed
 
 
 @contextlib.contextmanager
@@ -62,32 +59,16 @@ def seal(directory: Path | str, manifest: Manifest) -> Manifest:
             raise digest
         listed[name] = FileEntry(files[name].stat().st_size, digest)
     sealed = manifest.replace(schema_version=SCHEMA_VERSION, files=listed)
-    _write_json(root / MANIFEST, sealed)
-    return sealed
+    return sealed.replace(seal=write_sealed(root / MANIFEST, sealed))
 
 
-def update_parity(directory: Path | str, parity: dict[str, Any]) -> None:
-    """Replace parity.json, the one file that changes after the export; a crash leaves the old one."""
+def update_parity(directory: Path | str, manifest: Manifest, parity: dict[str, Any]) -> dict[str, Any]:
+    """Replace parity.json, the one file that changes after the export; returns it. A crash leaves the old one.
+
+    `manifest` is that of the bundle that was measured. The report names its seal.
+    """
     root = Path(directory)
-    if not (root / MANIFEST).is_file():
+    if not is_bundle(root):
         raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}. Give the folder that the export wrote.")
-    _write_json(root / PARITY, parity)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Write a JSON file beside its place, then rename it there."""
-    try:
-        plain = msgspec.to_builtins(value)
-        data = (json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    except (TypeError, ValueError) as error:
-        raise BundleError(f"{path.name}: only JSON values can be written, and finite numbers ({error}).") from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    report = {**parity, "manifest": manifest.seal}
+    return {**report, "seal": write_sealed(root / PARITY, report)}

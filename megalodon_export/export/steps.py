@@ -8,7 +8,6 @@ with staged(destination) as staging:       # beside the destination; renamed int
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from ..bundles import bundle
 from ..bundles.checkpoints import COMPANIONS
 from ..bundles.manifest import CONSTANTS, WEIGHTS, Manifest
+from ..bundles.parity import read_parity
 from ..bundles.verify import verify_folder
 from ..bundles.weights import save_constants
 from ..bundles.writing import seal, staged, update_parity
@@ -57,12 +57,12 @@ def finish(staging: Path, source: Path, manifest: Manifest, kind: str, report: R
     report("checking the programs against the model in eager mode")
     parity = verify_folder(staging, manifest, [kind], report=report)
     others = manifest.programs.by_runtime().keys() - {kind}
-    if others and (source / bundle.PARITY).is_file():  # keep what was measured of the programs that were there before
-        earlier = json.loads((source / bundle.PARITY).read_text())["results"]
-        parity["results"] = [row for row in earlier if row["runtime"] in others] + parity["results"]
+    if others and (earlier := read_parity(source, bundle.read(source, check="sizes"))):
+        # Keep what was measured of the programs that were there before.
+        parity["results"] = [row for row in earlier["results"] if row["runtime"] in others] + parity["results"]
     (staging / "README.md").write_text(model_card(manifest, source, parity))
     sealed = seal(staging, manifest)
-    update_parity(staging, parity)
+    update_parity(staging, sealed, parity)
     return sealed
 
 
@@ -73,6 +73,7 @@ def add_programs(folder: Path, kind: str, build: Callable[[Path, Manifest], Mani
     """
     report(f"checking {folder}")
     manifest = bundle.read(folder)
+    read_parity(folder, manifest)
     if kind in manifest.programs.by_runtime():
         raise bundle.BundleError(
             f"{folder} has {kind} programs already; export to another folder, or replace it whole."

@@ -29,7 +29,8 @@ class AotiRuntime(Runtime):
         if entry is None:
             raise RuntimeUnavailable(f"{folder} has no AOTInductor programs; make them: megalodon-export aoti")
         chosen = _check_target(entry.target, manifest.versions, device)
-        super().__init__(manifest.config, manifest.torch_dtype, chosen, entry.limits, entry.all_logits)
+        config, dtype = manifest.config, manifest.torch_dtype
+        super().__init__(config, dtype, chosen, entry.limits, entry.all_logits, manifest.model_id)
         self._load(folder / "aoti" / entry.package, entry.stages, WeightStore(folder, chosen).bind)
 
     def _load(

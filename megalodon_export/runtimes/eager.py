@@ -25,12 +25,12 @@ from .bound_programs import BoundPrograms
 class ModelRuntime(Runtime):
     """Runs the modules of a model in memory; freezes what it derives from its weights."""
 
-    def __init__(self, model: MegalodonLM, limits: Limits | None = None) -> None:
+    def __init__(self, model: MegalodonLM, limits: Limits | None = None, model_id: str = "") -> None:
         self.model = model
         freeze_constants(model)
         limits = limits or Limits.of(model.config, max_batch=2**16)
         device = model.model.embed.weight.device
-        super().__init__(model.config, model.dtype_of_weights, device, limits, all_logits=False)
+        super().__init__(model.config, model.dtype_of_weights, device, limits, False, model_id)
         self.can_score = True
 
     def _bind(self, cache: ModelCache, capture: bool) -> BoundPrograms:
@@ -64,7 +64,7 @@ class EagerRuntime(ModelRuntime):
 
     def __init__(self, folder: Path, manifest: Manifest, device: str | None = None) -> None:
         chosen = torch.device(device or default_device())
-        super().__init__(load_weights(manifest.config, folder / manifest.weights, chosen))
+        super().__init__(load_weights(manifest.config, folder / manifest.weights, chosen), model_id=manifest.model_id)
 
 
 def load_weights(config: ModelConfig, path: Path, device: torch.device) -> MegalodonLM:

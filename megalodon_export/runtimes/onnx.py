@@ -40,7 +40,8 @@ class OnnxRuntime(Runtime):
         if chosen.type == "cuda":
             require_cuda(chosen)
             chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
-        super().__init__(manifest.config, manifest.torch_dtype, chosen, entry.limits, entry.all_logits)
+        config, dtype = manifest.config, manifest.torch_dtype
+        super().__init__(config, dtype, chosen, entry.limits, entry.all_logits, manifest.model_id)
         self.entries = entry.graphs
         paths = {name: folder / one.file for name, one in self.entries.items()}
         weights = shared_weights(list(paths.values()), chosen) if chosen.type == "cuda" else {}

@@ -59,7 +59,7 @@ def test_damaged_programs_are_never_loaded(library: native.Library, copy: Path, 
     assert_same_refusal(library, copy)
 
 
-@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a\\b", "./a", "a//b", "", ".", "a/", "\0"])
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a\\b", "./a", "a//b", "", ".", "a/"])
 def test_paths_that_leave_the_bundle_are_refused(library: native.Library, tmp_path: Path, path: str) -> None:
     write(tmp_path / "sound")
     listed = {path: {"size": 0, "sha256": "0" * 64}}

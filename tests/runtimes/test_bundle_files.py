@@ -13,8 +13,9 @@ import pytest
 
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.bundle import BundleError, read
+from megalodon_export.bundles.parity import read_parity
 from megalodon_export.bundles.writing import seal, staged, update_parity
-from support.damaged_bundles import SMALL_DAMAGE, WEIGHTS, edit, flip, small_manifest, write
+from support.damaged_bundles import PARITY_DAMAGE, SMALL_DAMAGE, WEIGHTS, edit, flip, small_manifest, write
 
 
 def siblings(destination: Path) -> list[str]:
@@ -43,11 +44,24 @@ def test_seal_returns_what_it_writes_and_leaves_its_argument(tmp_path: Path) -> 
     assert given.files == {}
 
 
+PARITY = {
+    "measured": "2026-11-27T20:00:00+00:00",
+    "dtype": "float32",
+    "against": "eager",
+    "results": [
+        {"runtime": "aoti", "case": "a", "logits": 1e-6, "cache": 0.0, "same_greedy_token": 1.0, "bound": 1e-4}
+    ],
+}
+
+
 def test_parity_changes_after_the_export(sound: Path) -> None:
-    update_parity(sound, {"decode": 1e-6})
-    read(sound)
-    update_parity(sound, {"decode": 2e-6})
-    assert json.loads((sound / "parity.json").read_text()) == {"decode": 2e-6}
+    manifest = read(sound)
+    assert read_parity(sound, manifest) is None
+    update_parity(sound, manifest, PARITY)
+    assert read(sound) == manifest
+    written = update_parity(sound, manifest, PARITY | {"against": "another"})
+    assert written["manifest"] == manifest.seal
+    assert read_parity(sound, manifest) == written == json.loads((sound / "parity.json").read_text())
     (sound / ".parity.json.4711").write_text("{")  # killed inside update_parity
     assert "parity.json" not in read(sound).files
 
@@ -55,10 +69,22 @@ def test_parity_changes_after_the_export(sound: Path) -> None:
 def test_parity_needs_a_bundle_and_json(tmp_path: Path, sound: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(BundleError, match="not a bundle"):
-        update_parity(tmp_path / "other", {})
+        update_parity(tmp_path / "other", small_manifest(), {})
     with pytest.raises(BundleError, match="finite"):
-        update_parity(sound, {"decode": float("nan")})
+        update_parity(sound, small_manifest(), {"decode": float("nan")})
     assert not (sound / "parity.json").exists()
+
+
+@pytest.mark.parametrize("name", PARITY_DAMAGE)
+def test_a_damaged_parity_report_is_named(sound: Path, name: str) -> None:
+    damage, message = PARITY_DAMAGE[name]
+    manifest = read(sound)
+    update_parity(sound, manifest, PARITY)
+    damage(sound)
+    with pytest.raises(BundleError, match=message) as caught:
+        read_parity(sound, read(sound))
+    assert str(caught.value).startswith(str(sound / "parity.json"))
+    assert str(caught.value).endswith("delete the report and run `megalodon-export verify`.")
 
 
 def test_seal_refuses_links_and_values_that_are_not_json(tmp_path: Path) -> None:
@@ -216,6 +242,7 @@ def test_two_exports_to_one_place(sound: Path) -> None:
 
 EXPORT = """
 import sys, time
+from megalodon_export.bundles.parity import read_parity
 from megalodon_export.bundles.writing import staged
 with staged(sys.argv[1]) as staging:
     (staging / "half").write_bytes(b"half")

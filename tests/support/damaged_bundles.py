@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megalodon_export.bundles.manifest import Manifest, ModelDtype
+from megalodon_export.bundles.sealing import sealed_json
 from megalodon_export.bundles.writing import seal, staged
 from megalodon_export.exporters.manifest_types import Programs
 from megalodon_export.model import MegalodonConfig
@@ -33,11 +34,23 @@ def write(destination: Path, weights: bytes = WEIGHTS) -> None:
         seal(staging, small_manifest())
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest of a bundle in place."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+def edit(folder: Path, change: Callable[[dict[str, Any]], object], file: str = "manifest.json") -> None:
+    """Change the manifest of a bundle in place, and seal it again: what it says is read, and judged."""
+    edit_unsealed(folder, change, file)
+    reseal(folder, file)
+
+
+def edit_unsealed(folder: Path, change: Callable[[dict[str, Any]], object], file: str = "manifest.json") -> None:
+    """Change the manifest of a bundle in place, and leave its seal as it was."""
+    found = json.loads((folder / file).read_text())
+    change(found)
+    (folder / file).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+
+
+def reseal(folder: Path, file: str = "manifest.json") -> None:
+    """Give a JSON file of a bundle the seal of its content."""
+    data, _ = sealed_json(json.loads((folder / file).read_text()))
+    (folder / file).write_bytes(data)
 
 
 def flip(path: Path) -> None:
@@ -64,6 +77,28 @@ def link_folder(path: Path) -> None:
     (path / "aoti").symlink_to(path.parent / "elsewhere")
 
 
+# Texts that one JSON parser or another accepts, and what is wrong with them.
+ODD_JSON: dict[str, tuple[bytes, str]] = {
+    "marked": (b"\xef\xbb\xbf{}", "a byte order mark"),
+    "UTF-16": ("{}".encode("utf-16-le"), ""),
+    "not a number": (b'{"a": NaN}', ""),
+    "infinite": (b'{"a": -Infinity}', ""),
+    "large": (b'{"a": 1e400}', ""),
+    "wide": (b'{"a": 9223372036854775808}', "a whole number beyond 64 bits"),
+    "wide negative": (b'{"a": -9223372036854775809}', "a whole number beyond 64 bits"),
+    "long": (b'{"a": ' + b"9" * 10**4 + b"}", "a whole number beyond 64 bits"),
+    "surrogate": (b'{"a": "\\ud800"}', ""),
+    "surrogate key": (b'{"\\udfff": 1}', ""),
+    "encoded surrogate": (b'{"a": "\xed\xa0\x80"}', ""),
+    "duplicate": (b'{"a": {"b": 1, "b": 1}}', "a key that an object has twice"),
+    "nested": (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "nested deeper than 100"),
+    "followed": (b"{}\0", ""),
+    "control": (b'{"a": "\n"}', ""),
+    "leading zero": (b'{"a": 01}', ""),
+    "comma": (b'{"a": 1,}', ""),
+    "empty": (b"", ""),
+}
+
 # The damage to a bundle of `write`.
 SMALL_DAMAGE: dict[str, Damage] = {
     "flipped byte": (
@@ -83,13 +118,52 @@ SMALL_DAMAGE: dict[str, Damage] = {
     "not UTF-8": (lambda p: (p / "manifest.json").write_bytes(b"\xff"), r"manifest\.json: a JSON object expected"),
     "deep JSON": (lambda p: (p / "manifest.json").write_text("[" * 10**5), r"a JSON object expected"),
     "not an object": (lambda p: (p / "manifest.json").write_text("[]"), "object expected, list found"),
-    "no version": (lambda p: edit(p, lambda m: m.pop("schema_version")), "3 expected, None found. Export it again"),
-    "odd version": (lambda p: edit(p, lambda m: m.update(schema_version=True)), "3 expected, True found"),
-    "older version": (lambda p: edit(p, lambda m: m.update(schema_version=2)), "3 expected, 2 found. Export it again"),
-    "newer version": (lambda p: edit(p, lambda m: m.update(schema_version=4)), "3 expected, 4 found. Upgrade"),
+    **{
+        f"{name} JSON": (lambda p, data=data: (p / "manifest.json").write_bytes(data), rf"unreadable \(.*{why}")
+        for name, (data, why) in ODD_JSON.items()
+    },
+    "edited": (lambda p: edit_unsealed(p, lambda m: m.update(created="today")), "its seal does not match its content"),
+    "seal of zeros": (lambda p: edit_unsealed(p, lambda m: m.update(seal="0" * 64)), "its seal does not match"),
+    "no seal": (lambda p: edit_unsealed(p, lambda m: m.pop("seal")), '"seal" expected at its end, none found'),
+    "seal elsewhere": (
+        lambda p: edit_unsealed(p, lambda m: m.update(files=m.pop("files"))),
+        '"seal" expected at its end, none found',
+    ),
+    "control character": (
+        lambda p: edit(p, lambda m: m.update(created="\x1b[2J")),
+        r"unreadable \(a control character in a string\)",
+    ),
+    "no version": (lambda p: edit(p, lambda m: m.pop("schema_version")), "4 expected, None found. Export it again"),
+    "odd version": (lambda p: edit(p, lambda m: m.update(schema_version=True)), "4 expected, True found"),
+    "older version": (lambda p: edit(p, lambda m: m.update(schema_version=2)), "4 expected, 2 found. Export it again"),
+    "newer version": (lambda p: edit(p, lambda m: m.update(schema_version=5)), "4 expected, 5 found. Upgrade"),
+    "version of many bits": (lambda p: edit(p, lambda m: m.update(schema_version=2**63 - 1)), "4 expected, 9223372"),
+    "version before seals": (
+        lambda p: edit_unsealed(p, lambda m: (m.update(schema_version=3), m.pop("seal"))),
+        "4 expected, 3 found. Export it again",
+    ),
     "no files": (lambda p: edit(p, lambda m: m.pop("files")), '"files".*expected'),
     "no size": (lambda p: edit(p, lambda m: m["files"]["model.safetensors"].pop("size")), "no whole number"),
     "no hash": (lambda p: edit(p, lambda m: m["files"]["model.safetensors"].pop("sha256")), "no sha256"),
+}
+
+# The damage to the parity report of a bundle.
+PARITY_DAMAGE: dict[str, Damage] = {
+    "flipped byte": (lambda p: flip(p / "parity.json"), "its seal does not match its content|unreadable"),
+    "truncated": (lambda p: truncate(p / "parity.json"), '"seal" expected at its end, none found'),
+    "edited": (
+        lambda p: edit_unsealed(p, lambda r: r["results"].pop(), "parity.json"),
+        "its seal does not match its content",
+    ),
+    "no seal": (lambda p: edit_unsealed(p, lambda r: r.pop("seal"), "parity.json"), '"seal" expected at its end'),
+    "another bundle's": (lambda p: edit(p, lambda r: r.update(manifest="0" * 64), "parity.json"), "on another bundle"),
+    "an older manifest's": (lambda p: edit(p, lambda m: m.update(created="today")), "before this one was changed"),
+    "not a number": (
+        lambda p: edit(p, lambda r: r["results"][0].update(logits="1"), "parity.json"),
+        r"`float`, got `str` - at `\$.results\[0\].logits`",
+    ),
+    "no results": (lambda p: edit(p, lambda r: r.pop("results"), "parity.json"), "missing required field `results`"),
+    "a list": (lambda p: (p / "parity.json").write_text("[]"), "a JSON object expected, list found"),
 }
 
 # The damage to an export.
@@ -114,8 +188,8 @@ EXPORT_DAMAGE: dict[str, Damage] = {
         "aoti/model.pt2: sha256 0000",
     ),
     "an edited list": (lambda f: edit(f, lambda m: m["files"].pop("aoti/model.pt2")), "aoti/model.pt2: not listed"),
-    "a newer schema": (lambda f: edit(f, lambda m: m.update(schema_version=99)), "schema_version 3 expected, 99 found"),
-    "no schema": (lambda f: edit(f, lambda m: m.pop("schema_version")), "schema_version 3 expected, None found"),
+    "a newer schema": (lambda f: edit(f, lambda m: m.update(schema_version=99)), "schema_version 4 expected, 99 found"),
+    "no schema": (lambda f: edit(f, lambda m: m.pop("schema_version")), "schema_version 4 expected, None found"),
 }
 OTHER_MACHINES: dict[str, Change] = {
     "torch": (lambda m: m["versions"].update(torch="2.1.0+cpu"), r"compiled with torch 2\.1\.0, this is"),

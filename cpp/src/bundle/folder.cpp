@@ -9,6 +9,7 @@
 
 #include "bundle/file.hpp"
 #include "bundle/json.hpp"
+#include "bundle/seal.hpp"
 #include "error.hpp"
 #include "python_format.hpp"
 
@@ -63,7 +64,17 @@ json load_manifest(const fs::path& root) {
     const std::string what = fs::is_symlink(status) ? "is a symbolic link" : "is missing";
     throw bad_bundle(root.string() + " is not a complete bundle: " + kManifest + " " + what + ". " + kCopyAgain);
   }
-  json manifest = parse_json(read_file(path), path);
+  const std::string text = read_file(path);
+  const Seal seal = check_seal(text);
+  if (seal == Seal::broken) {
+    throw bad_bundle(path.string() + ": its seal does not match its content, so it was damaged or edited. " +
+                     kCopyAgain);
+  }
+  json manifest = parse_json(text, path);
+  if (has_control_characters(manifest)) {
+    throw bad_bundle(path.string() + ": a JSON object expected, found something unreadable (a control character in a " +
+                     "string). " + kCopyAgain);
+  }
   const std::string where = path.string() + ": ";
   if (!manifest.is_object()) {
     throw bad_bundle(where + "a JSON object expected, " + type_name(manifest) + " found. " + kCopyAgain);
@@ -75,6 +86,7 @@ json load_manifest(const fs::path& root) {
     const std::string advice = version > kSchemaVersion ? "Upgrade this package." : "Export it again.";
     throw bad_bundle(expected + repr(version) + " found. " + advice);
   }
+  if (seal == Seal::none) throw bad_bundle(where + "\"seal\" expected at its end, none found. " + kCopyAgain);
   if (!manifest.contains("files") || !manifest["files"].is_object()) {
     throw bad_bundle(where + "\"files\", an object of file names, expected; none found. " + kCopyAgain);
   }

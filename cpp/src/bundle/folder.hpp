@@ -7,7 +7,7 @@
 
 namespace megalodon::impl {
 
-inline constexpr int kSchemaVersion = 3;
+inline constexpr int kSchemaVersion = 4;
 
 // Returns the manifest if the folder holds exactly the files that it lists, with the sizes and the sha256 that it
 // lists. With `check_hashes` false, the sizes alone are checked. Error MEGALODON_BAD_BUNDLE lists up to ten problems.

@@ -191,6 +191,12 @@ std::map<std::string, ProgramEntry> read_programs(const Node& stages,
   return programs;
 }
 
+std::string read_model_id(const Node& root) {
+  const Node weights = root["weights"], files = root["files"];
+  if (!files.has(weights.text())) throw weights.problem("one of the files listed expected, " + weights.text() + " found");
+  return files[weights.text()]["sha256"].text();
+}
+
 }  // namespace
 
 std::string numbered(std::string name, std::int64_t layer) {
@@ -228,6 +234,7 @@ Manifest read_manifest(const std::filesystem::path& folder, const json& manifest
                   .eos_token_id = config["eos_token_id"].optional_whole(0, kMost),
                   .layout_id = root["layout_id"].text(),
                   .all_logits = entry["all_logits"].flag(),
+                  .model_id = read_model_id(root),
                   .files = {},
                   .cache = read_cache(root["cache"], dimensions),
                   .programs = {}};

@@ -65,6 +65,7 @@ struct Manifest {
   std::optional<std::int64_t> bos_token_id, eos_token_id;
   std::string layout_id;                      // of the cache: models with equal ids can exchange snapshots
   bool all_logits;                            // prefill returns the logits of every position, not of the last alone
+  std::string model_id;                       // a fingerprint of the weights: the sha256 of their file
   std::map<std::string, std::int64_t> files;  // sizes in bytes
   std::vector<CacheTensor> cache;
   std::map<std::string, ProgramEntry> programs;  // "prefill", "decode", and for some bundles "decode_one"
