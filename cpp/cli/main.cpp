@@ -1,13 +1,16 @@
 // megalodon-cli: continues a prompt from the command line or standard input. Streams the text and reports the time of
 // each phase.
-#include <CLI/CLI.hpp>
+#include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <cstring>
 #include <iostream>
 #include <iterator>
+#include <limits>
 #include <megalodon.hpp>
-#include <optional>
+
+#include "numbers.hpp"
 
 namespace {
 
@@ -22,26 +25,31 @@ struct Arguments {
   bool no_hashes = false, quiet = false;
 };
 
-CLI::App& describe(CLI::App& app, Arguments& arguments) {
+void describe(CLI::App& app, Arguments& arguments) {
   app.add_option("bundle", arguments.bundle, "folder that `megalodon-export aoti` wrote")->required();
   auto* prompt = app.add_option("--prompt,-p", arguments.prompt, "text to continue; without it, standard input");
   app.add_option("--ids", arguments.ids, "token ids to continue; prints the ids that follow, one per line")
-      ->excludes(prompt);
-  app.add_option("--max-new-tokens,-n", arguments.generate.max_new_tokens, "number of tokens at most")
-      ->capture_default_str();
-  megalodon_sampling& sampling = arguments.generate.sampling;
-  app.add_option("--temperature", sampling.temperature, "0 is greedy")->capture_default_str();
-  app.add_option("--top-k", sampling.top_k, "0 is off")->capture_default_str();
-  app.add_option("--top-p", sampling.top_p, "1 is off")->capture_default_str();
-  app.add_option("--min-p", sampling.min_p, "0 is off")->capture_default_str();
-  app.add_option("--seed", sampling.seed, "equal seeds give equal texts")->capture_default_str();
-  app.add_option("--stop", arguments.generate.stop, "string that ends the text; may be repeated")
+      ->excludes(prompt)
+      ->check(cli::within<std::int64_t>("--ids", 0, INT64_MAX));
+  constexpr double least = std::numeric_limits<double>::min(), most = std::numeric_limits<double>::max();
+  auto& [sampling, max_new_tokens, eos, stop] = arguments.generate;
+  cli::add_number<std::int64_t>(app, "--max-new-tokens,-n", max_new_tokens, 1, INT64_MAX, "number of tokens at most");
+  cli::add_number(app, "--temperature", sampling.temperature, 0.0, most, "0 is greedy", "a finite number >= 0");
+  cli::add_number<std::int64_t>(app, "--top-k", sampling.top_k, 0, INT64_MAX, "0 is off");
+  cli::add_number(app, "--top-p", sampling.top_p, least, 1.0, "1 is off", "a number above 0, 1 at most");
+  cli::add_number(app, "--min-p", sampling.min_p, 0.0, 1.0, "0 is off");
+  cli::add_number<std::uint64_t>(app, "--seed", sampling.seed, 0, UINT64_MAX, "equal seeds give equal texts");
+  app.add_option("--stop", stop, "string that ends the text; may be repeated")
       ->allow_extra_args(false);
   app.add_option("--restore", arguments.restore, "snapshot to continue from");
   app.add_option("--save", arguments.save, "file for a snapshot of the final state");
   app.add_flag("--no-hashes", arguments.no_hashes, "check the sizes of the files, but not their sha256");
   app.add_flag("--quiet,-q", arguments.quiet, "print no timings");
-  return app;
+}
+
+void print(std::string_view text) {
+  std::cout << text << std::flush;
+  if (!std::cout) throw std::runtime_error(std::string("standard output cannot be written: ") + std::strerror(errno));
 }
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
@@ -51,7 +59,7 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 void report(const megalodon_engine_info& info, const megalodon_generate_result& result, double load, double first) {
   const double per_second =
       result.prefill_seconds > 0 ? static_cast<double>(result.prompt_tokens) / result.prefill_seconds : 0;
-  std::fprintf(stderr, "\nload         %10.3f s\n", load);
+  std::fprintf(stderr, "load         %10.3f s\n", load);
   std::fprintf(stderr, "prefill      %10.3f s  %lld tokens, %.1f tokens/s\n", result.prefill_seconds,
                static_cast<long long>(result.prompt_tokens), per_second);
   std::fprintf(stderr, "first token  %10.3f s  after the start of generation\n", first);
@@ -80,16 +88,16 @@ void run(const Arguments& arguments) {
   if (!arguments.ids.empty()) {
     result = session.generate(arguments.ids, arguments.generate, [&](std::int64_t token) {
       if (!first) first = seconds_since(begin);
-      std::cout << token << '\n' << std::flush;
+      print(std::to_string(token) + '\n');
     });
   } else {
     std::string prompt = arguments.prompt;
     if (prompt.empty()) prompt.assign(std::istreambuf_iterator<char>(std::cin), {});
     result = session.generate(prompt, arguments.generate, [&](std::string_view piece) {
       if (!first) first = seconds_since(begin);
-      std::cout << piece << std::flush;
-      return !std::cout;  // ends when the reader of stdout has gone
+      print(piece);
     });
+    print("\n");
   }
   if (!arguments.save.empty()) session.snapshot().save(arguments.save);
   if (!arguments.quiet) report(engine.info(), result, load, first.value_or(0.0));
@@ -101,16 +109,14 @@ int main(int argc, char** argv) {
   Arguments arguments;
   CLI::App app("Continues a text with an exported Megalodon bundle. Text goes to stdout, timings to stderr.");
   app.set_version_flag("--version", megalodon_version());
+  describe(app, arguments);
   try {
-    describe(app, arguments).parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;
-  }
-  try {
-    run(arguments);
+    const std::optional<int> status = cli::parse(app, argc, argv);
+    if (!status) run(arguments);
+    print("");
+    return status.value_or(0);
   } catch (const std::exception& error) {
     std::cerr << error.what() << '\n';
     return 1;
   }
-  return 0;
 }

@@ -42,6 +42,9 @@
    Threads: any number of threads may use an engine at a time, and one thread a session. A second call on a session
    returns MEGALODON_BUSY. Each calling thread has its own OpenMP threads (OMP_NUM_THREADS), which the programs use.
 
+   Processes: a process that was forked after an engine was opened cannot use it, since threads do not live on in a
+   fork. Calls return MEGALODON_UNAVAILABLE there. Fork first, then open an engine in each child.
+
    Trust: the programs in a bundle are native code. The library checks sizes and sha256 of all files before it loads any
    of it. This detects damage, not malice: open only bundles from people you trust, in folders that nobody changes. */
 #ifndef MEGALODON_H
@@ -68,7 +71,7 @@ typedef enum megalodon_status {
   MEGALODON_OK = 0,
   MEGALODON_INVALID_ARGUMENT = 1, /* refused before anything ran; no object has changed */
   MEGALODON_BAD_BUNDLE = 2,       /* the bundle is damaged, incomplete or of another schema; nothing was loaded */
-  MEGALODON_UNAVAILABLE = 3,      /* the bundle's programs or tokenizer cannot run here */
+  MEGALODON_UNAVAILABLE = 3,      /* the bundle's programs or tokenizer cannot run here, e.g. in a forked child */
   MEGALODON_IO = 4,               /* a file cannot be read or written */
   MEGALODON_BUSY = 5,             /* the session is in use by another call */
   MEGALODON_POISONED = 6,         /* an earlier call failed half-way; reset or restore the session */
@@ -95,7 +98,7 @@ MEGALODON_API const char* megalodon_last_error(void);
 typedef struct megalodon_engine_options {
   size_t struct_size;
   int32_t check_hashes; /* 0 skips the sha256 of the files, for a folder that was checked before; sizes are checked */
-  int32_t concurrency;  /* calls of a program that may run at the same time, 1 or more; 0: one for every processor */
+  int32_t concurrency;  /* calls of a program that may run at the same time, 1..1024; 0: one for every processor */
 } megalodon_engine_options;
 #define MEGALODON_ENGINE_OPTIONS_INIT {sizeof(megalodon_engine_options), 1, 0}
 
@@ -117,7 +120,7 @@ MEGALODON_API megalodon_status megalodon_engine_open(const char* folder, const m
 MEGALODON_API void megalodon_engine_free(megalodon_engine* engine);
 MEGALODON_API megalodon_status megalodon_engine_get_info(const megalodon_engine* engine, megalodon_engine_info* info);
 
-/* Tokenizes `size` bytes of UTF-8. Writes up to `capacity` token ids, and to `count` how many the text has.
+/* Tokenizes `size` bytes, which must be UTF-8. Writes up to `capacity` token ids, and to `count` how many the text has.
    MEGALODON_UNAVAILABLE unless the bundle's tokenizer is byte-level. */
 MEGALODON_API megalodon_status megalodon_engine_encode(const megalodon_engine* engine, const char* text, size_t size,
                                                        int64_t* token_ids, size_t capacity, size_t* count);
@@ -171,7 +174,10 @@ MEGALODON_API megalodon_status megalodon_decode_batch(megalodon_session* const* 
 
 /* Feeds one token to each session as `megalodon_decode_batch` does, and samples the next token of each:
    `next[i]` by `samplings[i]`, as token number `indices[i]` of the stream, counted from 0. If all samplings are greedy,
-   a GPU chooses the tokens itself, and no logits are copied to the host. */
+   a GPU chooses the tokens itself, and no logits are copied to the host.
+
+   If the logits of a session cannot be sampled (they contain NaN, say), the status is MEGALODON_FAILED and its `next`
+   is -1. It alone is poisoned: the others have been fed and have their tokens. If the program fails, all get -1. */
 MEGALODON_API megalodon_status megalodon_step_batch(megalodon_session* const* sessions, const int64_t* token_ids,
                                                     size_t count, const megalodon_sampling* samplings,
                                                     const uint64_t* indices, int64_t* next);
@@ -227,7 +233,7 @@ MEGALODON_API megalodon_status megalodon_session_generate(megalodon_session* ses
                                                           megalodon_token_callback callback, void* user,
                                                           megalodon_generate_result* result);
 
-/* Generates text after a prompt of text, as `megalodon_session_generate` does for token ids. MEGALODON_UNAVAILABLE
+/* Generates text after a prompt of UTF-8, as `megalodon_session_generate` does for token ids. MEGALODON_UNAVAILABLE
    unless the bundle's tokenizer is byte-level. */
 MEGALODON_API megalodon_status megalodon_session_generate_text(megalodon_session* session, const char* prompt,
                                                                const megalodon_generate_options* options,

@@ -33,6 +33,21 @@ inline void check(megalodon_status status) {
   if (status != MEGALODON_OK) throw Error(status, megalodon_last_error());
 }
 
+// The text for a C function, which would take a zero byte for the end.
+inline const char* c_text(const std::string& text, const std::string& name) {
+  const std::size_t zero = text.find('\0');
+  if (zero != std::string::npos)
+    throw Error(MEGALODON_INVALID_ARGUMENT, name + " has a zero byte, at byte " + std::to_string(zero) +
+                                                "; leave it out, or pass token ids");
+  return text.c_str();
+}
+
+inline std::vector<const char*> c_stop(const std::vector<std::string>& stop) {
+  std::vector<const char*> all;
+  for (const std::string& one : stop) all.push_back(c_text(one, "stop[" + std::to_string(all.size()) + "]"));
+  return all;
+}
+
 template <auto free>
 struct Free {
   template <typename Handle>
@@ -176,9 +191,10 @@ class Session {
   template <typename Callback>
   megalodon_generate_result generate(const std::string& prompt, const GenerateOptions& options, Callback&& callback) {
     Relay<Callback> relay{callback, nullptr};
+    const char* c_prompt = detail::c_text(prompt, "the prompt");
     return run(relay, options, [&](const auto* c_options, auto* result) {
       return megalodon_session_generate_text(
-          get(), prompt.c_str(), c_options,
+          get(), c_prompt, c_options,
           [](void* user, const char* piece, std::size_t size) {
             return static_cast<Relay<Callback>*>(user)->call(std::string_view(piece, size));
           },
@@ -231,8 +247,7 @@ class Session {
 
   template <typename Callback, typename Call>
   static megalodon_generate_result run(Relay<Callback>& relay, const GenerateOptions& options, Call call) {
-    std::vector<const char*> stop;
-    for (const std::string& one : options.stop) stop.push_back(one.c_str());
+    std::vector<const char*> stop = detail::c_stop(options.stop);
     megalodon_generate_options c_options = MEGALODON_GENERATE_OPTIONS_INIT;
     c_options.sampling = options.sampling;
     c_options.max_new_tokens = options.max_new_tokens;
@@ -283,17 +298,26 @@ inline std::vector<std::vector<float>> decode_batch(const std::vector<Session*>&
 }
 
 // Feeds one token to each session as `decode_batch` does, and samples the next token of each: token number
-// `indices[i]` of stream i, counted from 0.
+// `indices[i]` of stream i, counted from 0. Writes the tokens to `next` also if it throws: a session that failed has -1
+// there, and the others can go on.
+inline void step_batch(const std::vector<Session*>& sessions, const std::vector<std::int64_t>& token_ids,
+                       const std::vector<megalodon_sampling>& samplings, const std::vector<std::uint64_t>& indices,
+                       std::vector<std::int64_t>& next) {
+  const auto handles = detail::handles(sessions, token_ids.size());
+  detail::handles(sessions, samplings.size());
+  detail::handles(sessions, indices.size());
+  next.assign(handles.size(), -1);
+  detail::check(megalodon_step_batch(handles.data(), token_ids.data(), handles.size(), samplings.data(), indices.data(),
+                                     next.data()));
+}
+
+// The same for callers that end all sessions if one fails.
 inline std::vector<std::int64_t> step_batch(const std::vector<Session*>& sessions,
                                             const std::vector<std::int64_t>& token_ids,
                                             const std::vector<megalodon_sampling>& samplings,
                                             const std::vector<std::uint64_t>& indices) {
-  const auto handles = detail::handles(sessions, token_ids.size());
-  detail::handles(sessions, samplings.size());
-  detail::handles(sessions, indices.size());
-  std::vector<std::int64_t> next(handles.size());
-  detail::check(megalodon_step_batch(handles.data(), token_ids.data(), handles.size(), samplings.data(), indices.data(),
-                                     next.data()));
+  std::vector<std::int64_t> next;
+  step_batch(sessions, token_ids, samplings, indices, next);
   return next;
 }
 
@@ -317,8 +341,7 @@ inline std::vector<std::vector<float>> prefill_batch(const std::vector<Session*>
 class TextStream {
  public:
   explicit TextStream(const Engine& engine, const std::vector<std::string>& stop = {}) {
-    std::vector<const char*> strings;
-    for (const std::string& one : stop) strings.push_back(one.c_str());
+    const std::vector<const char*> strings = detail::c_stop(stop);
     megalodon_text_stream* stream = nullptr;
     detail::check(megalodon_text_stream_create(engine.get(), strings.data(), strings.size(), &stream));
     handle_.reset(stream);

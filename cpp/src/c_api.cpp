@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "generation/sampling.hpp"
+#include "utf8.hpp"
 
 namespace impl = megalodon::impl;
 using namespace megalodon::impl::abi;
@@ -30,11 +31,14 @@ megalodon_status megalodon_engine_open(const char* folder, const megalodon_engin
   });
 }
 
-void megalodon_engine_free(megalodon_engine* engine) { delete engine; }
+void megalodon_engine_free(megalodon_engine* engine) {
+  if (engine != nullptr) free_handle(engine, *engine->engine);
+}
 
 megalodon_status megalodon_engine_get_info(const megalodon_engine* engine, megalodon_engine_info* info) {
   return guarded([&] {
     need(info, "info");
+    check_size(info, "set it to the size of the struct");
     write_result(info, info_of(of(engine)));
   });
 }
@@ -42,10 +46,12 @@ megalodon_status megalodon_engine_get_info(const megalodon_engine* engine, megal
 megalodon_status megalodon_engine_encode(const megalodon_engine* engine, const char* text, size_t size,
                                          int64_t* token_ids, size_t capacity, size_t* count) {
   return guarded([&] {
-    if (size > 0) need(text, "text");
-    if (capacity > 0) need(token_ids, "token_ids");
+    need(text, size, "text", "size");
+    need(token_ids, capacity, "token_ids", "capacity");
     need(count, "count");
-    const std::vector<std::int64_t> ids = of(engine).tokenizer().encode({text, size});
+    const impl::Tokenizer& tokenizer = of(engine).tokenizer();
+    impl::require_utf8({text, size}, "the text");
+    const std::vector<std::int64_t> ids = tokenizer.encode({text, size});
     std::copy_n(ids.begin(), std::min(capacity, ids.size()), token_ids);
     *count = ids.size();
   });
@@ -58,7 +64,8 @@ megalodon_status megalodon_sample(const float* logits, size_t logits_size, const
   return guarded([&] {
     need(logits, "logits");
     need(token_id, "token_id");
-    require(logits_size > 0, "logits_size is 0, expected the engine's");
+    require(logits_size > 0 && logits_size <= INT32_MAX,
+            "logits_size is " + std::to_string(logits_size) + ", expected the engine's");
     const megalodon_sampling params = sampling == nullptr ? megalodon_sampling MEGALODON_GREEDY : *sampling;
     impl::check_sampling(params);
     *token_id = impl::sample({logits, logits_size}, params, index);
@@ -75,7 +82,9 @@ megalodon_status megalodon_session_create(megalodon_engine* engine, megalodon_se
   });
 }
 
-void megalodon_session_free(megalodon_session* session) { delete session; }
+void megalodon_session_free(megalodon_session* session) {
+  if (session != nullptr) free_handle(session, *session->session->engine());
+}
 
 megalodon_status megalodon_session_reset(megalodon_session* session) {
   return guarded([&] { of(session).reset(); });
@@ -130,7 +139,11 @@ megalodon_status megalodon_prefill_batch(megalodon_session* const* sessions, con
     need(token_ids, "token_ids");
     need(lengths, "lengths");
     std::vector<std::span<const std::int64_t>> prompts;
-    for (std::size_t i = 0; i < count; ++i) prompts.push_back(ids_of(token_ids[i], lengths[i]));
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::string index = "[" + std::to_string(i) + "]";
+      need(token_ids[i], lengths[i], "token_ids" + index, ("lengths" + index).c_str());
+      prompts.emplace_back(token_ids[i], lengths[i]);
+    }
     impl::Session::prefill_batch(all, prompts, logits_of(*all[0], logits, count));
   });
 }
@@ -148,6 +161,7 @@ megalodon_status megalodon_session_generate(megalodon_session* session, const in
     const auto give = [&](std::int64_t token) {
       return callback(user, token) == 0 ? std::nullopt : std::optional(MEGALODON_FINISH_STOPPED);
     };
+    if (result != nullptr) check_size(result, "set it to the size of the struct");
     const impl::GenerateResult done = of(session).generate(ids_of(token_ids, count), convert(chosen), give);
     if (result != nullptr) write_result(result, convert(done));
   });
@@ -162,6 +176,7 @@ megalodon_status megalodon_session_generate_text(megalodon_session* session, con
     require(callback != nullptr, "callback is NULL, expected a function");
     const auto chosen = read_options(options, megalodon_generate_options MEGALODON_GENERATE_OPTIONS_INIT);
     const auto give = [&](const std::string& piece) { return callback(user, piece.c_str(), piece.size()) != 0; };
+    if (result != nullptr) check_size(result, "set it to the size of the struct");
     const impl::GenerateResult done =
         of(session).generate_text(prompt, convert(chosen), strings_of(chosen.stop, chosen.stop_count), give);
     if (result != nullptr) write_result(result, convert(done));
@@ -183,7 +198,9 @@ megalodon_status megalodon_text_stream_create(const megalodon_engine* engine, co
   });
 }
 
-void megalodon_text_stream_free(megalodon_text_stream* stream) { delete stream; }
+void megalodon_text_stream_free(megalodon_text_stream* stream) {
+  if (stream != nullptr) free_handle(stream, *stream->engine);
+}
 
 megalodon_status megalodon_text_stream_push(megalodon_text_stream* stream, int64_t token_id, const char** piece,
                                             size_t* size, int32_t* stopped) {
@@ -251,9 +268,9 @@ megalodon_status megalodon_snapshot_bytes(const megalodon_snapshot* snapshot, co
 
 megalodon_status megalodon_snapshot_from_bytes(const void* data, size_t size, megalodon_snapshot** snapshot) {
   return guarded([&] {
-    if (size > 0) need(data, "data");
-    need(snapshot, "snapshot");
     const auto* bytes = static_cast<const std::byte*>(data);
+    need(bytes, size, "data", "size");
+    need(snapshot, "snapshot");
     *snapshot = new megalodon_snapshot{impl::Snapshot::parse({bytes, bytes + size}, "the snapshot")};
   });
 }

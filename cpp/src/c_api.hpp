@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -60,18 +61,44 @@ megalodon_status guarded(Call call) noexcept {
   }
 }
 
-inline void need(const void* pointer, const char* name) {
-  require(pointer != nullptr, std::string(name) + " is NULL, expected an address");
+inline void need(const void* pointer, const std::string& name) {
+  require(pointer != nullptr, name + " is NULL, expected an address");
+}
+
+// Checks the address of an array, and that its size is one that memory can hold.
+template <typename Value>
+void need(const Value* values, std::size_t count, const std::string& name, const char* count_name) {
+  constexpr std::size_t most = PTRDIFF_MAX / sizeof(Value);
+  require(count <= most, std::string(count_name) + " is " + std::to_string(count) + ", expected at most " +
+                             std::to_string(most));
+  if (count > 0) need(values, name);
 }
 
 // ---- structs that may be of an older or newer version of the header -------------------------------------------------
 
-// The caller's options, with defaults for the members that the caller's version of the struct lacks.
+// The size of a struct in the first version of the header. A struct that grows keeps the number that it had.
+template <typename Struct>
+inline constexpr std::size_t kFirstSize = sizeof(Struct);
+inline constexpr std::size_t kMostSize = 4096;
+
+template <typename Struct>
+void check_size(const Struct* given, const char* remedy) {
+  require(given->struct_size >= kFirstSize<Struct> && given->struct_size <= kMostSize,
+          "struct_size is " + std::to_string(given->struct_size) + ", expected " + std::to_string(kFirstSize<Struct>) +
+              " or more; " + remedy);
+}
+
+// The caller's options, with defaults for the members that the caller's version of the struct lacks. Members that this
+// version lacks must be zero, since nobody would heed them.
 template <typename Options>
 Options read_options(const Options* given, Options defaults) {
   if (given == nullptr) return defaults;
-  require(given->struct_size >= sizeof given->struct_size && given->struct_size <= 4096,
-          "struct_size is " + std::to_string(given->struct_size) + "; initialise options with their _INIT");
+  check_size(given, "initialise options with their _INIT");
+  const auto* bytes = reinterpret_cast<const unsigned char*>(given);
+  require(std::all_of(bytes + std::min(given->struct_size, sizeof defaults), bytes + given->struct_size,
+                      [](unsigned char byte) { return byte == 0; }),
+          "struct_size is " + std::to_string(given->struct_size) + ", but this library knows options of " +
+              std::to_string(sizeof defaults) + " bytes only; leave the others 0, or use a newer library");
   std::memcpy(&defaults, given, std::min(given->struct_size, sizeof defaults));
   return defaults;
 }
@@ -79,7 +106,6 @@ Options read_options(const Options* given, Options defaults) {
 // Fills the members of a result that the caller's version of the struct has.
 template <typename Result>
 void write_result(Result* to, Result result) {
-  require(to->struct_size >= sizeof to->struct_size, "struct_size is too small; set it to the size of the struct");
   result.struct_size = to->struct_size;
   std::memcpy(to, &result, std::min(to->struct_size, sizeof result));
 }
@@ -88,24 +114,37 @@ void write_result(Result* to, Result result) {
 
 inline Session& of(const megalodon_session* session) {
   need(session, "session");
+  session->session->engine()->require_same_process();
   return *session->session;
 }
 
 inline const Engine& of(const megalodon_engine* engine) {
   need(engine, "engine");
+  engine->engine->require_same_process();
   return *engine->engine;
+}
+
+// Frees a handle that belongs to an engine. In a forked child nothing is freed: the engine's threads and GPU, on which
+// that could wait, are not there.
+template <typename Handle>
+void free_handle(Handle* handle, const Engine& engine) {
+  if (engine.is_same_process()) delete handle;
 }
 
 inline std::vector<Session*> sessions_of(megalodon_session* const* sessions, std::size_t count) {
   require(count > 0, "there are no sessions to feed; give at least one");
   need(sessions, "sessions");
+  of(sessions[0]).engine()->check_batch(count);
   std::vector<Session*> all;
-  for (std::size_t i = 0; i < count; ++i) all.push_back(&of(sessions[i]));
+  for (std::size_t i = 0; i < count; ++i) {
+    need(sessions[i], "sessions[" + std::to_string(i) + "]");
+    all.push_back(&of(sessions[i]));
+  }
   return all;
 }
 
 inline std::span<const std::int64_t> ids_of(const std::int64_t* token_ids, std::size_t count) {
-  if (count > 0) need(token_ids, "token_ids");
+  need(token_ids, count, "token_ids", "count");
   return {token_ids, count};
 }
 
@@ -115,10 +154,10 @@ inline std::span<float> logits_of(const Session& session, float* logits, std::si
 }
 
 inline std::vector<std::string> strings_of(const char* const* strings, std::size_t count) {
-  if (count > 0) need(strings, "stop");
+  need(strings, count, "stop", "stop_count");
   std::vector<std::string> values;
   for (std::size_t i = 0; i < count; ++i) {
-    need(strings[i], "a stop string");
+    need(strings[i], "stop[" + std::to_string(i) + "]");
     values.emplace_back(strings[i]);
   }
   return values;

@@ -371,10 +371,32 @@ TEST(Abi, StructsOfOtherVersions) {
   EXPECT_EQ(megalodon_abi_version(), static_cast<std::uint32_t>(MEGALODON_ABI_VERSION));
   megalodon_engine_info info{};
   EXPECT_EQ(megalodon_engine_get_info(engine().get(), &info), MEGALODON_INVALID_ARGUMENT);  // no struct_size
-  info.struct_size = 2 * sizeof(std::int64_t);  // as an older caller sets it
-  EXPECT_EQ(megalodon_engine_get_info(engine().get(), &info), MEGALODON_OK);
-  EXPECT_GT(info.vocab_size, 0);
-  EXPECT_EQ(info.logits_size, 0);
+  struct Newer {
+    megalodon_engine_info info;
+    std::int64_t later = 7;
+  } newer{};
+  newer.info.struct_size = sizeof newer;
+  EXPECT_EQ(megalodon_engine_get_info(engine().get(), &newer.info), MEGALODON_OK);
+  EXPECT_GT(newer.info.vocab_size, 0);
+  EXPECT_EQ(newer.later, 7);
+}
+
+struct NewerOptions {
+  megalodon_engine_options options = MEGALODON_ENGINE_OPTIONS_INIT;
+  std::int64_t later = 0;
+};
+
+TEST(Abi, OptionsThatThisLibraryLacksMustBeZero) {
+  NewerOptions newer;
+  newer.options.struct_size = sizeof newer;
+  megalodon_engine* opened = nullptr;
+  EXPECT_EQ(megalodon_engine_open(bundle(), &newer.options, &opened), MEGALODON_OK);
+  megalodon_engine_free(opened);
+  newer.later = 1;
+  EXPECT_EQ(megalodon_engine_open(bundle(), &newer.options, &opened), MEGALODON_INVALID_ARGUMENT);
+  EXPECT_STREQ(megalodon_last_error(),
+               "struct_size is 24, but this library knows options of 16 bytes only; leave the others 0, or use a newer "
+               "library");
 }
 
 }  // namespace

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import megalodon_export
 from megalodon_export import Snapshot
 from megalodon_export.generation.sampling import SamplingParams, sample, uniform
 from support import native
-from support.native import CPP, sh
+from support.native import CPP, cli, sh
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -251,24 +250,18 @@ def test_snapshots_of_others_are_refused(
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def cli(cpp_build: Path, *arguments: object, prompt: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [str(cpp_build / "megalodon-cli"), *map(str, arguments)]
-    return subprocess.run(command, input=prompt, capture_output=True, text=True, env=environment, check=False)
-
-
 def test_cli_continues_a_text(cpp_build: Path, default_bundle: Path, tmp_path: Path) -> None:
     python = megalodon_export.load(default_bundle)
     how: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
     expected = "".join(python.generate("And the king", 60, stop=["."], **how))
     options = ["--temperature", 0.8, "--top-p", 0.9, "--seed", 3, "--stop", ".", "-n", 60]
     done = cli(cpp_build, default_bundle, "-p", "And the king", *options, "--save", tmp_path / "end")
-    assert (done.returncode, done.stdout) == (0, expected)
+    assert (done.returncode, done.stdout) == (0, expected + "\n")
     for phase in ("load", "prefill", "first token", "decode", "sampling"):
         assert re.search(rf"^{phase} +\d+\.\d+ s", done.stderr, re.MULTILINE)
-    assert cli(cpp_build, default_bundle, *options, "-q", prompt="And the king").stdout == expected
+    assert cli(cpp_build, default_bundle, *options, "-q", prompt="And the king").stdout == expected + "\n"
     more = cli(cpp_build, default_bundle, "--restore", tmp_path / "end", "-n", 20, "-q")
-    assert (more.stdout, more.stderr) == ("".join(python.generate("", 20)), "")
+    assert (more.stdout, more.stderr) == ("".join(python.generate("", 20)) + "\n", "")
 
 
 def test_cli_says_what_is_wrong(cpp_build: Path, tiny_bundle: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ class Session:
         )
         return written
 
-    def generate(self, prompt: str, count: int, stop: Sequence[str] = (), **sampling: Any) -> list[str]:
+    def generate(self, prompt: str | bytes, count: int, stop: Sequence[str | bytes] = (), **sampling: Any) -> list[str]:
         """Pieces of the text that follows a prompt."""
         pieces: list[str] = []
 
@@ -140,8 +140,15 @@ class Session:
 
         options = _options(count, -2, stop, sampling)
         callback = TextCallback(give)
-        self.abi.call("session_generate_text", self.handle, prompt.encode(), byref(options), callback, None, None)
+        self.abi.call("session_generate_text", self.handle, _bytes(prompt), byref(options), callback, None, None)
         return pieces
+
+    @property
+    def position(self) -> int:
+        """The number of tokens fed."""
+        position = c_int64()
+        self.abi.call("session_position", self.handle, byref(position))
+        return position.value
 
     def save(self, path: Path) -> None:
         """Write a snapshot."""
@@ -160,13 +167,35 @@ class Session:
             self.abi.free("snapshot", snapshot)
 
 
+def array(kind: Any, values: Sequence[Any]) -> Any:
+    """Values as a C array."""
+    return (kind * len(values))(*values)
+
+
 def _ids(token_ids: Sequence[int]) -> Any:
-    return (c_int64 * len(token_ids))(*token_ids)
+    return array(c_int64, token_ids)
 
 
-def _options(count: int, eos: int, stop: Sequence[str], sampling: dict[str, Any]) -> Options:
-    strings = (c_char_p * len(stop))(*(one.encode() for one in stop))
+def _bytes(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+def _options(count: int, eos: int, stop: Sequence[str | bytes], sampling: dict[str, Any]) -> Options:
+    strings = array(c_char_p, [_bytes(one) for one in stop])
     return Options(ctypes.sizeof(Options), Sampling(**sampling), count, eos, strings, len(stop))
+
+
+def step(sessions: Sequence[Session], token_ids: Sequence[int], sampling: Sampling) -> tuple[list[int], str]:
+    """Feed a token to each session: its next token, or -1; and what the library said if the call failed."""
+    count = len(sessions)
+    next_tokens, said = array(c_int64, [0] * count), ""
+    handles = array(c_void_p, [session.handle for session in sessions])
+    samplings, indices = array(Sampling, [sampling] * count), array(c_uint64, [0] * count)
+    try:
+        sessions[0].abi.call("step_batch", handles, _ids(token_ids), c_size_t(count), samplings, indices, next_tokens)
+    except NativeError as error:
+        said = str(error)
+    return list(next_tokens), said
 
 
 # ---- building it -----------------------------------------------------------------------------------------------------
@@ -190,6 +219,16 @@ def sh(*command: object, **options: Any) -> str:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environment, **options)
     assert done.returncode == 0, f"{command} failed: {done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done.stdout
+
+
+def cli(build: Path, *arguments: object, prompt: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    """`megalodon-cli ARGUMENTS`. In the arguments and the prompt, "\\udcff" stands for a byte 0xff."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [str(build / "megalodon-cli"), *map(str, arguments)]
+    pipes: dict[str, Any] = {"input": prompt, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run(
+        command, encoding="utf-8", errors="surrogateescape", env=environment, timeout=60, check=False, **pipes
+    )
 
 
 def build_commands(folder: Path) -> list[list[object]]:

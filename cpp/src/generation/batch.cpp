@@ -4,6 +4,7 @@
 
 #include "generation/sampling.hpp"
 #include "generation/session.hpp"
+#include "runtime/logits.hpp"
 
 namespace megalodon::impl {
 
@@ -22,14 +23,17 @@ class Session::Batch {
     }
   }
 
-  // Calls `call` with the states of all sessions. If it fails, the states are unknown, so it poisons all sessions.
+  // Calls `call` with the states of all sessions. If it fails, the states are unknown, so it poisons the sessions: all,
+  // or those that have no token among `next_tokens`.
   template <typename Call>
-  void run(Call call) {
+  void run(Call call, std::span<const std::int64_t> next_tokens = {}) {
     const CacheView view = gather();
     try {
       call(view);
     } catch (...) {
-      for (Session* session : sessions_) session->poisoned_ = true;
+      for (std::size_t i = 0; i < sessions_.size(); ++i) {
+        if (next_tokens.empty() || next_tokens[i] == kNoToken) sessions_[i]->poisoned_ = true;
+      }
       throw;
     }
   }
@@ -80,7 +84,6 @@ class Session::Batch {
 void Session::prefill_batch(std::span<Session* const> sessions,
                             std::span<const std::span<const std::int64_t>> token_ids, std::span<float> logits) {
   const Engine& engine = *sessions[0]->engine_;
-  engine.check_batch(static_cast<std::int64_t>(sessions.size()));
   for (const auto& ids : token_ids) engine.check_ids(ids);
   Batch batch(sessions);
   std::vector<std::vector<std::int64_t>> fed;
@@ -93,21 +96,22 @@ void Session::prefill_batch(std::span<Session* const> sessions,
 // Calls `call` with the engine and the states of all sessions, after it has checked the arguments and fed tokens that
 // are pending.
 template <typename Call>
-void Session::feed_one_each(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids, Call call) {
+void Session::feed_one_each(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids, Call call,
+                            std::span<const std::int64_t> next_tokens) {
   const Engine& engine = *sessions[0]->engine_;
-  engine.check_batch(static_cast<std::int64_t>(sessions.size()));
   engine.check_ids(token_ids);
   Batch batch(sessions);
   for (Session* session : sessions) {
     if (session->pending_) session->feed({}, {});
   }
-  batch.run([&](const CacheView& view) { call(engine, view); });
+  batch.run([&](const CacheView& view) { call(engine, view); }, next_tokens);
 }
 
 void Session::decode_batch(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids,
                            std::span<float> logits) {
-  feed_one_each(sessions, token_ids,
-                [&](const Engine& engine, const CacheView& view) { engine.decode(token_ids, view, logits); });
+  feed_one_each(
+      sessions, token_ids,
+      [&](const Engine& engine, const CacheView& view) { engine.decode(token_ids, view, logits); }, {});
 }
 
 void Session::step_batch(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids,
@@ -116,16 +120,18 @@ void Session::step_batch(std::span<Session* const> sessions, std::span<const std
   for (const megalodon_sampling& one : samplings) check_sampling(one);
   const auto is_greedy = [](const megalodon_sampling& one) { return one.temperature == 0.0; };
   const bool all_greedy = std::ranges::all_of(samplings, is_greedy);
-  feed_one_each(sessions, token_ids, [&](const Engine& engine, const CacheView& view) {
+  const auto step = [&](const Engine& engine, const CacheView& view) {
     if (all_greedy) return engine.decode(token_ids, view, {}, next_tokens);
     const auto width = static_cast<std::size_t>(engine.manifest().logits_size);
     std::vector<float> logits(token_ids.size() * width);
     engine.decode(token_ids, view, logits);
-    for (std::size_t i = 0; i < next_tokens.size(); ++i) {
-      const auto row = std::span(logits).subspan(i * width, width);
-      next_tokens[i] = sample(row, samplings[i], indices[i], MEGALODON_FAILED);
-    }
-  });
+    choose_tokens(next_tokens, [&](std::size_t row) {
+      const auto its_logits = std::span(logits).subspan(row * width, width);
+      return sample(its_logits, samplings[row], indices[row], MEGALODON_FAILED, row);
+    });
+  };
+  std::ranges::fill(next_tokens, kNoToken);
+  feed_one_each(sessions, token_ids, step, next_tokens);
 }
 
 }  // namespace megalodon::impl

@@ -5,6 +5,7 @@
 #include "generation/sampling.hpp"
 #include "generation/session.hpp"
 #include "generation/text.hpp"
+#include "utf8.hpp"
 
 namespace megalodon::impl {
 namespace {
@@ -120,6 +121,10 @@ GenerateResult Session::run_generation(std::span<const std::int64_t> prompt, con
   check_sampling(options.sampling);
   require(options.max_new_tokens >= 1,
           "max_new_tokens is " + std::to_string(options.max_new_tokens) + ", expected at least 1");
+  const std::int64_t ids = engine_->manifest().logits_size;
+  require(options.eos_token_id >= MEGALODON_MODEL_EOS && options.eos_token_id < ids,
+          "eos_token_id is " + std::to_string(options.eos_token_id) + ", expected 0.." + std::to_string(ids - 1) +
+              ", or -1 for none");
   const std::int64_t eos = options.eos_token_id == MEGALODON_MODEL_EOS ? engine_->manifest().eos_token_id.value_or(-1)
                                                                        : options.eos_token_id;
   const std::vector<std::int64_t> fed_first = prompt_or_bos(prompt);
@@ -153,6 +158,7 @@ GenerateResult Session::generate_text(const std::string& prompt, const GenerateO
                                       std::vector<std::string> stop, const PieceCallback& callback) {
   const ExclusiveUse use(*this);
   const Tokenizer& tokenizer = engine_->tokenizer();
+  require_utf8(prompt, "the prompt");
   TextStream text(tokenizer, std::move(stop));
   const auto push = [&](std::int64_t token) -> std::optional<megalodon_finish> {
     const std::string piece = text.push(token);

@@ -157,8 +157,8 @@ double exp_reproducible(double x) {
 }
 
 std::int64_t sample(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index,
-                    megalodon_status bad_logits) {
-  const std::size_t most_probable_id = argmax(logits, bad_logits);
+                    megalodon_status bad_logits, std::size_t row) {
+  const std::size_t most_probable_id = argmax(logits, bad_logits, row);
   if (params.temperature == 0.0) return static_cast<std::int64_t>(most_probable_id);
   const double unit = std::ldexp(1.0, 53 - std::bit_width(logits.size()));
   const auto weight = [largest = logits[most_probable_id], temperature = params.temperature, unit](float logit) {

@@ -19,8 +19,9 @@ double uniform(std::uint64_t seed, std::uint64_t index);
 double exp_reproducible(double x);
 
 // Samples one token id. Throws an Error with the status `bad_logits` if the logits are no distribution: they contain
-// NaN or +inf, or are all -inf. Pass MEGALODON_FAILED for logits of a program, whose stream is then broken.
+// NaN or +inf, or are all -inf. Pass MEGALODON_FAILED for logits of a program, whose stream is then broken. The message
+// names the row.
 std::int64_t sample(std::span<const float> logits, const megalodon_sampling& params, std::uint64_t index,
-                    megalodon_status bad_logits = MEGALODON_INVALID_ARGUMENT);
+                    megalodon_status bad_logits = MEGALODON_INVALID_ARGUMENT, std::size_t row = 0);
 
 }  // namespace megalodon::impl

@@ -52,12 +52,14 @@ class Session {
   Snapshot snapshot();
   void restore(const Snapshot& snapshot);
 
-  // One call of the program for several sessions of one engine (batch.cpp).
+  // One call of the program for several sessions of one engine, at most as many as the bundle's largest batch
+  // (batch.cpp).
   static void prefill_batch(std::span<Session* const> sessions,
                             std::span<const std::span<const std::int64_t>> token_ids, std::span<float> logits);
   static void decode_batch(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids,
                            std::span<float> logits);
   // Also samples the next token of each session. `indices[i]` is the number of tokens that stream i sampled before.
+  // A session whose logits cannot be sampled gets kNoToken and is poisoned alone; then the call throws.
   static void step_batch(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids,
                          std::span<const megalodon_sampling> samplings, std::span<const std::uint64_t> indices,
                          std::span<std::int64_t> next_tokens);
@@ -68,7 +70,8 @@ class Session {
   class TokenSource;   // the tokens of one generation (generate.cpp)
 
   template <typename Call>
-  static void feed_one_each(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids, Call call);
+  static void feed_one_each(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids, Call call,
+                            std::span<const std::int64_t> next_tokens);
   void require_usable() const;
   void feed(std::span<const std::int64_t> token_ids, std::span<float> logits);
   GenerateResult run_generation(std::span<const std::int64_t> prompt, const GenerateOptions& options,

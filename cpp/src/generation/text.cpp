@@ -3,28 +3,21 @@
 #include <algorithm>
 
 #include "error.hpp"
+#include "utf8.hpp"
 
 namespace megalodon::impl {
 namespace {
 
 constexpr const char* kReplacement = "\xEF\xBF\xBD";  // U+FFFD
 
-// Whether `byte` may follow the bytes of an incomplete character (Unicode standard, table 3-7).
-bool continues(const std::string& incomplete, unsigned char byte) {
-  const auto lead = static_cast<unsigned char>(incomplete[0]);
-  const unsigned char low = incomplete.size() > 1 ? 0x80 : lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
-  const unsigned char high = incomplete.size() > 1 ? 0xBF : lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
-  return byte >= low && byte <= high;
-}
-
-std::size_t length_of(unsigned char lead) { return lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4; }
-
 }  // namespace
 
 // ---- stop strings ---------------------------------------------------------------------------------------------------
 
 StopScanner::StopScanner(std::vector<std::string> stop) : stop_(std::move(stop)) {
-  for (const std::string& one : stop_) {
+  for (std::size_t i = 0; i < stop_.size(); ++i) {
+    const std::string& one = stop_[i];
+    require_utf8(one, "stop[" + std::to_string(i) + "]");
     require(!one.empty(), "an empty stop string would end every text at once; expected non-empty strings, drop it");
     longest_ = std::max(longest_, one.size());
   }
@@ -89,20 +82,24 @@ std::string TextStream::flush() {
 std::string TextStream::decode(unsigned char byte) {
   std::string text;
   if (!incomplete_.empty()) {
-    if (continues(incomplete_, byte)) {
+    const auto lead = static_cast<unsigned char>(incomplete_[0]);
+    if (utf8_continues(lead, incomplete_.size(), byte)) {
       incomplete_ += static_cast<char>(byte);
-      if (incomplete_.size() == length_of(static_cast<unsigned char>(incomplete_[0]))) text.swap(incomplete_);
+      if (incomplete_.size() == utf8_length(lead)) text.swap(incomplete_);
       return text;
     }
     text = kReplacement;
     incomplete_.clear();
   }
-  if (byte < 0x80) {
-    text += static_cast<char>(byte);
-  } else if (byte >= 0xC2 && byte <= 0xF4) {
-    incomplete_ = static_cast<char>(byte);
-  } else {
-    text += kReplacement;
+  switch (utf8_length(byte)) {
+    case 0:
+      text += kReplacement;
+      break;
+    case 1:
+      text += static_cast<char>(byte);
+      break;
+    default:
+      incomplete_ = static_cast<char>(byte);
   }
   return text;
 }

@@ -127,10 +127,10 @@ void CudaGraphStep::enqueue_step(std::span<const std::int64_t> token_ids, std::i
 void CudaGraphStep::take_result(std::int64_t result_slot, std::span<std::int64_t> next_tokens) {
   arrived_[static_cast<std::size_t>(result_slot)].synchronize();
   const auto result = host_result(result_slot);
-  for (const std::int64_t logit_error : result.subspan(rows_)) {
-    check_logit_error(logit_error, static_cast<std::size_t>(logits_size_), MEGALODON_FAILED);
-  }
-  std::ranges::copy(result.first(rows_), next_tokens.begin());
+  choose_tokens(next_tokens, [&](std::size_t row) {
+    check_logit_error(result[rows_ + row], static_cast<std::size_t>(logits_size_), MEGALODON_FAILED, row);
+    return result[row];
+  });
 }
 
 std::span<std::int64_t> CudaGraphStep::host_result(std::int64_t result_slot) const {

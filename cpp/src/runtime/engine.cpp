@@ -15,13 +15,16 @@ namespace megalodon::impl {
 namespace {
 
 constexpr const char* kTokenizer = "tokenizer.json";
+constexpr int kMaxConcurrency = 1024;  // each call that may run at the same time has a copy of the program's state
 
 }  // namespace
 
 // ---- opening a bundle -----------------------------------------------------------------------------------------------
 
 Engine::Engine(const std::filesystem::path& folder, bool check_hashes, int concurrency) {
-  require(concurrency >= 0, "concurrency is " + std::to_string(concurrency) + ", expected 1 or more, or 0");
+  require(concurrency >= 0 && concurrency <= kMaxConcurrency,
+          "concurrency is " + std::to_string(concurrency) + ", expected 1.." + std::to_string(kMaxConcurrency) +
+              ", or 0 for one call per processor");
   manifest_ = read_manifest(folder, read_bundle(folder, check_hashes));
   check_target(manifest_.target);
   load_tokenizer(folder);
@@ -64,6 +67,13 @@ std::int64_t Engine::state_bytes() const {
   std::size_t bytes = 0;
   for (const CacheTensor& tensor : manifest_.cache) bytes += tensor.row_bytes;
   return static_cast<std::int64_t>(bytes);
+}
+
+void Engine::require_same_process() const {
+  if (is_same_process()) return;
+  throw unavailable(
+      "this process was forked after the bundle was loaded, and compiled programs cannot run in a fork; load the "
+      "bundle in the child");
 }
 
 const Tokenizer& Engine::tokenizer() const {
@@ -192,21 +202,22 @@ void Engine::decode(std::span<const std::int64_t> token_ids, const CacheView& ca
   std::vector<float> own(logits.empty() && !next_tokens.empty() ? token_ids.size() * width : 0);
   const std::span<float> wanted = own.empty() ? logits : own;
   if (!wanted.empty()) device_->copy(wanted.data(), values, wanted.size_bytes());
-  for (std::size_t i = 0; i < next_tokens.size(); ++i) {
-    next_tokens[i] = static_cast<std::int64_t>(argmax(wanted.subspan(i * width, width), MEGALODON_FAILED));
-  }
+  choose_tokens(next_tokens, [&](std::size_t row) {
+    return argmax(wanted.subspan(row * width, width), MEGALODON_FAILED, row);
+  });
 }
 
 void Engine::check_ids(std::span<const std::int64_t> token_ids) const {
   require(!token_ids.empty(), "there are no tokens to feed; give at least one");
-  const auto [low, high] = std::ranges::minmax(token_ids);
-  require(low >= 0 && high < manifest_.vocab_size,
-          "token ids must be in 0.." + std::to_string(manifest_.vocab_size - 1) + ", got " + std::to_string(low) +
-              ".." + std::to_string(high) + "; is this the model's tokenizer?");
+  for (const std::int64_t id : token_ids) {
+    if (id >= 0 && id < manifest_.vocab_size) continue;
+    throw invalid("token id " + std::to_string(id) + " is outside 0.." + std::to_string(manifest_.vocab_size - 1) +
+                  "; is this the model's tokenizer?");
+  }
 }
 
-void Engine::check_batch(std::int64_t batch) const {
-  require(batch >= 1 && batch <= manifest_.max_batch,
+void Engine::check_batch(std::size_t batch) const {
+  require(batch >= 1 && batch <= static_cast<std::size_t>(manifest_.max_batch),
           "a batch of " + std::to_string(batch) + " is outside 1.." + std::to_string(manifest_.max_batch) +
               ", which this bundle was exported for; export with a larger --max-batch, or run smaller batches");
 }

@@ -1,6 +1,8 @@
 // An engine: the weights and programs of one bundle, for any number of threads.
 #pragma once
 
+#include <unistd.h>
+
 #include <map>
 #include <memory>
 #include <mutex>
@@ -45,7 +47,10 @@ class Engine {
 
   // Error MEGALODON_INVALID_ARGUMENT unless there are ids, and all are the model's.
   void check_ids(std::span<const std::int64_t> token_ids) const;
-  void check_batch(std::int64_t batch) const;
+  void check_batch(std::size_t batch) const;
+  // False in a child of the process that opened the bundle: threads of OpenMP and CUDA do not live on in a fork.
+  bool is_same_process() const { return getpid() == process_; }
+  void require_same_process() const;  // Error MEGALODON_UNAVAILABLE
 
  private:
   void load_tokenizer(const std::filesystem::path& folder);
@@ -59,6 +64,7 @@ class Engine {
   void store_spare(std::unique_ptr<CacheBlock> block) const noexcept;
   void free_spares() const;
 
+  const pid_t process_ = getpid();  // that has opened the bundle
   Manifest manifest_;
   std::unique_ptr<Device> device_;
   std::int64_t weight_bytes_ = 0;
