@@ -166,7 +166,7 @@ class InMemoryAotiRuntime(AotiRuntime):
             names = [one.name for one in inputs if one.kind == "weight"]
             return {name: tensors[numbered(name, layer)] for name in names}
 
-        self._load(folder / entry.package, entry.stages, bind)
+        self._load(folder, entry.stages, bind)
 
 
 def compile_from_config(subject: Subject) -> Runtime:

@@ -11,7 +11,6 @@ the same tensors to all stages.
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from ..model import MegalodonForCausalLM, use_kernels
 from .gemv_rewrite import rewrite_gemv
 from .manifest_types import AotiPrograms, CompiledProgram, CompiledStage, Record
 from .programs import DECODE, DECODE_ONE, PREFILL, Limits, ProgramName
+from .scratch import scratch_folder
 from .stages import Stage, export_stages, one_layer_model
 from .target import target
 from .torch_internals import compile_graph, package_programs, stand_in_sources
@@ -122,12 +122,12 @@ def build(
     """
     programs: tuple[ProgramName, ...] = (PREFILL, DECODE, DECODE_ONE)
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=directory) as scratch:
+    with scratch_folder(directory) as scratch:
         workers = []
         for name in programs:
-            folder = Path(scratch, name)
+            folder = scratch.folder / name
             request = CompileRequest(str(checkpoint), name, device, dtype, limits, all_logits, portable, str(folder))
-            workers.append(Worker(name, __name__, asdict(request), folder))
+            workers.append(Worker(name, __name__, asdict(request), folder, scratch.environment))
         report(f"exporting and compiling {', '.join(programs)} for {device}, side by side")
         compiled = msgspec.convert(run_side_by_side(workers, report), dict[ProgramName, dict[str, StageFiles]])
         files = {stage.entry.name: stage.files for name in programs for stage in compiled[name].values()}

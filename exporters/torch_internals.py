@@ -11,7 +11,11 @@ Names that torch documents in spite of their underscore, such as `torch._check`,
 
 from __future__ import annotations
 
+import _ctypes
+import ctypes
 import functools
+import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -207,13 +211,99 @@ def package_programs(path: Path, files: Mapping[str, Sequence[str]]) -> None:
     package_pt2(str(path), aoti_files={name: list(paths) for name, paths in files.items()})
 
 
-def load_program(path: Path, name: str, device_index: int = -1) -> Callable[[list[Tensor]], list[Tensor]]:
-    """One program of a package, as a function of its inputs. `device_index` -1: the current device.
+# ---- Compiled programs -----------------------------------------------------------------------------------------------
 
-    `torch._inductor.aoti_load_package`, the public function, flattens and checks its arguments in Python at every call.
-    Single-threaded, which capture in a CUDA graph requires: no two calls may run at a time.
+Program = Callable[[list[Tensor]], list[Tensor]]
+
+
+def load_library(path: Path, device: torch.device) -> Program:
+    """One compiled program, loaded from its library, as a function of its inputs. On CUDA it can be captured.
+
+    `torch._inductor.aoti_load_package`, the public function, copies a package's libraries to the temporary folder for
+    as long as they are used, and flattens and checks the arguments in Python at every call.
+    No two calls of a program may run at a time. None do: both kinds of program keep Python's global lock.
     """
-    from torch._C._aoti import AOTIModelPackageLoader
+    if device.type != "cpu":
+        return CapturableProgram(path, device)
+    from torch._C._aoti import AOTIModelContainerRunnerCpu
 
-    run: Callable[[list[Tensor]], list[Tensor]] = AOTIModelPackageLoader(str(path), name, True, 1, device_index).run
+    run: Program = AOTIModelContainerRunnerCpu(spelled_for_loader(path), 1).run  # type: ignore[arg-type]
     return run
+
+
+def spelled_for_loader(path: Path) -> bytes:
+    """A path of the same library that contains the number of its file: "/." for every binary 1, "/" for every 0.
+
+    glibc takes a library for loaded if it has loaded one of that name, even where another file is now. It never unloads
+    the first library that defines a "unique" symbol, and those of Inductor define some. A process that opened a bundle,
+    and opens it again after an export has replaced it, would therefore run old programs on new weights.
+    """
+    number = f"{os.stat(path).st_ino:b}".replace("0", "/").replace("1", "/.")
+    return os.fsencode(f"{path.parent}{number}/{path.name}")
+
+
+class CapturableProgram:
+    """A compiled program, called through AOTInductor's C functions as the C++ library calls it.
+
+    `AOTIModelContainerRunnerCuda`, torch's class, queries a CUDA event before a call, which is an error while a CUDA
+    graph is captured. Its argument against that is not among those that Python can give.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        from torch._C import _aoti
+
+        self._path, self._device, self._aoti = path, device, _aoti
+        # PyDLL keeps Python's global lock during a call.
+        self._library = ctypes.PyDLL(spelled_for_loader(path))  # type: ignore[arg-type]
+        self._container = ctypes.c_void_p()
+        name = device.type if device.index is None else f"{device.type}:{device.index}"
+        cubins = os.fsencode(path.parent)
+        create = self._library.AOTInductorModelContainerCreateWithDevice
+        self._require(create(ctypes.byref(self._container), ctypes.c_size_t(1), name.encode(), cubins))
+        weakref.finalize(self, _close, self._library, self._container)
+        counts = {}
+        for what in ("Inputs", "Outputs"):
+            counts[what] = ctypes.c_size_t()
+            count = getattr(self._library, f"AOTInductorModelContainerGetNum{what}")
+            self._require(count(self._container, ctypes.byref(counts[what])))
+        self._inputs, self._outputs = counts["Inputs"].value, counts["Outputs"].value
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Run on the current CUDA stream."""
+        if len(inputs) != self._inputs:
+            raise ValueError(f"{self._path} takes {self._inputs} tensors, {len(inputs)} given")
+        # The program takes over the handles of its inputs, and gives away those of its outputs.
+        capsules = self._aoti.unsafe_alloc_void_ptrs_from_tensors(inputs)
+        handles = (ctypes.c_void_p * self._inputs)(*(_capsule_pointer(capsule, None) for capsule in capsules))
+        results = (ctypes.c_void_p * self._outputs)()
+        stream = None
+        if self._device.type == "cuda":
+            stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
+        sizes = ctypes.c_size_t(self._inputs), ctypes.c_size_t(self._outputs)
+        run = self._library.AOTInductorModelContainerRunSingleThreaded
+        self._require(run(self._container, handles, sizes[0], results, sizes[1], stream, None))
+        return self._aoti.alloc_tensors_by_stealing_from_void_ptrs(
+            [_capsule_of(handle, None, None) for handle in results]
+        )
+
+    def _require(self, status: int) -> None:
+        """RuntimeError with AOTInductor's words, where this torch has them, unless the status is that of success."""
+        if status == 0:
+            return
+        words = ctypes.c_char_p()
+        if hasattr(self._library, "AOTInductorGetLastError"):
+            self._library.AOTInductorGetLastError(ctypes.byref(words))
+        raise RuntimeError(f"{self._path} failed: {(words.value or b'see the lines above').decode(errors='replace')}")
+
+
+def _close(library: ctypes.CDLL, container: ctypes.c_void_p) -> None:
+    library.AOTInductorModelContainerDelete(container)
+    _ctypes.dlclose(library._handle)  # ctypes does not unload what it has loaded
+
+
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+_capsule_of = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)

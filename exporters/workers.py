@@ -9,8 +9,10 @@ export does, even one that is killed. This module needs the standard library onl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +38,7 @@ class Worker:
     module: str
     request: dict[str, Any]
     folder: Path
+    environment: dict[str, str] = field(default_factory=dict)  # beside that of this process
     process: subprocess.Popen[bytes] = field(init=False)
     seen: int = 0  # lines of its progress that were reported
 
@@ -46,6 +49,7 @@ class Worker:
         # passive: threads that wait must not take the cores from the other worker. The instruction sets are those of
         # /proc/cpuinfo; Inductor would compile a test program for each, which takes up to a minute.
         environment = {"OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_VEC_ISA_OK": "1", **os.environ}
+        environment |= self.environment
         self.process = start_process(command, self.folder / "log", environment, subprocess.PIPE)
 
     def report_progress(self, report: Callable[[str], None]) -> None:
@@ -110,7 +114,7 @@ def serve(compile_request: Callable[[dict[str, Any], Path, Callable[[str], None]
     """In the worker's process: do the request of the command line, leave progress and result in its folder."""
     request = json.loads(sys.argv[1])
     folder = Path(request["directory"])
-    _end_with_parent()
+    _end_with_parent(folder)
 
     def note(message: str) -> None:
         with open(folder / "progress", "a") as progress:
@@ -120,11 +124,14 @@ def serve(compile_request: Callable[[dict[str, Any], Path, Callable[[str], None]
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def _end_with_parent() -> None:
-    """A killed export must not leave compilers running."""
+def _end_with_parent(folder: Path) -> None:
+    """A killed export must leave neither compilers running nor their files in the temporary folder."""
 
     def watch() -> None:
         os.read(0, 1)  # nothing is ever written, so this returns when the export has ended
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the last worker removes the folder of all
+            folder.parent.rmdir()
         _kill_group(os.getpid())
 
     threading.Thread(target=watch, daemon=True).start()

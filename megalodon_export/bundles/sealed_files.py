@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def write_sealed(path: Path, value: Any) -> str:
         data, seal = sealed_json(msgspec.to_builtins(value))
     except (TypeError, ValueError) as error:
         raise BundleError(f"{path.name}: only JSON values can be written, and finite numbers ({error}).") from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("wb") as file:
             file.write(data)

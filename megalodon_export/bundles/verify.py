@@ -65,13 +65,19 @@ def verify(
 ) -> dict[str, Any]:
     """Check hashes, then every runtime the bundle has programs for; writes parity.json and returns it.
 
+    A bundle that cannot be written is verified all the same, and `report` gets a note.
     BundleError for a damaged bundle; VerificationError, after parity.json is written, for numbers out of bounds.
     """
     manifest = bundle.read(folder)
     available = [name for name in RUNTIMES if name in manifest.programs.by_runtime()]
     read_parity(folder, manifest)  # a damaged report is part of a damaged bundle
-    parity = measure(folder, manifest, runtimes or available, report or (lambda message: None))
-    return require(update_parity(folder, manifest, parity))
+    report = report or (lambda message: None)
+    parity = measure(folder, manifest, runtimes or available, report)
+    try:
+        parity = update_parity(folder, manifest, parity)
+    except OSError as error:  # a read-only disk, for one; the numbers are as good
+        report(f"{folder / bundle.PARITY} could not be written ({error.strerror}), and is as it was")
+    return require(parity)
 
 
 def verify_folder(

@@ -47,12 +47,12 @@ def export_aoti(
     dtype = dtype or default_dtype(device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    report(f"loading {checkpoint}")
-    model = load_model(checkpoint, DTYPES[dtype], ema_prefill=ema_prefill)
-    if weight_format != "float":
-        quantize(model, weight_format, group_size)
-    limits = Limits.of(model.config, max_batch, max_length)
     with staged(destination) as staging:
+        report(f"loading {checkpoint}")
+        model = load_model(checkpoint, DTYPES[dtype], ema_prefill=ema_prefill)
+        if weight_format != "float":
+            quantize(model, weight_format, group_size)
+        limits = Limits.of(model.config, max_batch, max_length)
         write_checkpoint(model, checkpoint, staging)
         entry = _build(staging, model.config.num_layers, device, dtype, limits, report, all_logits, portable)
         manifest = Manifest.of(model.config, dtype, Programs(aoti=entry), versions())

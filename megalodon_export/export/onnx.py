@@ -43,13 +43,13 @@ def export_onnx(
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}, expected float32, float16 or bfloat16")
     _check_can_run(dtype)
-    report(f"loading {checkpoint}")
-    stored = torch.float32 if dtype == "float16" else DTYPES[dtype]
-    model = load_model(checkpoint, stored, ema_prefill=ema_prefill)
-    if dtype == "float16":
-        halve(model)
-    limits = Limits.of(model.config, max_batch, max_length)
     with staged(destination) as staging:
+        report(f"loading {checkpoint}")
+        stored = torch.float32 if dtype == "float16" else DTYPES[dtype]
+        model = load_model(checkpoint, stored, ema_prefill=ema_prefill)
+        if dtype == "float16":
+            halve(model)
+        limits = Limits.of(model.config, max_batch, max_length)
         write_checkpoint(model, checkpoint, staging)
         entry = _build(staging, dtype, limits, all_logits, report)
         manifest = Manifest.of(model.config, dtype, Programs(onnx=entry), versions())

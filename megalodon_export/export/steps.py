@@ -71,14 +71,14 @@ def add_programs(folder: Path, kind: str, build: Callable[[Path, Manifest], Mani
 
     BundleError if the bundle is damaged or has programs of this kind.
     """
-    report(f"checking {folder}")
-    manifest = bundle.read(folder)
-    read_parity(folder, manifest)
-    if kind in manifest.programs.by_runtime():
-        raise bundle.BundleError(
-            f"{folder} has {kind} programs already; export to another folder, or replace it whole."
-        )
     with staged(folder) as staging:
+        report(f"checking {folder}")
+        manifest = bundle.read(folder)
+        read_parity(folder, manifest)
+        if kind in manifest.programs.by_runtime():
+            raise bundle.BundleError(
+                f"{folder} has {kind} programs already; export to another folder, or replace it whole."
+            )
         for name in manifest.files:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, staging / name)

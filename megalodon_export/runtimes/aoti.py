@@ -14,15 +14,16 @@ from ..bundles.manifest import Manifest
 from ..bundles.weights import WeightStore
 from ..exporters.manifest_types import CompiledProgram, CompiledStage, StageInput, Target, numbered
 from ..exporters.programs import DECODE, DECODE_ONE, NEXT_TOKENS, PREFILL, ProgramName
+from ..exporters.scratch import is_noexec
 from ..exporters.target import cpu_features
-from ..exporters.torch_internals import load_program
+from ..exporters.torch_internals import Program, load_library
 from ..model import ModelCache
 from .base import Runtime, RuntimeUnavailable
 from .bound_programs import BoundPrograms, last_logits
 
 
 class AotiRuntime(Runtime):
-    """Runs `aoti/model.pt2`. The bundle's hashes must have been checked: this loads native code."""
+    """Runs the libraries in `aoti`. The bundle's hashes must have been checked: this loads native code."""
 
     def __init__(self, folder: Path, manifest: Manifest, device: str | None = None) -> None:
         entry = manifest.programs.aoti
@@ -31,23 +32,26 @@ class AotiRuntime(Runtime):
         chosen = _check_target(entry.target, manifest.versions, device)
         config, dtype = manifest.config, manifest.torch_dtype
         super().__init__(config, dtype, chosen, entry.limits, entry.all_logits, manifest.model_id)
-        self._load(folder / "aoti" / entry.package, entry.stages, WeightStore(folder, chosen).bind)
+        self._load(folder / "aoti", entry.stages, WeightStore(folder, chosen).bind)
 
     def _load(
         self,
-        package: Path,
+        folder: Path,
         programs: dict[ProgramName, CompiledProgram],
         weights: Callable[[tuple[StageInput, ...], int], dict[str, Tensor]],
     ) -> None:
-        """Load the stages of all programs; `weights` finds those among a stage's inputs, for a layer, by name."""
-        index = -1 if self.device.type != "cuda" or self.device.index is None else self.device.index
+        """Load the stages of all programs from a folder of libraries, once all weights are found.
+
+        `weights` finds those among a stage's inputs, for a layer, by name.
+        """
         layers = range(self.config.num_layers)
+        stages = [stage for program in programs.values() for stage in program.stages]
+        found = {stage.name: [weights(stage.inputs, layer) for layer in layers] for stage in stages}
 
-        def stage(entry: CompiledStage) -> _Stage:
-            run = load_program(package, entry.name, index)
-            return _Stage(run, entry, [weights(entry.inputs, layer) for layer in layers])
+        def load(stage: CompiledStage) -> _Stage:
+            return _Stage(_load_library(folder / stage.library, self.device), stage, found[stage.name])
 
-        self.programs = {name: tuple(map(stage, program.stages)) for name, program in programs.items()}
+        self.programs = {name: tuple(map(load, program.stages)) for name, program in programs.items()}
 
     def _bind(self, cache: ModelCache, capture: bool) -> BoundPrograms:
         return BoundAotiPrograms(self, cache, capture)
@@ -87,9 +91,7 @@ class BoundAotiPrograms(BoundPrograms):
 class _Stage:
     """A compiled stage, and its weights by layer and name."""
 
-    def __init__(
-        self, run: Callable[[list[Tensor]], list[Tensor]], entry: CompiledStage, weights: list[dict[str, Tensor]]
-    ) -> None:
+    def __init__(self, run: Program, entry: CompiledStage, weights: list[dict[str, Tensor]]) -> None:
         self.run, self.outputs = run, entry.outputs
         self._names, self._weights = [one.name for one in entry.inputs], weights
 
@@ -105,7 +107,7 @@ class _Stage:
 class _BoundStage:
     """A stage and its list of inputs. `missing` are the program's arguments and the results of stages before it."""
 
-    run: Callable[[list[Tensor]], list[Tensor]]
+    run: Program
     outputs: tuple[str, ...]
     inputs: list[Tensor | None]
     missing: list[tuple[int, str]]
@@ -135,6 +137,20 @@ class _BoundProgram:
         for stage in self._stages:
             stage(arguments)
         return arguments["logits"]
+
+
+def _load_library(path: Path, device: torch.device) -> Program:
+    """A stage's program; RuntimeUnavailable if the system does not load its library."""
+    try:
+        return load_library(path, device)
+    except (OSError, RuntimeError) as error:
+        raise RuntimeUnavailable(f"{path} cannot be loaded: {_reason(path, error)}") from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if is_noexec(path.parent):
+        return f"{path.parent} is on a file system mounted noexec; copy the bundle to one that programs may run from"
+    return str(error).splitlines()[0]
 
 
 def _check_target(target: Target, versions: dict[str, str], device: str | None) -> torch.device:

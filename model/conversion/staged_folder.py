@@ -1,24 +1,39 @@
 """Folders that are written whole or not at all: filled beside their destination, then renamed into its place.
 
-with staged_folder("bundle") as staging:      # .bundle.staging-PID, a new empty folder
+with staged_folder("bundle") as staging:      # .bundle.staging-7d2f90c1, a new empty folder
     (staging / "file").write_text("...")
 # now: bundle/file, and nothing else; what stood at "bundle" before is gone
+
+One process at a time writes a destination. It holds a lock (flock) on the file .bundle.lock beside it. The kernel drops
+the lock of a process that is killed, so what lies there while the lock is free is stale, and is removed. No process id
+is compared: two containers that share a disk may both have process 1.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import re
+import secrets
 import shutil
-import threading
+import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# The staging and retired folders that this process uses now. A stale folder may carry our own process id, since ids
-# repeat from one container to the next.
-_active: set[Path] = set()
-_active_lock = threading.Lock()
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_GIB = 2**30
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Errors of a system call that the system or the file system does not have.
+_NOT_THERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+# From the Linux headers, for renameat2.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class StagingError(Exception):
@@ -30,30 +45,31 @@ def staged_folder(destination: Path | str, check: Callable[[Path], None] = lambd
     """Yield an empty sibling folder to fill; it becomes `destination` if the block succeeds and vanishes if it fails.
 
     `check(target)` raises if what stands at the destination must not be replaced; it is called before anything is
-    written, and again before the renames. At every instant the old folder is in place, or the new one, or, between two
-    renames, neither; in that last case the old one lies beside it and the next `staged_folder` puts it back. What a
-    killed process left is cleaned up.
-    Raises StagingError for a mount point, a place that cannot be written, or one that another process writes.
+    written, and again before the renames. Where the file system can exchange two folders, the old folder or the new one
+    is in place at every instant. Elsewhere there are two renames; if the process is killed between them, the next
+    `staged_folder` puts the old folder back. What a killed process left is removed. A file system without locks (some
+    network disks) has no protection against a second writer, so nothing is removed there.
+    Raises StagingError for a mount point, a full disk, a place that cannot be written or that another process writes.
     """
-    target = Path(destination).expanduser().resolve()
-    _check(target, check)
-    staging, retired = _sibling(target, "staging"), _sibling(target, "old")
-    with _active_lock:
-        if staging in _active:
-            raise _running(target, os.getpid(), staging)
-        _active.update((staging, retired))
-    try:
-        _make_empty(staging)
-        # Our own staging exists by now, so of two processes that start together at least one sees the other.
-        _clean_up_after_dead(target)
+    target = _resolve(destination)
+    with _reporting(target, "write"):
         _check(target, check)
-        yield staging
-        _sync_tree(staging)
+    with _lock(target) as locked:
+        if locked:
+            _clean_up(target)
         _check(target, check)
-        _swap(staging, target, retired)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        _active.difference_update((staging, retired))
+        staging = _sibling(target, "staging")
+        try:
+            with _reporting(target, "write"):
+                staging.mkdir()
+            with _full_disks_named(target):
+                yield staging
+                _sync_tree(staging)
+            _check(target, check)
+            with _reporting(target, "replace"):
+                _swap(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -67,10 +83,120 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _resolve(destination: Path | str) -> Path:
+    try:
+        target = Path(destination).expanduser().resolve()
+        os.fsencode(target).decode()
+    except RuntimeError as error:  # ~NAME of nobody, or a circle of links
+        raise StagingError(f"cannot write {destination}: {error}; give the path in full.") from error
+    except (UnicodeError, ValueError) as error:
+        raise StagingError(f"cannot write {str(destination)!r}: its name is not UTF-8; choose another one.") from error
+    return target
+
+
 def _check(target: Path, check: Callable[[Path], None]) -> None:
     if os.path.ismount(target):
         raise StagingError(f"{target} is a mount point and cannot be replaced whole; choose a folder inside it.")
     check(target)
+
+
+@contextlib.contextmanager
+def _reporting(target: Path, verb: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StagingError(f"cannot {verb} {target} ({error}); choose another place.") from error
+
+
+@contextlib.contextmanager
+def _full_disks_named(target: Path) -> Iterator[None]:
+    """Turn an error that is due to a full disk into a sentence; the other libraries' texts name no place."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) not in _FULL and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        free = {str(place): shutil.disk_usage(place).free / _GIB for place in (target.parent, tempfile.gettempdir())}
+        places = ", ".join(f"{gib:.2f} GiB are free in {place}" for place, gib in free.items())
+        raise StagingError(
+            f"no space left to write {target}: {places}. Free some, choose another place, "
+            "or set TMPDIR to a folder on a larger disk."
+        ) from error
+
+
+# ---- the lock --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _lock(target: Path) -> Iterator[bool]:
+    """Hold the lock on a destination; False if the file system has no locks. StagingError if somebody else holds it."""
+    path = target.with_name(f".{target.name}.lock")
+    missing = [folder for folder in target.parents if not folder.exists()]
+    with _reporting(target, "write"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, locked = _open_locked(path, target)
+    try:
+        with contextlib.suppress(OSError):  # the text is for the error of others; a full disk shows later
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield locked
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # before the lock is dropped, so that nobody locks a file that is about to go
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # after a failure; a folder with something in it stays
+            for folder in missing:
+                folder.rmdir()
+
+
+def _open_locked(path: Path, target: Path) -> tuple[int, bool]:
+    """A descriptor of the lock file, and whether it is locked."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is None or _is_at(descriptor, path):
+                return descriptor, fcntl is not None
+        except BlockingIOError:
+            owner = os.read(descriptor, 200).decode(errors="replace") or "a process that has just begun"
+            os.close(descriptor)
+            raise StagingError(
+                f"{target} is being written by another export or conversion ({owner}). "
+                "Wait for its end, or choose another place."
+            ) from None
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return descriptor, False
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its owner removed the file between our two calls
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _sibling(target: Path, role: str) -> Path:
+    return target.with_name(f".{target.name}.{role}-{secrets.token_hex(4)}")
+
+
+def _clean_up(target: Path) -> None:
+    """Remove what killed processes left, and put an old folder back that one of them had moved away. Needs the lock."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(staging|old)-[0-9a-f]+", re.DOTALL)
+    for path in sorted(target.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match and match[1] == "old" and not target.exists():
+            path.rename(target)
+        elif match:
+            # A compiler that outlives its export by an instant looks for the folder under its old name.
+            shutil.rmtree(path.rename(_sibling(target, "staging")), ignore_errors=True)
 
 
 def _sync_tree(root: Path) -> None:
@@ -81,64 +207,30 @@ def _sync_tree(root: Path) -> None:
         sync(Path(folder))
 
 
-def _make_empty(staging: Path) -> None:
-    try:
-        staging.parent.mkdir(parents=True, exist_ok=True)
-        if staging.exists():
-            shutil.rmtree(staging)
-        staging.mkdir()
-    except OSError as error:
-        raise StagingError(f"cannot write in {staging.parent}: {error.strerror}; choose another place.") from error
-
-
-def _swap(staging: Path, target: Path, retired: Path) -> None:
-    had_old = target.exists()
-    if had_old:
-        target.rename(retired)
-    try:
+def _swap(staging: Path, target: Path) -> None:
+    """Put the new folder in place; the old one is in `staging` afterwards, or gone."""
+    if not target.exists():
         staging.rename(target)
-    except BaseException:
-        if had_old:
+    elif not _exchange(staging, target):
+        retired = _sibling(target, "old")
+        target.rename(retired)
+        try:
+            staging.rename(target)
+        except BaseException:
             retired.rename(target)
-        raise
+            raise
+        retired.rename(staging)
     sync(target.parent)
-    shutil.rmtree(retired, ignore_errors=True)
 
 
-def _sibling(target: Path, role: str) -> Path:
-    return target.with_name(f".{target.name}.{role}-{os.getpid()}")
-
-
-def _clean_up_after_dead(target: Path) -> None:
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(staging|old)-([0-9]+)")
-    for path in sorted(target.parent.iterdir()):
-        match = pattern.fullmatch(path.name)
-        if not match or path in _active:
-            continue
-        role, pid = match[1], int(match[2])
-        if pid != os.getpid() and _is_alive(pid):
-            if role == "staging":
-                raise _running(target, pid, path)
-        elif role == "old" and not target.exists():
-            path.rename(target)  # killed between the two renames
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name == "nt":  # signal 0 is Ctrl-C there
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
         return False
-    except PermissionError:
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
-    return True
-
-
-def _running(target: Path, pid: int, staging: Path) -> StagingError:
-    return StagingError(
-        f"another export to {target} is running (pid {pid}). "
-        f"Wait for it; if that process is no export, remove {staging}."
-    )
+    error = ctypes.get_errno()
+    if error in _NOT_THERE:
+        return False
+    raise OSError(error, os.strerror(error), str(other))

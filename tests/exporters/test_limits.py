@@ -13,7 +13,7 @@ import megalodon_export.model as m
 from megalodon_export.exporters.aoti import CompileRequest, compile_stage, inductor_options
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.exporters.stages import Stage, export_stages
-from megalodon_export.exporters.torch_internals import load_program, package_programs
+from megalodon_export.exporters.torch_internals import load_library
 from support.small_models import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,8 +60,8 @@ def test_programs_for_two_rows_run_one(tmp_path: Path) -> None:
     stage = found["layer"]
     request = CompileRequest("", "prefill", "cpu", "float32", limits, False, False, str(tmp_path / "out"))
     files = compile_stage(stage, inductor_options(request, stage.name)).files
-    package_programs(tmp_path / "model.pt2", {stage.name: list(files)})
-    run = load_program(tmp_path / "model.pt2", stage.name)
+    (library,) = [Path(file) for file in files if file.endswith(".so")]
+    run = load_library(library, torch.device("cpu"))
     per_row = [
         one.kind != "weight" and len(example) == 2 for one, example in zip(stage.inputs, stage.examples, strict=True)
     ]

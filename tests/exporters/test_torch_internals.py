@@ -7,6 +7,7 @@ import functools
 import importlib
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -221,20 +222,76 @@ def test_inductor_remembers_128_by_itself() -> None:
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
-def test_a_graph_is_compiled_packaged_and_run_without_its_sources(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a compiled program, twice.so, and the package of it, model.pt2."""
+    folder = tmp_path_factory.mktemp("compiled")
     batch = Dim("B", min=1, max=8)
     with torch_internals.symbolic_sizes():
         module = export(Twice(), (torch.ones(3, 2),), dynamic_shapes=({0: batch},), strict=False).module()
-    options = {"aot_inductor.package": True, "aot_inductor.output_path": str(tmp_path / "out")}
+    options = {"aot_inductor.package": True, "aot_inductor.output_path": str(folder / "out")}
     files = torch_internals.compile_graph(module, (torch.ones(3, 2),), options)
     kept = [file for file in files if not file.endswith((".cpp", ".h", ".hpp"))]
     stand_ins = torch_internals.stand_in_sources(files)
     assert all("compiled" in Path(path).read_text() for path in stand_ins)
-    torch_internals.package_programs(tmp_path / "model.pt2", {"twice": kept + stand_ins})
-    run = torch_internals.load_program(tmp_path / "model.pt2", "twice")
+    torch_internals.package_programs(folder / "model.pt2", {"twice": kept + stand_ins})
+    (library,) = [file for file in files if file.endswith(".so")]
+    shutil.copyfile(library, folder / "twice.so")
+    return folder
+
+
+def packaged(folder: Path) -> Callable[..., Any]:
+    """The program of the package, as a user may load it."""
+    from torch._inductor.package import load_package
+
+    run = load_package(str(folder / "model.pt2"), "twice")
+    return lambda inputs: [run(*inputs)]
+
+
+CPU = torch.device("cpu")
+LOADERS = {
+    "library": lambda folder: torch_internals.load_library(folder / "twice.so", CPU),
+    "C functions": lambda folder: torch_internals.CapturableProgram(folder / "twice.so", CPU),
+    "package": packaged,
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_compiled_program_is_loaded_and_run(compiled: Path, loader: str) -> None:
+    run = LOADERS[loader](compiled)
     for rows in (1, 3):
         (result,) = run([torch.ones(rows, 2)])
         assert torch.equal(result, torch.full((rows, 2), 2.0))
+
+
+@pytest.mark.parametrize("kind", ["library", "C functions"])
+def test_a_new_library_under_an_old_name_is_loaded(compiled: Path, tmp_path: Path, kind: str) -> None:
+    """Else a process that opens a bundle again after an export has replaced it runs the old programs."""
+    folder = tmp_path / "bundle"
+    for name in ("first", "second"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        shutil.copyfile(compiled / "twice.so", folder / "twice.so")
+        LOADERS[kind](folder)
+        mapped = [line.split()[4] for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+        assert str((folder / "twice.so").stat().st_ino) in mapped, name
+
+
+def test_a_program_refuses_what_it_does_not_take(compiled: Path, tmp_path: Path) -> None:
+    run = torch_internals.CapturableProgram(compiled / "twice.so", CPU)
+    with pytest.raises(ValueError, match=r"twice\.so takes 1 tensors, 2 given"):
+        run([torch.ones(1, 2)] * 2)
+    (tmp_path / "no.so").write_bytes(b"no library")
+    with pytest.raises(OSError, match=r"too short|invalid ELF"):
+        torch_internals.CapturableProgram(tmp_path / "no.so", CPU)
+
+
+def test_capture_needs_the_c_functions() -> None:
+    """Else torch's own class for CUDA can be used in the place of `CapturableProgram`."""
+    stub = Path(torch._C.__file__).parent / "_C" / "_aoti.pyi"
+    cuda = stub.read_text().split("class AOTIModelContainerRunnerCuda")[1].split("class ")[0]
+    assert "cubin_dir" in cuda
+    assert "single_threaded" not in cuda
 
 
 def test_the_doctor_finds_inductors_compiler() -> None:

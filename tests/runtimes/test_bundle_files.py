@@ -1,12 +1,9 @@
-"""Bundles on disk: written whole or not at all, and refused when anything about them has changed."""
+"""Bundles on disk: refused when anything about them has changed. test_staged_folders.py has how they are written."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +11,8 @@ import pytest
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.bundle import BundleError, read
 from megalodon_export.bundles.parity import read_parity
-from megalodon_export.bundles.writing import seal, staged, update_parity
+from megalodon_export.bundles.writing import seal, update_parity
 from support.damaged_bundles import PARITY_DAMAGE, SMALL_DAMAGE, WEIGHTS, edit, flip, small_manifest, write
-
-
-def siblings(destination: Path) -> list[str]:
-    return sorted(path.name for path in destination.parent.iterdir() if path != destination)
 
 
 @pytest.fixture
@@ -34,7 +27,6 @@ def test_round_trip(sound: Path) -> None:
     assert manifest.dtype == "float32"
     assert list(manifest.files) == ["aoti/programs.pt2", "model.safetensors"]
     assert manifest.files["model.safetensors"].size == len(WEIGHTS)
-    assert siblings(sound) == []
 
 
 def test_seal_returns_what_it_writes_and_leaves_its_argument(tmp_path: Path) -> None:
@@ -149,145 +141,3 @@ def test_what_is_no_folder(tmp_path: Path) -> None:
         read(tmp_path / "file")
     with pytest.raises(ValueError, match="expected"):
         read(tmp_path, check="none")  # type: ignore[arg-type]
-
-
-# --------------------------------------------------------------------------------------------------------- writing
-
-
-def test_overwriting_replaces_the_whole_folder(sound: Path) -> None:
-    with staged(sound) as staging:
-        (staging / "only").write_bytes(b"new")
-        seal(staging, small_manifest())
-        assert read(sound).dtype == "float32"  # the old one stays until the end
-    assert list(read(sound).files) == ["only"]
-    assert siblings(sound) == []
-
-
-def test_parents_are_made_and_an_empty_folder_is_replaced(tmp_path: Path) -> None:
-    write(tmp_path / "a" / "b")
-    (tmp_path / "empty").mkdir()
-    write(tmp_path / "empty")
-    read(tmp_path / "a" / "b")
-    read(tmp_path / "empty")
-
-
-def test_a_link_to_a_bundle_stays_a_link(sound: Path) -> None:
-    link = sound.parent / "current"
-    link.symlink_to(sound)
-    write(link, b"new")
-    assert link.is_symlink()
-    assert read(sound).files["model.safetensors"].size == 3
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_leaves_the_old_bundle(sound: Path, kind: type[BaseException]) -> None:
-    def export() -> None:
-        with staged(sound) as staging:
-            (staging / "half").write_bytes(b"half")
-            raise kind
-
-    with pytest.raises(kind):
-        export()
-    read(sound)
-    assert siblings(sound) == []
-    write(sound)
-
-
-def test_a_failed_rename_restores_the_old_bundle(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename = Path.rename
-
-    def fail(self: Path, target: Path) -> Path:
-        if ".staging-" in self.name:
-            raise OSError("no")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="no"):
-        write(sound, b"new")
-    assert read(sound).files["model.safetensors"].size == len(WEIGHTS)
-    assert siblings(sound) == []
-
-
-def test_other_people_s_folders_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
-    (tmp_path / "file").write_bytes(b"")
-    for name in ("photos", "file"):
-        with pytest.raises(BundleError, match="left as it is"), staged(tmp_path / name):
-            pytest.fail("entered")
-    assert (tmp_path / "photos" / "cat.png").read_bytes() == b"cat"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "photos"]
-
-
-def test_overwriting_can_be_forbidden(sound: Path) -> None:
-    with pytest.raises(BundleError, match="exists already"), staged(sound, overwrite=False):
-        pytest.fail("entered")
-
-
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(BundleError, match="cannot write in"), staged(tmp_path / "file" / "bundle"):
-        pytest.fail("entered")
-    with pytest.raises(BundleError, match="mount point"), staged(Path("/")):
-        pytest.fail("entered")
-
-
-def test_two_exports_to_one_place(sound: Path) -> None:
-    with staged(sound) as staging:
-        with pytest.raises(BundleError, match=rf"is running \(pid {os.getpid()}\)"), staged(sound):
-            pytest.fail("entered")
-        seal(staging, small_manifest())
-    assert read(sound).files == {}
-
-
-EXPORT = """
-import sys, time
-from megalodon_export.bundles.parity import read_parity
-from megalodon_export.bundles.writing import staged
-with staged(sys.argv[1]) as staging:
-    (staging / "half").write_bytes(b"half")
-    print("inside", flush=True)
-    time.sleep(600)
-"""
-
-
-def start_export(destination: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", EXPORT, str(destination)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "inside\n"
-    return process
-
-
-def test_a_killed_export_leaves_the_old_bundle(sound: Path) -> None:
-    process = start_export(sound)
-    with process:
-        try:
-            with pytest.raises(BundleError, match=rf"is running \(pid {process.pid}\)"), staged(sound):
-                pytest.fail("entered")
-            assert siblings(sound) == [f".sound.staging-{process.pid}"]
-        finally:
-            process.send_signal(signal.SIGKILL)
-    read(sound)
-    assert siblings(sound) == [f".sound.staging-{process.pid}"]
-    write(sound, b"new")
-    assert read(sound).files["model.safetensors"].size == 3
-    assert siblings(sound) == []
-
-
-def test_killed_between_the_renames(sound: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        pass
-    sound.rename(sound.with_name(f".sound.old-{process.pid}"))
-    with pytest.raises(RuntimeError), staged(sound):
-        raise RuntimeError
-    read(sound)
-    assert siblings(sound) == []
-
-
-def test_a_stale_folder_with_our_own_process_id(sound: Path) -> None:
-    (sound.parent / f".sound.staging-{os.getpid()}").mkdir()
-    (sound.parent / f".sound.old-{os.getpid()}").mkdir()
-    write(sound)
-    read(sound)
-    assert siblings(sound) == []

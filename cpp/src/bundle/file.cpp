@@ -7,10 +7,10 @@
 #include <unistd.h>
 
 #include <array>
-#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <memory>
+#include <random>
 #include <vector>
 
 #include "error.hpp"
@@ -87,16 +87,17 @@ std::string sha256_of(std::string_view data) {
 }
 
 void write_file(const std::filesystem::path& path, std::span<const std::byte> data) {
-  static std::atomic<unsigned> count = 0;  // two threads may write the same path at once
+  // Two threads, or two containers that share a disk and both have process 1, may write the same path at once.
+  std::random_device random;
   std::filesystem::path temporary = path;
-  temporary.concat(".tmp-").concat(std::to_string(getpid())).concat("-").concat(std::to_string(count++));
+  temporary.concat(".tmp-").concat(std::to_string(random())).concat("-").concat(std::to_string(random()));
   const auto fail = [&](const std::string& verb) {
     const std::string reason = std::strerror(errno);
     unlink(temporary.c_str());
     throw io_error(path.string() + " cannot be " + verb + ": " + reason);
   };
   {
-    const Descriptor file(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    const Descriptor file(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     while (!data.empty()) {
       const ssize_t size = write(file.value, data.data(), data.size());
       if (size < 0 && errno == EINTR) continue;

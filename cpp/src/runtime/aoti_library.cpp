@@ -1,11 +1,43 @@
 #include "runtime/aoti_library.hpp"
 
 #include <dlfcn.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <torch/csrc/inductor/aoti_runtime/interface.h>
+
+#include <cerrno>
+#include <cstring>
 
 #include "error.hpp"
 
 namespace megalodon::impl {
+namespace {
+
+// A path of the same library that contains the number of its file: "/." for every binary 1, "/" for every 0.
+// glibc takes a library for loaded if it has loaded one of that name, even where another file is now. It never unloads
+// the first library that defines a "unique" symbol, and those of Inductor define some. A process that opened a bundle,
+// and opens it again after an export has replaced it, would therefore run old programs on new weights.
+std::string spelled_for_loader(const std::filesystem::path& path) {
+  struct stat status{};
+  if (stat(path.c_str(), &status) != 0) {
+    throw io_error(path.string() + " cannot be opened: " + std::strerror(errno));
+  }
+  std::string number;
+  for (auto rest = status.st_ino; rest != 0; rest /= 2) number.insert(0, rest % 2 == 1 ? "/." : "/");
+  return path.parent_path().string() + number + "/" + path.filename().string();
+}
+
+std::string load_error(const std::filesystem::path& path) {
+  const char* error = dlerror();
+  struct statvfs status{};
+  if (statvfs(path.c_str(), &status) == 0 && (status.f_flag & ST_NOEXEC) != 0) {
+    return path.parent_path().string() +
+           " is on a file system mounted noexec; copy the bundle to one that programs may run from";
+  }
+  return error == nullptr ? "?" : error;
+}
+
+}  // namespace
 
 struct AotiLibrary::Functions {
   std::string path;
@@ -43,11 +75,8 @@ AotiLibrary::AotiLibrary(const std::filesystem::path& path, std::size_t inputs, 
     : functions_(std::make_unique<Functions>()) {
   Functions& f = *functions_;
   f.path = path.string();
-  f.handle = dlopen(f.path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (f.handle == nullptr) {
-    const char* error = dlerror();
-    throw unavailable(f.path + " cannot be loaded: " + (error == nullptr ? "?" : error));
-  }
+  f.handle = dlopen(spelled_for_loader(path).c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (f.handle == nullptr) throw unavailable(f.path + " cannot be loaded: " + load_error(path));
   f.remove = f.need<decltype(f.remove)>("AOTInductorModelContainerDelete");
   // AOTInductorModelContainerRun queries CUDA events, which is an error during capture.
   f.run = f.need<decltype(f.run)>(device.is_concurrent() ? "AOTInductorModelContainerRun"
