@@ -159,7 +159,7 @@ class InMemoryAotiRuntime(AotiRuntime):
     """AOTInductor programs bound to the tensors of a model in memory, without a weight file."""
 
     def __init__(self, model: MegalodonForCausalLM, entry: AotiPrograms, folder: Path) -> None:
-        Runtime.__init__(self, model.config, model.dtype_of_weights, model.device, entry.limits, False)
+        Runtime.__init__(self, model.config, model.dtype_of_weights, model.device, entry.limits, False, "")
         tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
         def bind(inputs: tuple[StageInput, ...], layer: int) -> dict[str, Tensor]:

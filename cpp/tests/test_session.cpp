@@ -120,14 +120,30 @@ TEST(Session, ForkSnapshotAndResetGiveTheStatesThatTheyPromise) {
   EXPECT_EQ(generate(session, tokens(3), options(5)), generate(fresh, tokens(3), options(5)));
 }
 
-TEST(Session, SnapshotOfAnotherModelIsRefused) {
+TEST(Session, ChangedSnapshotIsRefused) {
   Session session(engine());
   session.prefill(tokens(3));
   std::string bytes(session.snapshot().bytes());
   const auto at = bytes.find("\"model\":\"") + 9;
   bytes[at] = bytes[at] == '0' ? '1' : '0';
-  EXPECT_EQ(status_of([&] { session.restore(megalodon::Snapshot::from_bytes(bytes)); }), MEGALODON_INVALID_ARGUMENT);
-  EXPECT_EQ(session.position(), 3);
+  EXPECT_EQ(status_of([&] { megalodon::Snapshot::from_bytes(bytes); }), MEGALODON_INVALID_ARGUMENT);
+}
+
+TEST(Session, ForksAndSnapshotsHoldWhatTheChunkHas) {
+  Session session(engine());
+  std::size_t fed = 0;
+  for (const std::size_t count : {1, 62, 1, 1, 63}) {
+    session.prefill(Ids(count, 7));
+    fed += count;
+    Session fork = session.fork();
+    EXPECT_EQ(fork.position(), static_cast<std::int64_t>(fed));
+    const auto state = session.snapshot();
+    EXPECT_EQ(fork.snapshot().bytes(), state.bytes());
+    const Ids expected = generate(fork, Ids{9}, options(70));
+    session.restore(state);
+    EXPECT_EQ(generate(session, Ids{9}, options(70)), expected);
+    session.restore(state);
+  }
 }
 
 TEST(Session, StopsWhereItIsTold) {

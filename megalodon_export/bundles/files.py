@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,6 +50,26 @@ def _sha256(path: Path) -> str | OSError:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, with the permissions that the umask leaves.
+
+    OSError, which names the path, if that fails; an older file is then as it was.
+    """
+    temporary = Path(f"{path}.tmp-{secrets.token_hex(8)}")
+    try:
+        if path.exists() and not path.is_file():  # the rename would replace a device by a file
+            raise OSError(0, "it is no regular file")
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise type(error)(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def bundle_error(headline: str, problems: dict[str, str], advice: str) -> BundleError:

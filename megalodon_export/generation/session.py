@@ -25,7 +25,7 @@ from ..model import ModelCache
 from ..runtimes import Runtime, default_runtime, open_runtime
 from .decode_loop import DecodeLoop, padded_batch
 from .sampling import SamplingParams
-from .snapshot import Snapshot
+from .snapshot import Snapshot, copy_state
 from .text import TextStream
 
 
@@ -75,8 +75,10 @@ class Session:
 
     def fork(self) -> Session:
         """A new session on the same weights, at the same point of the stream."""
+        self._check_usable()
         other = Session(self.runtime, self.tokenizer, self._lookahead)
-        other.restore(self.snapshot())
+        copy_state(self.runtime.config, self.programs.cache, other.programs.cache)
+        other._pending = self._pending
         return other
 
     def reset(self) -> None:
@@ -87,15 +89,22 @@ class Session:
         self._moves += 1
 
     def snapshot(self) -> Snapshot:
-        """A copy of the stream's state, constant in size. `Snapshot.save` and `Snapshot.load` keep it on disk."""
+        """A copy of the stream's state. `Snapshot.save` and `Snapshot.load` keep it on disk.
+
+        It holds the keys and values of the current chunk alone, so it is small where a chunk ends.
+        """
         self._check_usable()
-        return Snapshot.of(self.runtime.config, self.programs.cache, self._pending)
+        return Snapshot.of(self.runtime.config, self.programs.cache, self._pending, self.runtime.model_id)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of this model; ValueError if it is another model's."""
-        self._roll_back()
-        snapshot.copy_to(self.runtime.config, self.programs.cache)
+        """Go back to a snapshot of this model; ValueError, with the stream as it was, for any other."""
+        if not isinstance(snapshot, Snapshot):
+            kind = type(snapshot).__name__
+            raise TypeError(f"restore takes a Snapshot, not {kind}; Snapshot.load reads one from a file")
+        snapshot.check(self.runtime.config, self.runtime.dtype, self.runtime.model_id)
         self._loop.discard_lookahead()
+        with self._poisoning():
+            snapshot.copy_to(self.runtime.config, self.programs.cache)
         self._pending, self._broken = snapshot.pending, False
         self._moves += 1
 

@@ -25,7 +25,7 @@ class Runtime(ABC):
     limits: the sizes that one call of a program takes; `BoundPrograms.prefill` splits longer prompts.
     all_logits: whether the prefill program computes the logits of every token, not of the last one alone.
     can_score: whether `BoundPrograms.score` works.
-    model_id: a fingerprint of the weights, equal for bundles of the same weights; "" for a model that is in no bundle.
+    model_id: a fingerprint of the weights, equal for bundles of the same weights; snapshots name their model by it.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Runtime(ABC):
         device: torch.device,
         limits: Limits,
         all_logits: bool,
-        model_id: str = "",
+        model_id: str,
     ) -> None:
         self.config, self.dtype, self.device, self.model_id = config, dtype, device, model_id
         self.limits, self.all_logits, self.can_score = limits, all_logits, all_logits

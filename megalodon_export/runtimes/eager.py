@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors.torch import load_file
@@ -26,11 +27,12 @@ class ModelRuntime(Runtime):
     """Runs the modules of a model in memory; freezes what it derives from its weights."""
 
     def __init__(self, model: MegalodonLM, limits: Limits | None = None, model_id: str = "") -> None:
+        """`model_id`: that of the bundle; a model without one is unlike any other, for its snapshots."""
         self.model = model
         freeze_constants(model)
         limits = limits or Limits.of(model.config, max_batch=2**16)
         device = model.model.embed.weight.device
-        super().__init__(model.config, model.dtype_of_weights, device, limits, False, model_id)
+        super().__init__(model.config, model.dtype_of_weights, device, limits, False, model_id or uuid4().hex)
         self.can_score = True
 
     def _bind(self, cache: ModelCache, capture: bool) -> BoundPrograms:

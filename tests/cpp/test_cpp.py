@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megalodon_export
-from megalodon_export import Snapshot
 from megalodon_export.generation.sampling import SamplingParams, sample, uniform
 from support import native
 from support.native import CPP, cli, sh
@@ -215,36 +214,6 @@ def test_texts_are_equal(
     python.reset()  # the weights are random: hardly any of the bytes are UTF-8
     expected = "".join(python.generate(prompt, 80, stop, temperature=1.0, seed=seed))
     assert "".join(session.generate(prompt, 80, stop, temperature=1.0, seed=seed)) == expected
-
-
-def test_snapshots_go_both_ways(session: native.Session, python: megalodon_export.Session, tmp_path: Path) -> None:
-    python.reset()
-    list(python.generate_ids(list(b"In the beginning"), 77, eos_token_id=-1))  # one token is pending
-    python.snapshot().save(tmp_path / "python")
-    session.restore(tmp_path / "python")
-    session.save(tmp_path / "native")
-    again, saved = Snapshot.load(tmp_path / "native"), Snapshot.load(tmp_path / "python")
-    assert (again.pending, again.model) == (saved.pending, saved.model)
-    assert again.tensors.keys() == saved.tensors.keys()
-    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in saved.tensors.items())
-
-    written = session.generate_ids([], 60, eos=-1)
-    assert list(python.generate_ids([], 60, eos_token_id=-1)) == written
-    session.save(tmp_path / "later")
-    python.restore(Snapshot.load(tmp_path / "later"))
-    assert list(python.generate_ids([], 60, eos_token_id=-1)) == session.generate_ids([], 60, eos=-1)
-
-
-def test_snapshots_of_others_are_refused(
-    session: native.Session, short_chunk_onnx_bundle: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
-    megalodon_export.load(short_chunk_onnx_bundle, runtime="eager").snapshot().save(tmp_path / "other")
-    with pytest.raises(native.NativeError, match="another cache layout") as caught:
-        session.restore(tmp_path / "other")
-    assert caught.value.status == INVALID
-    for path in (tiny_bundle / "model.safetensors", tiny_bundle / "manifest.json"):
-        with pytest.raises(native.NativeError, match=rf"{path} is no snapshot"):
-            session.restore(path)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

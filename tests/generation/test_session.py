@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import megalodon_export
-from megalodon_export import Session, Snapshot
+from megalodon_export import Session
 from megalodon_export.generation.session import SessionError
 from support.failing import fail_at
 
@@ -176,59 +176,6 @@ def test_prefill_and_decode_by_hand(session: Session) -> None:
 def test_nothing_to_feed(session: Session) -> None:
     with pytest.raises(ValueError, match="at least one"):
         session.prefill([])
-
-
-def test_snapshots_and_forks_go_back(session: Session) -> None:
-    write(session, 30, PROMPT)
-    state, fork = session.snapshot(), session.fork()
-    expected = write(session, 80)
-    assert write(fork, 80) == expected
-    session.restore(state)
-    assert write(session, 80) == expected
-    session.reset()
-    assert write(session, 80) != expected
-    session.restore(state)  # a snapshot is a copy: streams that ran on from it did not move it
-    assert write(session, 80) == expected
-
-
-@pytest.mark.parametrize(("source", "target"), [("eager", "aoti"), ("aoti", "eager")])
-def test_snapshots_on_disk_serve_both_runtimes(
-    loaded: dict[str, Session], tmp_path: Path, source: str, target: str
-) -> None:
-    writer, reader = loaded[source].fork(), loaded[target].fork()
-    write(writer, 75, PROMPT)
-    writer.snapshot().save(tmp_path / "state")
-    expected = write(writer, 80)
-    state = Snapshot.load(tmp_path / "state")
-    reader.restore(state)
-    assert write(reader, 80) == expected
-
-
-def test_a_snapshot_is_constant_in_size(session: Session, tmp_path: Path) -> None:
-    sizes = []
-    for _ in range(2):
-        write(session, 100, PROMPT)
-        session.snapshot().save(tmp_path / "state")
-        sizes.append((tmp_path / "state").stat().st_size)
-    assert abs(sizes[0] - sizes[1]) < 16
-
-
-def test_snapshots_of_another_model_are_refused(session: Session, short_chunk_onnx_bundle: Path) -> None:
-    write(session, 10, PROMPT)
-    before = [t.clone() for t in session.cache.tensors()]
-    other = megalodon_export.load(short_chunk_onnx_bundle, runtime="eager").snapshot()
-    with pytest.raises(ValueError, match="another cache layout"):
-        session.restore(other)
-    assert all(torch.equal(a, b) for a, b in zip(session.cache.tensors(), before, strict=True))
-
-
-def test_files_that_are_no_snapshots_are_refused(loaded: dict[str, Session], tiny_bundle: Path, tmp_path: Path) -> None:
-    loaded["eager"].snapshot().save(tmp_path / "whole")
-    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-10])
-    (tmp_path / "text").write_text("no snapshot")
-    for path in (tmp_path / "cut", tmp_path / "text", tiny_bundle / "model.safetensors"):
-        with pytest.raises(ValueError, match=f"{path.name} is no snapshot"):
-            Snapshot.load(path)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

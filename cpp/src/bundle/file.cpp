@@ -8,6 +8,7 @@
 
 #include <array>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -53,6 +54,25 @@ class Sha256 {
   std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context_;
 };
 
+// Whether all of the data was written; `errno` says why not.
+bool write_all(int file, std::span<const std::byte> data) {
+  while (!data.empty()) {
+    const ssize_t size = write(file, data.data(), data.size());
+    if (size < 0 && errno == EINTR) continue;
+    if (size < 0) return false;
+    data = data.subspan(static_cast<std::size_t>(size));
+  }
+  return true;
+}
+
+// Processes on other machines may write to the same folder, so a process id is not unique.
+std::string random_hex() {
+  std::random_device device;
+  std::array<char, 17> text{};
+  std::snprintf(text.data(), text.size(), "%08x%08x", device(), device());
+  return text.data();
+}
+
 template <typename Use>
 void read_in_blocks(const std::filesystem::path& path, Use use) {
   const Descriptor file(path, O_RDONLY | O_CLOEXEC);
@@ -80,33 +100,35 @@ std::string sha256_of(const std::filesystem::path& path) {
   return hash.digest();
 }
 
-std::string sha256_of(std::string_view data) {
+std::string sha256_of(std::string_view data) { return sha256_of(std::span(&data, 1)); }
+
+std::string sha256_of(std::span<const std::string_view> pieces) {
   Sha256 hash;
-  hash.update(data.data(), data.size());
+  for (const std::string_view piece : pieces) hash.update(piece.data(), piece.size());
   return hash.digest();
 }
 
 void write_file(const std::filesystem::path& path, std::span<const std::byte> data) {
-  // Two threads, or two containers that share a disk and both have process 1, may write the same path at once.
-  std::random_device random;
-  std::filesystem::path temporary = path;
-  temporary.concat(".tmp-").concat(std::to_string(random())).concat("-").concat(std::to_string(random()));
-  const auto fail = [&](const std::string& verb) {
-    const std::string reason = std::strerror(errno);
-    unlink(temporary.c_str());
-    throw io_error(path.string() + " cannot be " + verb + ": " + reason);
+  const std::filesystem::path temporary = path.string() + ".tmp-" + random_hex();
+  const auto fail = [&](const std::string& reason) {
+    return io_error(path.string() + " cannot be written: " + reason);
   };
-  {
-    const Descriptor file(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    while (!data.empty()) {
-      const ssize_t size = write(file.value, data.data(), data.size());
-      if (size < 0 && errno == EINTR) continue;
-      if (size < 0) fail("written");
-      data = data.subspan(static_cast<std::size_t>(size));
-    }
-    if (fsync(file.value) != 0) fail("written");
+  struct stat status{};
+  if (stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) {  // the rename would replace a device by a file
+    throw fail("it is no regular file");
   }
-  if (rename(temporary.c_str(), path.c_str()) != 0) fail("replaced");
+  const int file = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (file < 0) throw fail(std::strerror(errno));
+  bool written = write_all(file, data) && fsync(file) == 0;
+  int reason = errno;
+  close(file);
+  if (written) {
+    written = rename(temporary.c_str(), path.c_str()) == 0;
+    reason = errno;
+  }
+  if (written) return;
+  unlink(temporary.c_str());
+  throw fail(std::strerror(reason));
 }
 
 MappedFile::MappedFile(const std::filesystem::path& path) {

@@ -6,12 +6,15 @@
 #include <filesystem>
 #include <span>
 #include <string>
+#include <string_view>
 
 namespace megalodon::impl {
 
 std::string read_file(const std::filesystem::path& path);
 std::string sha256_of(const std::filesystem::path& path);  // lower-case hexadecimal digits
 std::string sha256_of(std::string_view data);
+std::string sha256_of(std::span<const std::string_view> pieces);  // as of all pieces in one
+// The permissions are those that the umask leaves.
 void write_file(const std::filesystem::path& path, std::span<const std::byte> data);
 
 // A file mapped for reading. All processes that map it share its pages.

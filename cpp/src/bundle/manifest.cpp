@@ -115,6 +115,10 @@ CacheTensor read_cache_tensor(const Node& node, const Node& dimensions) {
                      .fill = fill.number(),
                      .ring = std::ranges::find(dims, kChunk) != dims.end(),
                      .row_bytes = 0};
+  for (const std::string& dim : dims) {
+    if (dim == kChunk) break;
+    if (dim != "B") ++tensor.slot_axis;
+  }
   if (tensor.fill != 0.0 && tensor.dtype->name != "float32" && tensor.dtype->name != "int64") {
     throw fill.problem("0 expected for " + std::string(tensor.dtype->name));
   }

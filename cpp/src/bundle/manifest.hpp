@@ -14,6 +14,8 @@ namespace megalodon::impl {
 
 // The name of the cache tensor that counts the tokens of each row.
 inline constexpr const char* kPosition = "final.position";
+// The end of the names of cache tensors that hold variances.
+inline constexpr const char* kVariance = ".norm_var";
 
 // The machine and the torch version that the programs were compiled for.
 struct Target {
@@ -31,6 +33,7 @@ struct CacheTensor {
   double fill;  // the value of every element in a fresh stream
   bool ring;    // a ring cache: one slot per token of a chunk, overwritten chunk after chunk; other tensors are small
   std::size_t row_bytes;
+  std::size_t slot_axis = 0;  // of a ring: the axis of `row_shape` that counts its slots
 };
 
 enum class InputKind { argument, cache, stage, weight };
@@ -63,7 +66,7 @@ struct Manifest {
   std::int64_t length_multiple;          // prefill takes this many tokens, or a multiple of it
   std::int64_t layers, chunk;            // chunk: tokens of an attention chunk, and slots of a ring cache
   std::optional<std::int64_t> bos_token_id, eos_token_id;
-  std::string layout_id;                      // of the cache: models with equal ids can exchange snapshots
+  std::string layout_id;                      // of the cache
   bool all_logits;                            // prefill returns the logits of every position, not of the last alone
   std::string model_id;                       // a fingerprint of the weights: the sha256 of their file
   std::map<std::string, std::int64_t> files;  // sizes in bytes

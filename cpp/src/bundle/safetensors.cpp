@@ -14,6 +14,8 @@ using nlohmann::json;
 
 constexpr std::uint64_t kMaxHeader = 100'000'000;  // the format's own limit
 
+bool is_size(const json& value) { return value.is_number_integer() && value >= 0; }
+
 // Reads the entry of one tensor. False if it is malformed or its data lies outside `data`.
 bool read_entry(const json& entry, std::span<std::byte> data, StoredTensor& tensor) {
   if (!entry.is_object() || entry.size() != 3) return false;
@@ -21,12 +23,12 @@ bool read_entry(const json& entry, std::span<std::byte> data, StoredTensor& tens
   const json offsets = entry.value("data_offsets", json());
   if (!dtype.is_string() || !shape.is_array() || !offsets.is_array() || offsets.size() != 2) return false;
   tensor.dtype = dtype_by_safetensors_name(dtype.get_ref<const std::string&>());
-  if (tensor.dtype == nullptr || !offsets[0].is_number_unsigned() || !offsets[1].is_number_unsigned()) return false;
+  if (tensor.dtype == nullptr || !is_size(offsets[0]) || !is_size(offsets[1])) return false;
   std::uint64_t bytes = tensor.dtype->size;
   for (const json& size : shape) {
-    if (!size.is_number_unsigned()) return false;
+    if (!is_size(size)) return false;
     const auto value = size.get<std::uint64_t>();
-    if (value > INT64_MAX || __builtin_mul_overflow(bytes, value, &bytes)) return false;
+    if (__builtin_mul_overflow(bytes, value, &bytes) || bytes > INT64_MAX) return false;
     tensor.shape.push_back(static_cast<std::int64_t>(value));
   }
   const auto begin = offsets[0].get<std::uint64_t>(), end = offsets[1].get<std::uint64_t>();
@@ -87,13 +89,15 @@ std::vector<std::byte> write_safetensors(const Safetensors& content) {
   std::vector<std::pair<std::string, const StoredTensor*>> order;
   for (const auto& [name, tensor] : content.tensors) order.emplace_back(name, &tensor);
   std::ranges::stable_sort(order, std::greater{}, [](const auto& one) { return one.second->dtype->size; });
-  json header = json::object();
+  nlohmann::ordered_json header;
   if (!content.metadata.empty()) header["__metadata__"] = content.metadata;
   std::size_t size = 0;
   for (const auto& [name, tensor] : order) {
-    header[name] = {{"dtype", tensor->dtype->safetensors},
-                    {"shape", tensor->shape},
-                    {"data_offsets", {size, size + tensor->data.size()}}};
+    nlohmann::ordered_json entry;
+    entry["dtype"] = tensor->dtype->safetensors;
+    entry["shape"] = tensor->shape;
+    entry["data_offsets"] = {size, size + tensor->data.size()};
+    header[name] = entry;
     size += tensor->data.size();
   }
   std::string text = header.dump();

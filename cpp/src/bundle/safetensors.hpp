@@ -27,7 +27,8 @@ struct Safetensors {
 // Messages call the bytes `name`. Error MEGALODON_INVALID_ARGUMENT if they are not a safetensors file.
 Safetensors parse_safetensors(std::span<std::byte> bytes, const std::string& name);
 
-// The bytes of a file. Tensors of large elements come first, so that every tensor is aligned.
+// The bytes of a file. Tensors of large elements come first, as the safetensors library orders them, so that every tensor
+// is aligned.
 std::vector<std::byte> write_safetensors(const Safetensors& content);
 
 }  // namespace megalodon::impl

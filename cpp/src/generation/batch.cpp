@@ -52,7 +52,7 @@ class Session::Batch {
     }
     for (std::size_t i = 0; i < sessions_.size(); ++i) {
       if (!destinations_[i]) continue;
-      destinations_[i]->view().copy_from(sessions_[i]->row_.view());
+      destinations_[i]->view().copy_from(sessions_[i]->row_.view(), sessions_[i]->engine_->manifest().chunk);
       std::swap(sessions_[i]->row_, *destinations_[i]);
     }
     destinations_.clear();

@@ -18,7 +18,7 @@ void Session::require_usable() const {
 std::int64_t Session::tokens_fed() const {
   const auto& layout = engine_->manifest().cache;
   const auto index = std::ranges::find(layout, kPosition, &CacheTensor::name) - layout.begin();
-  const std::vector<std::byte> bytes = row_.view().read(static_cast<std::size_t>(index));
+  const std::vector<std::byte> bytes = row_.view().read(static_cast<std::size_t>(index), 0);
   std::int64_t position = 0;
   std::memcpy(&position, bytes.data(), sizeof position);
   return position;
@@ -35,7 +35,7 @@ std::unique_ptr<Session> Session::fork() {
   const ExclusiveUse use(*this);
   require_usable();
   auto other = std::make_unique<Session>(engine_);
-  other->row_.view().copy_from(row_.view());
+  other->row_.view().copy_from(row_.view(), tokens_fed() % engine_->manifest().chunk);
   other->pending_ = pending_;
   return other;
 }
@@ -49,11 +49,13 @@ std::int64_t Session::position() {
 Snapshot Session::snapshot() {
   const ExclusiveUse use(*this);
   require_usable();
-  return Snapshot::of(engine_->manifest(), row_.view(), pending_);
+  return Snapshot::of(engine_->manifest(), row_.view(), tokens_fed(), pending_);
 }
 
 void Session::restore(const Snapshot& snapshot) {
   const ExclusiveUse use(*this);
+  snapshot.check(engine_->manifest());
+  poisoned_ = true;
   snapshot.copy_to(engine_->manifest(), row_.view());
   pending_ = snapshot.pending();
   poisoned_ = false;

@@ -8,6 +8,21 @@ namespace {
 constexpr std::uintptr_t kProgramAlignment = 16;  // bytes; compiled programs require it of tensors
 constexpr std::size_t kTensorAlignment = 512;     // bytes; torch's CUDA allocator gives every tensor as much
 
+// The memory of a tensor's rows as equal blocks. The first bytes of each are those of the slots that are filled.
+struct Blocks {
+  std::size_t count, stride, filled;  // bytes
+};
+
+Blocks blocks_of(const CacheTensor& tensor, std::int64_t rows, std::int64_t slots) {
+  auto count = static_cast<std::size_t>(rows);
+  const std::size_t size = tensor.row_bytes * count;
+  if (!tensor.ring || slots == tensor.row_shape[tensor.slot_axis]) return {1, size, size};
+  for (std::size_t axis = 0; axis < tensor.slot_axis; ++axis) count *= static_cast<std::size_t>(tensor.row_shape[axis]);
+  const std::size_t stride = size / count;
+  const std::size_t slot_bytes = stride / static_cast<std::size_t>(tensor.row_shape[tensor.slot_axis]);
+  return {count, stride, slot_bytes * static_cast<std::size_t>(slots)};
+}
+
 template <typename T>
 void fill(std::span<std::byte> bytes, T value) {
   for (std::size_t at = 0; at < bytes.size(); at += sizeof value) std::memcpy(bytes.data() + at, &value, sizeof value);
@@ -124,35 +139,48 @@ StepMemory CacheView::memory() const {
   return all;
 }
 
-std::vector<std::byte> CacheView::read(std::size_t index) const {
-  std::vector<std::byte> bytes(memory(index).size());
-  block_->device().copy(bytes.data(), memory(index).data(), bytes.size());
+std::vector<std::byte> CacheView::read(std::size_t index, std::int64_t slots) const {
+  const Blocks blocks = blocks_of(block_->layout()[index], rows_, slots);
+  std::vector<std::byte> bytes(blocks.count * blocks.filled);
+  for (std::size_t i = 0; i < blocks.count && blocks.filled > 0; ++i) {
+    block_->device().copy(bytes.data() + i * blocks.filled, memory(index).data() + i * blocks.stride, blocks.filled);
+  }
   return bytes;
 }
 
-void CacheView::write(std::size_t index, std::span<const std::byte> bytes) const {
-  block_->device().copy(memory(index).data(), bytes.data(), bytes.size());
-}
-
-void CacheView::reset() const {
-  for (std::size_t i = 0; i < block_->layout().size(); ++i) {
-    const CacheTensor& tensor = block_->layout()[i];
-    if (tensor.fill == 0.0) {
-      block_->device().zero(memory(i).data(), memory(i).size());
-      continue;
-    }
-    std::vector<std::byte> bytes(memory(i).size());
-    if (tensor.dtype->name == "int64") {
-      fill(bytes, static_cast<std::int64_t>(tensor.fill));
-    } else {  // `read_manifest` refuses other fill values unless the dtype is float32
-      fill(bytes, static_cast<float>(tensor.fill));
-    }
-    write(i, bytes);
+void CacheView::write(std::size_t index, std::int64_t slots, std::span<const std::byte> bytes) const {
+  const Blocks blocks = blocks_of(block_->layout()[index], rows_, slots);
+  if (blocks.filled < blocks.stride) reset(index);
+  for (std::size_t i = 0; i < blocks.count && blocks.filled > 0; ++i) {
+    block_->device().copy(memory(index).data() + i * blocks.stride, bytes.data() + i * blocks.filled, blocks.filled);
   }
 }
 
-void CacheView::copy_from(const CacheView& other) const {
-  for (std::size_t i = 0; i < block_->layout().size(); ++i) write(i, other.memory(i));
+void CacheView::reset() const {
+  for (std::size_t i = 0; i < block_->layout().size(); ++i) reset(i);
+}
+
+void CacheView::reset(std::size_t index) const {
+  const CacheTensor& tensor = block_->layout()[index];
+  const std::span<std::byte> there = memory(index);
+  if (tensor.fill == 0.0) return block_->device().zero(there.data(), there.size());
+  std::vector<std::byte> bytes(there.size());
+  if (tensor.dtype->name == "int64") {
+    fill(bytes, static_cast<std::int64_t>(tensor.fill));
+  } else {  // `read_manifest` refuses other fill values unless the dtype is float32
+    fill(bytes, static_cast<float>(tensor.fill));
+  }
+  block_->device().copy(there.data(), bytes.data(), bytes.size());
+}
+
+void CacheView::copy_from(const CacheView& other, std::int64_t slots) const {
+  for (std::size_t index = 0; index < block_->layout().size(); ++index) {
+    const Blocks blocks = blocks_of(block_->layout()[index], rows_, slots);
+    for (std::size_t i = 0; i < blocks.count && blocks.filled > 0; ++i) {
+      const std::size_t at = i * blocks.stride;
+      block_->device().copy(memory(index).data() + at, other.memory(index).data() + at, blocks.filled);
+    }
+  }
 }
 
 std::optional<CacheRow> CacheRow::acquire(const std::shared_ptr<CacheBlock>& block, std::int64_t row) {

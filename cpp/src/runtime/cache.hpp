@@ -69,19 +69,24 @@ class CacheView {
   std::span<std::byte> memory(std::size_t index) const;
   // The memory of all tensors. If the rows are all of the block's, the states are one piece.
   StepMemory memory() const;
-  std::vector<std::byte> read(std::size_t index) const;
-  void write(std::size_t index, std::span<const std::byte> bytes) const;
+  // Of a ring: the first `slots` slots of each row, without gaps. Other tensors are read and written whole. Writing gives
+  // the slots beyond their initial value.
+  std::vector<std::byte> read(std::size_t index, std::int64_t slots) const;
+  void write(std::size_t index, std::int64_t slots, std::span<const std::byte> bytes) const;
   const std::shared_ptr<CacheBlock>& block() const { return block_; }
   std::int64_t first() const { return first_; }
   std::int64_t rows() const { return rows_; }
 
-  void reset() const;                            // makes fresh streams, at position 0
-  void copy_from(const CacheView& other) const;  // `other` has as many rows
+  void reset() const;  // makes fresh streams, at position 0
+  // Takes over the first `slots` slots of each ring and all else. `other` has as many rows.
+  void copy_from(const CacheView& other, std::int64_t slots) const;
 
  private:
   std::shared_ptr<CacheBlock> block_;
   std::int64_t first_, rows_;
   std::map<std::size_t, std::byte*> aligned_copies_;  // by tensor, for those whose rows are not aligned
+  void reset(std::size_t index) const;
+
   mutable std::vector<Tensor> tensors_;               // made on first use: replaying a captured step needs none
 };
 
