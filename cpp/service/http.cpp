@@ -1,245 +1,211 @@
 #include "http.hpp"
 
-#include <sys/socket.h>
-
-#include <nlohmann/json.hpp>
-#include <random>
-#include <semaphore>
-#include <set>
+#include <algorithm>
+#include <charconv>
 
 namespace service {
 namespace {
 
-using nlohmann::json;
+constexpr std::size_t kMaxLine = 8 << 10, kMaxHead = 32 << 10;  // bytes
+constexpr std::string_view kBreaks("\r\n\0", 3);                // what no line holds
+constexpr int kRetryAfter = 1;                                  // seconds
 
-constexpr std::chrono::milliseconds kPollInterval{100};  // between checks whether the client is still connected
-constexpr std::size_t kMaxDiscarded = 64 << 20;          // bytes of a body that are read although it is too large
-constexpr int kRetryAfter = 1;                           // seconds
-constexpr const char* kJson = "application/json";
+Refused bad(const std::string& why) { return {400, why}; }
 
-// One thread for each connection that is served. It accepts the next connection when a thread is free.
-class Connections : public httplib::ThreadPool {
- public:
-  explicit Connections(std::size_t count) : ThreadPool(count), free_(static_cast<std::ptrdiff_t>(count)) {}
-  void enqueue(std::function<void()> serve) override {
-    free_.acquire();
-    ThreadPool::enqueue([this, serve = std::move(serve)] {
-      serve();
-      free_.release();
-    });
-  }
-
- private:
-  std::counting_semaphore<> free_;
-};
-
-std::string dump(const json& value) { return value.dump(-1, ' ', false, json::error_handler_t::replace); }
-
-json error_json(int status, const std::string& why) {
-  const char* type = status < 500 ? "invalid_request_error" : "server_error";
-  return {{"error", {{"message", why}, {"type", type}, {"code", status}}}};
+std::string lower(std::string_view text) {
+  std::string result(text);
+  std::ranges::transform(result, result.begin(), [](char c) { return c >= 'A' && c <= 'Z' ? c + ('a' - 'A') : c; });
+  return result;
 }
 
-// Reads a body of at most `most` bytes. It reads a larger one to its end before it refuses it: if the connection closed
-// at once, the client would lose the answer.
-std::string read_body(const httplib::ContentReader& reader, std::size_t most) {
-  std::string body;
-  std::size_t size = 0;
-  const bool whole = reader([&](const char* data, std::size_t length) {
-    size += length;
-    if (size <= most) body.append(data, length);
-    return size <= most + kMaxDiscarded;
-  });
-  if (size > most) throw Refused(413, "the body is larger than " + std::to_string(most) + " bytes, send a shorter one");
-  if (!whole) throw Refused(400, "the body cannot be read to its end");
-  return body;
+std::string_view trimmed(std::string_view text) {
+  const auto begin = std::min(text.find_first_not_of(" \t"), text.size());
+  return text.substr(begin, text.find_last_not_of(" \t") + 1 - begin);
 }
 
-// The answer to one request, sent piece by piece or as a whole.
-class Answer {
- public:
-  Answer(std::shared_ptr<Completion> completion, std::string model)
-      : completion_(std::move(completion)), model_(std::move(model)) {}
-  ~Answer() { completion_->cancel(); }  // the connection is over
-
-  // Sends what is new. Returning false ends the connection before the end of the answer, so the client sees a failure.
-  bool send(httplib::DataSink& sink) {
-    if (!sink.is_writable()) return false;
-    const Completion::Update update = completion_->wait(kPollInterval);
-    all_.text += update.text;
-    all_.token_ids.insert(all_.token_ids.end(), update.token_ids.begin(), update.token_ids.end());
-    const bool stream = completion_->request.stream;
-    if (!update.failure.empty()) {
-      write(sink, error_json(500, update.failure));
-      return false;
-    }
-    if (stream && (update.is_last() || !update.token_ids.empty() || !update.text.empty())) {
-      write(sink, body(update, update.is_last()));
-    }
-    if (!update.is_last()) return true;
-    all_.finish_reason = update.finish_reason;
-    if (!stream) write(sink, body(all_, true));
-    if (stream) write(sink, std::string("[DONE]"));
-    sink.done();
-    return true;
-  }
-
- private:
-  void write(httplib::DataSink& sink, const json& value) { write(sink, dump(value)); }
-  void write(httplib::DataSink& sink, const std::string& text) {
-    const std::string framed = completion_->request.stream ? "data: " + text + "\n\n" : text + "\n";
-    sink.write(framed.data(), framed.size());
-  }
-
-  json body(const Completion::Update& update, bool is_last) const {
-    const CompletionRequest& request = completion_->request;
-    json choice{{"index", 0}, {"text", update.text}, {"token_ids", update.token_ids}, {"logprobs", nullptr}};
-    choice["finish_reason"] = update.finish_reason.empty() ? json() : json(update.finish_reason);
-    json value{{"id", id_},       {"object", "text_completion"},   {"created", created_},
-               {"model", model_}, {"seed", request.sampling.seed}, {"choices", {choice}}};
-    if (is_last) {
-      const std::size_t prompt = request.token_ids.size(), written = all_.token_ids.size();
-      value["usage"] = {{"prompt_tokens", prompt}, {"completion_tokens", written}, {"total_tokens", prompt + written}};
-    }
-    return value;
-  }
-
-  static std::string next_id() {
-    static std::atomic<std::uint64_t> count = 0;
-    return "cmpl-" + std::to_string(++count);
-  }
-
-  const std::shared_ptr<Completion> completion_;
-  const std::string model_, id_ = next_id();
-  const std::int64_t created_ = std::time(nullptr);
-  Completion::Update all_;
-};
-
-}  // namespace
-
-HttpServer::HttpServer(const megalodon::Engine& engine, std::string model, Scheduler& scheduler, Metrics& metrics,
-                       HttpOptions options)
-    : engine_(engine),
-      model_(std::move(model)),
-      scheduler_(scheduler),
-      metrics_(metrics),
-      options_(std::move(options)) {
-  server_.new_task_queue = [this] { return new Connections(options_.connections); };
-  server_.set_socket_options([this](int socket) {  // cpp-httplib's default would let two services share a port
-    const int on = 1;
-    setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    listening_ = socket;
-  });
-  server_.set_tcp_nodelay(true);
-  server_.set_keep_alive_timeout(2);  // seconds; a shutdown waits for them
-  server_.set_keep_alive_max_count(100);
-  server_.set_exception_handler([this](const httplib::Request&, httplib::Response& response, std::exception_ptr) {
-    refuse(response, 500, "the service failed; its log may say why");
-  });
-  const httplib::Server::HandlerWithResponse count = [this](const auto&, httplib::Response& response) {
-    if (response.body.empty()) refuse(response, response.status, "the request cannot be parsed; is it HTTP/1.1?");
-    metrics_.count(response.status == 503 ? Outcome::busy : response.status < 500 ? Outcome::refused : Outcome::failed);
-    return httplib::Server::HandlerResponse::Handled;
-  };
-  server_.set_error_handler(count);
-  add_routes();
+bool is_token(std::string_view text) {
+  return !text.empty() && std::ranges::all_of(text, [](char c) { return c > ' ' && c < 127 && c != ':' && c != '"'; });
 }
 
-int HttpServer::bind() {
-  const int port = options_.port == 0                                   ? server_.bind_to_any_port(options_.host)
-                   : server_.bind_to_port(options_.host, options_.port) ? options_.port
-                                                                        : -1;
-  if (port < 0) {
-    throw std::runtime_error(options_.host + ":" + std::to_string(options_.port) +
-                             " cannot be bound: is another service there? Choose another --port or --host.");
-  }
-  ::listen(listening_, SOMAXCONN);  // replaces cpp-httplib's backlog of 5 connections
-  return port;
+std::size_t number(std::string_view text, int base, const std::string& name) {
+  std::size_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value, base);
+  if (error != std::errc() || end != text.data() + text.size()) throw bad("the " + name + " is not a number of bytes");
+  return value;
 }
 
-void HttpServer::add_routes() {
-  const auto nothing_there = [this](const httplib::Request& http, httplib::Response& response) {
-    refuse(response, 404,
-           "there is no " + http.path.substr(0, 80) + "; there are POST /v1/completions, GET /health and GET /metrics");
-  };
-  server_.set_pre_routing_handler([this](const httplib::Request& http, httplib::Response& response) {
-    static const std::set<std::string> known{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"};
-    if (known.contains(http.method)) return httplib::Server::HandlerResponse::Unhandled;
-    refuse(response, 405, "the method is unknown, expected GET or POST");
-    return httplib::Server::HandlerResponse::Handled;
-  });
-  server_.Post("/v1/completions",
-               [this](const auto& http, auto& response, const auto& reader) { complete(http, response, reader); });
-  server_.Get("/health", [this](const httplib::Request&, httplib::Response& response) {
-    if (scheduler_.is_draining()) return refuse(response, 503, kShuttingDown);
-    response.set_content("{\"status\":\"ok\"}\n", kJson);
-  });
-  server_.Get("/metrics", [this](const httplib::Request&, httplib::Response& response) {
-    response.set_content(metrics_.text(), "text/plain; version=0.0.4");
-  });
-  server_.Get(".*", nothing_there);
-  server_.Options(".*", nothing_there);
-  const auto nothing_to_write = [=](const auto& http, auto& response, const auto& reader) {
-    reader(
-        [size = std::size_t{0}](const char*, std::size_t length) mutable { return (size += length) <= kMaxDiscarded; });
-    nothing_there(http, response);
-  };
-  server_.Post(".*", nothing_to_write).Put(".*", nothing_to_write).Patch(".*", nothing_to_write);
-  server_.Delete(".*", httplib::Server::HandlerWithContentReader(nothing_to_write));
+const char* reason(int status) {
+  static const std::map<int, const char*> reasons{{200, "OK"},
+                                                  {400, "Bad Request"},
+                                                  {404, "Not Found"},
+                                                  {408, "Request Timeout"},
+                                                  {413, "Content Too Large"},
+                                                  {414, "URI Too Long"},
+                                                  {415, "Unsupported Media Type"},
+                                                  {417, "Expectation Failed"},
+                                                  {431, "Request Header Fields Too Large"},
+                                                  {500, "Internal Server Error"},
+                                                  {501, "Not Implemented"},
+                                                  {503, "Service Unavailable"},
+                                                  {505, "HTTP Version Not Supported"}};
+  const auto found = reasons.find(status);
+  return found == reasons.end() ? "Error" : found->second;
 }
 
-void HttpServer::refuse(httplib::Response& response, int status, const std::string& why) {
-  response.status = status;
-  response.set_content(dump(error_json(status, why)) + "\n", kJson);
-  if (status == 503) response.set_header("Retry-After", std::to_string(kRetryAfter));
+std::string head(const HttpRequest* request, int status, const std::string& type) {
+  const bool closes = request == nullptr || request->is_last;
+  return "HTTP/1.1 " + std::to_string(status) + ' ' + reason(status) + "\r\nContent-Type: " + type +
+         "\r\nCache-Control: no-store\r\n" + (closes ? "Connection: close\r\n" : "") +
+         (status == 503 ? "Retry-After: " + std::to_string(kRetryAfter) + "\r\n" : "");
 }
 
-CompletionRequest HttpServer::read(const httplib::Request& http, const httplib::ContentReader& reader) const {
-  if (http.is_multipart_form_data()) throw Refused(400, "the body is a form, expected a JSON object");
-  static thread_local std::mt19937_64 seeds{std::random_device{}()};
-  CompletionRequest request = parse_request(read_body(reader, options_.limits.body_bytes), options_.limits, seeds());
-  const megalodon_engine_info info = engine_.info();
-  if (info.has_tokenizer == 0 && !request.stop.empty()) {
-    throw Refused(400, "stop strings need a tokenizer, and this model's bundle has none that the service reads");
+// The method, path and version of "GET /health?x HTTP/1.1".
+HttpRequest read_request_line(std::string_view line) {
+  const std::size_t first = line.find(' '), last = line.rfind(' ');
+  const std::string_view version = last == line.npos ? "" : line.substr(last + 1);
+  if (first == last || !version.starts_with("HTTP/")) throw bad("the request is not HTTP, expected HTTP/1.1");
+  if (version != "HTTP/1.1" && version != "HTTP/1.0") throw Refused(505, "the version is unknown, expected HTTP/1.1");
+  HttpRequest request;
+  request.method = line.substr(0, first);
+  request.path = line.substr(first + 1, last - first - 1);
+  const bool is_path = std::ranges::all_of(request.path, [](char c) { return c > ' ' || c < 0; });
+  if (!is_token(request.method) || !request.path.starts_with('/') || !is_path) {
+    throw bad("the request's first line is not METHOD PATH HTTP/1.1");
   }
-  try {
-    if (request.is_text) request.token_ids = engine_.encode(request.text);
-  } catch (const megalodon::Error& error) {
-    throw Refused(400, error.what());
-  }
-  if (request.token_ids.size() > options_.limits.prompt_tokens) {
-    throw too_long(request.token_ids.size(), options_.limits.prompt_tokens);
-  }
-  if (request.token_ids.empty()) {
-    if (info.bos_token_id < 0) throw Refused(400, "the prompt is empty, and the model has no token to begin with");
-    request.token_ids = {info.bos_token_id};
-  }
-  for (const std::int64_t id : request.token_ids) {
-    if (id >= info.vocab_size) {
-      throw Refused(400, "the prompt has token id " + std::to_string(id) + ", expected 0.." +
-                             std::to_string(info.vocab_size - 1));
-    }
-  }
+  request.path = request.path.substr(0, request.path.find('?'));
+  request.is_http_1_0 = request.is_last = version == "HTTP/1.0";
   return request;
 }
 
-void HttpServer::complete(const httplib::Request& http, httplib::Response& response,
-                          const httplib::ContentReader& reader) {
-  try {
-    CompletionRequest request = read(http, reader);
-    const std::string model = request.model.empty() ? model_ : request.model;
-    const char* type = request.stream ? "text/event-stream" : kJson;
-    const auto completion = scheduler_.submit(std::move(request));
-    if (completion == nullptr) {
-      return refuse(response, 503, scheduler_.is_draining() ? kShuttingDown : "the queue is full; try again later");
+}  // namespace
+
+// ---- requests -------------------------------------------------------------------------------------------------------
+
+std::optional<HttpRequest> RequestReader::next() {
+  if (!has_head_ && !read_head()) return std::nullopt;
+  if (!(is_chunked_ ? read_chunks() : read_body())) return std::nullopt;
+  has_head_ = is_chunked_ = in_trailer_ = asks_to_continue_ = false;
+  length_ = 0;
+  return std::exchange(request_, {});
+}
+
+void RequestReader::add(std::string_view bytes) {
+  data_.erase(0, std::exchange(at_, 0));
+  data_ += bytes;
+}
+
+std::string_view RequestReader::take(std::size_t bytes) {
+  const std::string_view taken = rest().substr(0, bytes);
+  at_ += bytes;
+  return taken;
+}
+
+// Takes a line without its end, or nothing if its end is not there.
+std::optional<std::string_view> RequestReader::take_line(std::size_t most) {
+  const std::size_t end = rest().find("\r\n");
+  if (std::min(end, rest().size()) > most) throw bad("a line is longer than " + std::to_string(most) + " bytes");
+  if (end == std::string_view::npos) return std::nullopt;
+  return take(end + 2).substr(0, end);
+}
+
+bool RequestReader::read_head() {
+  while (rest().starts_with("\r\n")) take(2);  // allowed between two requests
+  const std::size_t end = rest().find("\r\n\r\n");
+  if (std::min(rest().find("\r\n"), rest().size()) > kMaxLine) {
+    throw Refused(414, "the first line is longer than " + std::to_string(kMaxLine) + " bytes, send a shorter path");
+  }
+  if (std::min(end, rest().size()) > kMaxHead) {
+    throw Refused(431, "the headers are longer than " + std::to_string(kMaxHead) + " bytes, send fewer");
+  }
+  if (end == std::string_view::npos) {
+    if (rest().find("\n\n") != std::string_view::npos) throw bad("lines end with LF, expected CR LF");
+    return false;
+  }
+  request_ = read_request_line(*take_line(kMaxLine));
+  std::map<std::string, std::string> headers;
+  for (std::string_view line = *take_line(kMaxHead); !line.empty(); line = *take_line(kMaxHead)) {
+    const std::size_t colon = line.find(':');
+    const std::string name = lower(line.substr(0, colon));
+    if (colon == line.npos || !is_token(name) || line.find_first_of(kBreaks) != line.npos) {
+      throw bad("a header is not NAME: VALUE");
     }
-    const auto answer = std::make_shared<Answer>(completion, model);
-    response.set_header("Cache-Control", "no-store");
-    response.set_chunked_content_provider(
-        type, [answer](std::size_t, httplib::DataSink& sink) { return answer->send(sink); });
-  } catch (const Refused& error) {
-    refuse(response, error.status, error.what());
+    std::string& value = headers[name];
+    value += (value.empty() ? "" : ", ") + std::string(trimmed(line.substr(colon + 1)));
+  }
+  has_head_ = true;
+  read_headers(std::move(headers));
+  return true;
+}
+
+void RequestReader::read_headers(std::map<std::string, std::string> headers) {
+  const std::string encoding = lower(headers["content-encoding"]), transfer = lower(headers["transfer-encoding"]);
+  const std::string expected = lower(headers["expect"]), connection = lower(headers["connection"]);
+  if (connection.find("close") != connection.npos) request_.is_last = true;
+  if (!encoding.empty() && encoding != "identity") throw Refused(415, "the body is compressed, expected plain JSON");
+  if (!transfer.empty() && transfer != "chunked") throw Refused(501, "the transfer encoding is unknown, expected chunked");
+  is_chunked_ = !transfer.empty();
+  const std::string& length = headers["content-length"];
+  // Two answers to where a body ends would let a request hide in another one.
+  if (is_chunked_ && (!length.empty() || request_.is_http_1_0)) throw bad("a chunked body has no Content-Length");
+  if (!length.empty()) length_ = number(length, 10, "Content-Length");
+  require_room(length_);
+  if (!expected.empty() && expected != "100-continue") throw Refused(417, "the expectation is unknown, send none");
+  asks_to_continue_ = !expected.empty() && !request_.is_http_1_0;
+}
+
+void RequestReader::require_room(std::size_t bytes) const {
+  if (bytes <= body_bytes_ - request_.body.size()) return;
+  throw Refused(413, "the body is larger than " + std::to_string(body_bytes_) + " bytes, send a shorter one");
+}
+
+bool RequestReader::read_body() {
+  if (rest().size() < length_) return false;
+  request_.body = take(length_);
+  return true;
+}
+
+// Reads chunks: "5\r\nhello\r\n" for each, "0\r\n" for the last, and perhaps headers before an empty line.
+bool RequestReader::read_chunks() {
+  while (true) {
+    if (length_ > 0) {  // the present chunk and the line end after it
+      if (rest().size() < length_) return false;
+      const std::string_view chunk = take(std::exchange(length_, 0));
+      if (!chunk.ends_with("\r\n")) throw bad("a chunk of the body is longer than it says");
+      request_.body += chunk.substr(0, chunk.size() - 2);
+    }
+    const std::optional<std::string_view> line = take_line(kMaxLine);
+    if (!line) return false;
+    if (in_trailer_) {
+      if (line->empty()) return true;
+      continue;
+    }
+    const std::size_t size = number(trimmed(line->substr(0, line->find(';'))), 16, "size of a chunk");
+    require_room(size);
+    in_trailer_ = size == 0;
+    length_ = in_trailer_ ? 0 : size + 2;
   }
 }
+
+// ---- answers --------------------------------------------------------------------------------------------------------
+
+std::string whole_answer(const HttpRequest* request, int status, const std::string& type, const std::string& body) {
+  const bool has_body = request == nullptr || request->method != "HEAD";
+  return head(request, status, type) + "Content-Length: " + std::to_string(body.size()) + "\r\n\r\n" +
+         (has_body ? body : "");
+}
+
+std::string streamed_head(const HttpRequest& request) {
+  return head(&request, 200, "text/event-stream") + (request.is_http_1_0 ? "" : "Transfer-Encoding: chunked\r\n") +
+         "\r\n";
+}
+
+std::string streamed_piece(const HttpRequest& request, const std::string& text) {
+  if (request.is_http_1_0) return text;
+  char size[20];
+  const auto end = std::to_chars(size, size + sizeof size, text.size(), 16).ptr;
+  return std::string(size, end) + "\r\n" + text + "\r\n";
+}
+
+std::string streamed_end(const HttpRequest& request) { return request.is_http_1_0 ? "" : "0\r\n\r\n"; }
 
 }  // namespace service

@@ -4,6 +4,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <utility>
 
 namespace service {
 namespace {
@@ -19,22 +20,58 @@ std::string shown(const json& value) {
   return text.size() <= 80 ? text : text.substr(0, 77) + "...";
 }
 
+// The first byte of the character at which text that is UTF-8 before the byte number `at` ceases to be UTF-8.
+std::size_t first_byte(std::string_view text, std::size_t at) {
+  for (std::size_t back = 1; back <= std::min<std::size_t>(at, 3); ++back) {
+    const auto byte = static_cast<unsigned char>(text[at - back]);
+    const std::size_t length = byte < 0xC0 ? 1 : byte < 0xE0 ? 2 : byte < 0xF0 ? 3 : 4;
+    if (length > back) return at - back;
+    if (byte < 0x80 || byte >= 0xC0) break;
+  }
+  return at;
+}
+
+// Refuses two fields of one name: of two prompts, a reader may take either.
 json parse_json(std::string_view body) {
-  const auto check_depth = [](int depth, json::parse_event_t, json&) {
+  std::vector<std::set<std::string>> names;  // of the objects around the present value
+  const auto check = [&](int depth, json::parse_event_t event, json& value) {
     if (depth > kMaxDepth) throw bad("the body is nested too deep, expected a flat JSON object");
+    if (event == json::parse_event_t::object_start) names.emplace_back();
+    if (event == json::parse_event_t::object_end) names.pop_back();
+    if (event == json::parse_event_t::key && !names.back().insert(value).second) {
+      throw bad("the field " + shown(value) + " is there twice; send it once");
+    }
     return true;
   };
   json parsed;
   try {
-    parsed = json::parse(body, check_depth);
-  } catch (const json::exception& error) {
+    parsed = json::parse(body, check);
+  } catch (const json::parse_error& error) {
     std::string why = error.what();
+    if (why.find("ill-formed UTF-8") != why.npos) {
+      throw bad("the body is not UTF-8 at byte " + std::to_string(first_byte(body, error.byte - 1)));
+    }
     std::ranges::replace_if(
         why, [](char c) { return c < ' ' || c > '~'; }, '?');  // the parser quotes the bytes that it cannot read
     throw bad("the body is not JSON: " + why.substr(0, 300));
+  } catch (const json::exception& error) {
+    throw bad(std::string("the body is not JSON: ") + error.what());  // a number that no double holds
   }
   if (!parsed.is_object()) throw bad("the body is " + std::string(parsed.type_name()) + ", expected a JSON object");
   return parsed;
+}
+
+// A whole number in low..high. JSON has unsigned numbers, signed ones and others, and only these comparisons keep their
+// signs.
+template <typename Whole>
+Whole whole(const json& found, const std::string& name, Whole low, Whole high) {
+  const auto is_within = [&](auto number) { return !std::cmp_less(number, low) && !std::cmp_greater(number, high); };
+  const bool good = found.is_number_unsigned()  ? is_within(found.get<std::uint64_t>())
+                    : found.is_number_integer() ? is_within(found.get<std::int64_t>())
+                                                : false;
+  if (good) return found.get<Whole>();
+  throw bad(name + " is " + shown(found) + ", expected a whole number in " + std::to_string(low) + ".." +
+            std::to_string(high));
 }
 
 // The fields of a body. A field that no call has looked for is unknown.
@@ -57,13 +94,9 @@ class Fields {
   void read(const std::string& name, std::string& value) {
     read_if(name, "a string", value, [](const json& found) { return found.is_string(); });
   }
-  void read(const std::string& name, std::uint64_t& value) {
-    read_if(name, "a whole number in 0..2^64-1", value, [](const json& found) { return found.is_number_unsigned(); });
-  }
-  void read(const std::string& name, std::int64_t& value) {
-    read_if(name, "a whole number", value, [](const json& found) {
-      return found.is_number_integer() && (!found.is_number_unsigned() || found <= INT64_MAX);
-    });
+  template <typename Whole>
+  void read(const std::string& name, Whole& value, Whole low, Whole high) {
+    if (const json* found = find(name)) value = whole(*found, name, low, high);
   }
 
   // A field that the service does not support may be sent with the value that changes nothing.
@@ -102,11 +135,9 @@ void read_prompt(Fields& fields, const Limits& limits, CompletionRequest& reques
   }
   if (!prompt->is_array()) throw bad("prompt is " + shown(*prompt) + ", expected a string or a list of token ids");
   if (prompt->size() > limits.prompt_tokens) throw too_long(prompt->size(), limits.prompt_tokens);
-  for (const json& id : *prompt) {
-    if (!id.is_number_unsigned() || id > INT64_MAX) {
-      throw bad("the prompt has " + shown(id) + " among its token ids, expected whole numbers");
-    }
-    request.token_ids.push_back(id);
+  for (std::size_t i = 0; i < prompt->size(); ++i) {
+    const std::string name = "prompt[" + std::to_string(i) + "]";
+    request.token_ids.push_back(whole<std::int64_t>((*prompt)[i], name, 0, limits.vocab_size - 1));
   }
 }
 
@@ -144,12 +175,12 @@ CompletionRequest parse_request(std::string_view body, const Limits& limits, std
   fields.read("user", user);  // accepted and ignored
   read_prompt(fields, limits, request);
   read_stop(fields, limits, request);
-  fields.read("max_tokens", request.max_tokens);
+  fields.read<std::int64_t>("max_tokens", request.max_tokens, 1, limits.new_tokens);
   fields.read("temperature", request.sampling.temperature);
   fields.read("top_p", request.sampling.top_p);
-  fields.read("top_k", request.sampling.top_k);
+  fields.read<std::int64_t>("top_k", request.sampling.top_k, 0, INT64_MAX);
   fields.read("min_p", request.sampling.min_p);
-  fields.read("seed", request.sampling.seed);
+  fields.read<std::uint64_t>("seed", request.sampling.seed, 0, UINT64_MAX);
   fields.read("stream", request.stream);
   fields.read("ignore_eos", request.ignore_eos);
   const std::map<std::string, json> neutral{{"n", 1},
@@ -158,14 +189,11 @@ CompletionRequest parse_request(std::string_view body, const Limits& limits, std
                                             {"suffix", ""},
                                             {"logprobs", nullptr},
                                             {"logit_bias", json::object()},
+                                            {"stream_options", nullptr},
                                             {"presence_penalty", 0},
                                             {"frequency_penalty", 0}};
   for (const auto& [name, value] : neutral) fields.require_neutral(name, value);
   fields.require_no_others();
-  if (request.max_tokens < 1 || request.max_tokens > limits.new_tokens) {
-    throw bad("max_tokens is " + std::to_string(request.max_tokens) + ", expected 1.." +
-              std::to_string(limits.new_tokens));
-  }
   try {
     megalodon::sample({0.0F}, request.sampling, 0);  // throws for values out of range
   } catch (const megalodon::Error& error) {

@@ -3,10 +3,11 @@
 
 #include <cstdint>
 #include <megalodon.hpp>
-#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "http.hpp"
 
 namespace service {
 
@@ -14,6 +15,7 @@ struct Limits {
   std::size_t body_bytes = std::size_t{1} << 20;
   std::size_t prompt_tokens = 32768;
   std::int64_t new_tokens = 4096;
+  std::int64_t vocab_size = INT64_MAX;  // token ids are in 0..vocab_size-1
   std::size_t stop_strings = 16, stop_bytes = 256;  // stop_bytes: of each string
 };
 
@@ -25,13 +27,6 @@ struct CompletionRequest {
   std::int64_t max_tokens = 16;
   megalodon_sampling sampling = {1.0, 0, 1.0, 0.0, 0};
   std::vector<std::string> stop;
-};
-
-// A refused request: the message says why, and `status` is the HTTP status.
-class Refused : public std::runtime_error {
- public:
-  Refused(int status, const std::string& why) : std::runtime_error(why), status(status) {}
-  int status;
 };
 
 // The refusal of a prompt with too many tokens.

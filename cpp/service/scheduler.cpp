@@ -1,6 +1,7 @@
 #include "scheduler.hpp"
 
 #include <algorithm>
+#include <iostream>
 #include <utility>
 
 namespace service {
@@ -12,35 +13,40 @@ constexpr std::size_t kFewest = 32;  // tokens of a stream that make a call of p
 
 // ---- one request ----------------------------------------------------------------------------------------------------
 
-Completion::Update Completion::wait(std::chrono::milliseconds timeout) {
-  std::unique_lock lock(mutex_);
-  changed_.wait_for(lock, timeout, [&] { return !new_.token_ids.empty() || !new_.text.empty() || new_.is_last(); });
+Completion::Update Completion::take() {
+  const std::lock_guard lock(mutex_);
   return std::exchange(new_, {});
 }
 
-void Completion::add(std::int64_t token_id, const std::string& text) {
+template <typename Change>
+void Completion::update(Change change) {
   {
     const std::lock_guard lock(mutex_);
-    new_.token_ids.push_back(token_id);
-    new_.text += text;
+    change(new_);
   }
-  changed_.notify_one();
+  changed_();
 }
 
-void Completion::set_last(std::string Update::*field, const std::string& value, const std::string& text) {
-  {
-    const std::lock_guard lock(mutex_);
-    new_.text += text;
-    new_.*field = value;
-  }
-  changed_.notify_one();
+void Completion::add(std::int64_t token_id, const std::string& text) {
+  update([&](Update& update) {
+    update.token_ids.push_back(token_id);
+    update.text += text;
+  });
 }
 
 void Completion::finish(const std::string& reason, const std::string& text) {
-  set_last(&Update::finish_reason, reason, text);
+  update([&](Update& update) {
+    update.text += text;
+    update.finish_reason = reason;
+  });
 }
 
-void Completion::fail(const std::string& why) { set_last(&Update::failure, why, ""); }
+void Completion::fail(int status, const std::string& why) {
+  update([&](Update& update) {
+    update.status = status;
+    update.failure = why;
+  });
+}
 
 // ---- one stream -----------------------------------------------------------------------------------------------------
 
@@ -50,6 +56,7 @@ class Scheduler::Stream {
       : session(engine), completion_(std::move(completion)), metrics_(metrics) {
     if (engine.info().has_tokenizer != 0) text_.emplace(engine, request().stop);
     eos_ = request().ignore_eos ? -1 : engine.info().eos_token_id;
+    vocab_size_ = engine.info().vocab_size;
     ++metrics_.sessions;
   }
   ~Stream() { --metrics_.sessions; }
@@ -65,32 +72,58 @@ class Scheduler::Stream {
     metrics_.prompt_tokens += size;
     return {begin, begin + static_cast<std::ptrdiff_t>(size)};
   }
-  std::int64_t last_token() const { return last_; }
-  std::uint64_t count() const { return count_; }  // tokens sampled
+  std::int64_t last_token() const { return sampled_.back(); }
+  std::uint64_t count() const { return sampled_.size(); }  // tokens sampled
   bool is_finished() const { return finished_; }
 
   void sample(const std::vector<float>& logits) {
-    push(megalodon::sample(logits, request().sampling, 0));
+    push(megalodon::sample(logits, request().sampling, count()));
+    if (count() > 1) return;
     const auto waited = std::chrono::steady_clock::now() - completion_->start;
     ++metrics_.first_tokens;
     metrics_.first_token_microseconds += static_cast<std::uint64_t>(waited / std::chrono::microseconds(1));
   }
 
+  // Feeds the stream again from its beginning, by itself: a call for several streams has failed, so nobody knows which of
+  // them failed, and their states are unknown.
+  void feed_again() {
+    const auto begin = request().token_ids.begin();
+    std::vector<std::int64_t> fed(begin, begin + static_cast<std::ptrdiff_t>(fed_));
+    fed.insert(fed.end(), sampled_.begin(), sampled_.end());
+    session.reset();
+    const auto logits = session.prefill(fed);
+    if (prompt_left() == 0) sample(logits);
+  }
+
   // Takes the next token of the stream and gives its text to the client. Ends the stream if the text ends with it.
   void push(std::int64_t token) {
-    last_ = token;
-    ++count_;
+    sampled_.push_back(token);
     if (token == eos_) return end("stop");
     ++metrics_.generated_tokens;
     completion_->add(token, text_ ? text_->push(token) : "");
     if (text_ && text_->stopped()) return end("stop");
-    if (count_ == static_cast<std::uint64_t>(request().max_tokens)) end("length");
+    if (count() == static_cast<std::uint64_t>(request().max_tokens)) return end("length");
+    if (token >= vocab_size_) {  // a head may have more logits than the model has token ids
+      throw std::runtime_error("the model has chosen token id " + std::to_string(token) + ", which is outside 0.." +
+                               std::to_string(vocab_size_ - 1) + " and cannot be fed");
+    }
   }
 
-  void fail(const std::string& why) {
+  void fail(int status, const std::string& why) {
+    if (finished_) return;
     finished_ = true;
     metrics_.count(Outcome::failed);
-    completion_->fail(why);
+    completion_->fail(status, why);
+  }
+
+  // Calls `work`. If that throws, this stream fails, and no other.
+  template <typename Work>
+  void alone(Work work) {
+    try {
+      work();
+    } catch (const std::exception& error) {
+      fail(500, error.what());
+    }
   }
 
   void drop_if_cancelled() {
@@ -112,14 +145,13 @@ class Scheduler::Stream {
   std::shared_ptr<Completion> completion_;
   Metrics& metrics_;
   std::optional<megalodon::TextStream> text_;
-  std::int64_t eos_, last_ = 0;
-  std::size_t fed_ = 0;  // tokens of the prompt
-  std::uint64_t count_ = 0;
+  std::int64_t eos_, vocab_size_;
+  std::size_t fed_ = 0;                // tokens of the prompt
+  std::vector<std::int64_t> sampled_;  // the last one is not fed yet
   bool finished_ = false;
 };
 
-// ---- all streams
-// -----------------------------------------------------------------------------------------------------
+// ---- all streams ----------------------------------------------------------------------------------------------------
 
 Scheduler::Scheduler(const megalodon::Engine& engine, SchedulerOptions options, Metrics& metrics)
     : engine_(engine), options_(options), metrics_(metrics), thread_([this] { run(); }) {}
@@ -134,8 +166,8 @@ Scheduler::~Scheduler() {
   thread_.join();
 }
 
-std::shared_ptr<Completion> Scheduler::submit(CompletionRequest request) {
-  auto completion = std::make_shared<Completion>(std::move(request));
+std::shared_ptr<Completion> Scheduler::submit(CompletionRequest request, std::function<void()> changed) {
+  auto completion = std::make_shared<Completion>(std::move(request), std::move(changed));
   {
     const std::lock_guard lock(mutex_);
     if (draining_ || queue_.size() >= options_.queue) return nullptr;
@@ -187,12 +219,12 @@ bool Scheduler::admit() {
       prefilling_.push_back(std::make_unique<Stream>(engine_, completion, metrics_));
     } catch (const std::exception& error) {
       metrics_.count(Outcome::failed);
-      completion->fail(error.what());
+      completion->fail(500, error.what());
     }
   }
   if (stop) {
     for (Streams* streams : {&prefilling_, &decoding_}) {
-      for (auto& stream : *streams) stream->fail(kShuttingDown);
+      for (auto& stream : *streams) stream->fail(503, kShuttingDown);
       streams->clear();
     }
   }
@@ -222,17 +254,17 @@ void Scheduler::remove_finished(Streams& streams) {
   }
 }
 
-// Calls `call` to feed the first `count` streams. If that throws, the streams have failed.
+// Calls `call` with the sessions of the first `count` streams. Returns whether that succeeded.
 template <typename Call>
-void Scheduler::feed(Streams& streams, std::size_t count, Call call) {
+bool Scheduler::together(const Streams& streams, std::size_t count, Call call) {
   std::vector<megalodon::Session*> sessions;
   for (std::size_t i = 0; i < count; ++i) sessions.push_back(&streams[i]->session);
   try {
     call(sessions);
+    return true;
   } catch (const std::exception& error) {
-    for (std::size_t i = 0; i < count; ++i) {
-      if (!streams[i]->is_finished()) streams[i]->fail(error.what());
-    }
+    std::cerr << "a call for " << count << " streams has failed: " << error.what() << std::endl;
+    return false;
   }
 }
 
@@ -241,12 +273,17 @@ void Scheduler::prefill() {
   if (count == 0) return;
   std::vector<std::vector<std::int64_t>> pieces;
   for (std::size_t i = 0; i < count; ++i) pieces.push_back(prefilling_[i]->next_piece(options_.prefill_tokens / count));
-  feed(prefilling_, count, [&](const std::vector<megalodon::Session*>& sessions) {
-    const auto logits = megalodon::prefill_batch(sessions, pieces);
-    for (std::size_t i = 0; i < count; ++i) {
-      if (prefilling_[i]->prompt_left() == 0) prefilling_[i]->sample(logits[i]);
-    }
+  std::vector<std::vector<float>> logits;
+  const bool are_fed = together(prefilling_, count, [&](const std::vector<megalodon::Session*>& sessions) {
+    logits = megalodon::prefill_batch(sessions, pieces);
   });
+  for (std::size_t i = 0; i < count; ++i) {
+    Stream& stream = *prefilling_[i];
+    stream.alone([&] {
+      if (!are_fed) return stream.feed_again();
+      if (stream.prompt_left() == 0) stream.sample(logits[i]);
+    });
+  }
   Streams left;
   for (std::size_t i = 0; i < prefilling_.size(); ++i) {
     auto& stream = prefilling_[i];
@@ -266,11 +303,15 @@ void Scheduler::decode() {
     samplings.push_back(stream->request().sampling);
     indices.push_back(stream->count());
   }
-  feed(decoding_, decoding_.size(), [&](const std::vector<megalodon::Session*>& sessions) {
-    const auto next = megalodon::step_batch(sessions, token_ids, samplings, indices);
-    ++metrics_.decode_steps;
-    for (std::size_t i = 0; i < next.size(); ++i) decoding_[i]->push(next[i]);
+  std::vector<std::int64_t> next(decoding_.size(), -1);
+  together(decoding_, decoding_.size(), [&](const std::vector<megalodon::Session*>& sessions) {
+    megalodon::step_batch(sessions, token_ids, samplings, indices, next);
   });
+  ++metrics_.decode_steps;
+  for (std::size_t i = 0; i < next.size(); ++i) {
+    Stream& stream = *decoding_[i];
+    stream.alone([&] { next[i] >= 0 ? stream.push(next[i]) : stream.feed_again(); });
+  }
   remove_finished(decoding_);
 }
 

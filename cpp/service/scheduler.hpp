@@ -5,6 +5,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -17,7 +18,7 @@ namespace service {
 
 inline constexpr const char* kShuttingDown = "the service is shutting down";
 
-// Carries what one request generates from the scheduler's thread to the connection's thread.
+// Carries what one request generates from the scheduler's thread to the server's thread.
 class Completion {
  public:
   struct Update {
@@ -25,16 +26,19 @@ class Completion {
     std::vector<std::int64_t> token_ids;
     std::string finish_reason;  // "stop" or "length"; empty if there is more to come
     std::string failure;        // why the request failed; empty if it has not
+    int status = 500;           // of HTTP, for a failure
     bool is_last() const { return !finish_reason.empty() || !failure.empty(); }
   };
 
-  explicit Completion(CompletionRequest request) : request(std::move(request)) {}
+  // Calls `changed` whenever there is something new.
+  Completion(CompletionRequest request, std::function<void()> changed)
+      : request(std::move(request)), changed_(std::move(changed)) {}
 
-  // Returns what is new as soon as there is something, or an empty update after `timeout`.
-  Update wait(std::chrono::milliseconds timeout);
+  // What is new, which may be nothing.
+  Update take();
   void add(std::int64_t token_id, const std::string& text);
   void finish(const std::string& reason, const std::string& text);
-  void fail(const std::string& why);
+  void fail(int status, const std::string& why);
   // The client has disconnected.
   void cancel() { cancelled_ = true; }
   bool is_cancelled() const { return cancelled_; }
@@ -43,10 +47,11 @@ class Completion {
   const std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
 
  private:
-  void set_last(std::string Update::*field, const std::string& value, const std::string& text);
+  template <typename Change>
+  void update(Change change);
 
+  const std::function<void()> changed_;
   std::mutex mutex_;
-  std::condition_variable changed_;
   Update new_;
   std::atomic<bool> cancelled_ = false;
 };
@@ -63,7 +68,7 @@ class Scheduler {
   ~Scheduler();
 
   // The request has its prompt as token ids, 1 or more. Null if the queue is full, or the service is shutting down.
-  std::shared_ptr<Completion> submit(CompletionRequest request);
+  std::shared_ptr<Completion> submit(CompletionRequest request, std::function<void()> changed);
   // Accepts no more requests, waits for the present ones, and ends after `timeout` those that are left.
   void drain(std::chrono::seconds timeout);
   bool is_draining() const { return draining_; }
@@ -78,7 +83,7 @@ class Scheduler {
   void prefill();
   void decode();
   template <typename Call>
-  void feed(Streams& streams, std::size_t count, Call call);
+  bool together(const Streams& streams, std::size_t count, Call call);
   void remove_finished(Streams& streams);
 
   const megalodon::Engine& engine_;

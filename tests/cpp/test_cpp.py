@@ -67,7 +67,7 @@ def test_googletest(cpp_build: Path, tiny_bundle: Path) -> None:
     assert "SKIPPED" not in printed
 
 
-@pytest.mark.parametrize("target", ["manifest", "request", "safetensors", "snapshot"])
+@pytest.mark.parametrize("target", ["http", "manifest", "request", "safetensors", "snapshot"])
 def test_what_fuzzing_has_kept(cpp_build: Path, target: str) -> None:
     corpus = CPP / "fuzz" / "corpus" / target
     printed = sh(cpp_build / "tests" / f"replay_{target}", corpus)

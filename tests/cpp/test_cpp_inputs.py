@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import select
-import shutil
 import signal
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_float, c_int64, c_size_t, c_uint64, c_void_p
@@ -231,19 +230,6 @@ def test_sampling_is_refused_in_the_words_of_python(session: native.Session, fie
 
 
 # ---- one stream's fault ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def nan_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle in which token 200 makes a stream's logits NaN."""
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("nan") / "bundle"))
-    path = folder / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    begin, _ = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["model.embed.weight"]["data_offsets"]
-    start = 8 + int.from_bytes(data[:8], "little") + begin + 200 * 32 * 4
-    data[start : start + 4] = np.float32(np.nan).tobytes()
-    path.write_bytes(data)
-    return folder
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=3)], ids=["greedy", "sampled"])

@@ -20,7 +20,7 @@ CPP = ROOT / "cpp"
 # A header of each package that the build needs, and the Debian package that has it.
 HEADERS = {
     **{"nlohmann/json.hpp": "nlohmann-json3-dev", "gtest/gtest.h": "libgtest-dev", "CLI/CLI.hpp": "libcli11-dev"},
-    **{"openssl/evp.h": "libssl-dev", "httplib.h": "libcpp-httplib-dev"},
+    **{"openssl/evp.h": "libssl-dev"},
 }
 
 TokenCallback = ctypes.CFUNCTYPE(c_int, c_void_p, c_int64)
