@@ -261,12 +261,15 @@ MEGALODON_API megalodon_status megalodon_text_stream_flush(megalodon_text_stream
 
 /* ---- snapshots --------------------------------------------------------------------------------------------------- */
 
-/* Copies a stream's state, which has a constant size. Python reads and writes the same snapshots. */
+/* Copies a stream's state, which has the keys and values of one chunk at most. Python reads and writes the same bytes.
+   `restore` returns MEGALODON_INVALID_ARGUMENT, with the stream as it was, for a snapshot of another model (weights
+   file), or one that is no state of it. */
 MEGALODON_API megalodon_status megalodon_session_snapshot(megalodon_session* session, megalodon_snapshot** snapshot);
 MEGALODON_API megalodon_status megalodon_session_restore(megalodon_session* session,
                                                          const megalodon_snapshot* snapshot);
 MEGALODON_API void megalodon_snapshot_free(megalodon_snapshot* snapshot);
 
+/* Written whole or not at all. Loading returns MEGALODON_INVALID_ARGUMENT for a file that is damaged or no snapshot. */
 MEGALODON_API megalodon_status megalodon_snapshot_save(const megalodon_snapshot* snapshot, const char* path);
 MEGALODON_API megalodon_status megalodon_snapshot_load(const char* path, megalodon_snapshot** snapshot);
 

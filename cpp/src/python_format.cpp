@@ -113,7 +113,7 @@ std::string list_text(const std::vector<int64_t>& values) {
 
 std::string with_commas(const std::vector<std::string>& items) {
   std::string text;
-  for (const std::string& item : items) text += (text.empty() ? "" : ", ") + item;
+  for (std::size_t i = 0; i < items.size(); ++i) text.append(i == 0 ? "" : ", ").append(items[i]);
   return text;
 }
 

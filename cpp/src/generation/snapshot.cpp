@@ -92,7 +92,7 @@ std::string checksum(const Safetensors& content) {
                                  "\n"};
   for (const auto& [name, tensor] : content.tensors) {
     std::string shape;
-    for (const std::int64_t size : tensor.shape) shape += (shape.empty() ? "" : ",") + std::to_string(size);
+    for (const std::int64_t size : tensor.shape) shape.append(shape.empty() ? "" : ",").append(std::to_string(size));
     texts.push_back(name + " " + std::string(tensor.dtype->name) + " " + shape + "\n");
   }
   std::vector<std::string_view> pieces{texts[0]};
