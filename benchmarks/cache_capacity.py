@@ -50,7 +50,7 @@ def main() -> None:
             tensor.normal_().abs_()
         ids = torch.zeros(args.batch, dtype=torch.int64, device=runtime.device)
         programs = runtime.bind(cache, capture=False)
-        step = median_seconds(lambda programs=programs, ids=ids: programs.decode(ids), runtime.device, 30)
+        step = median_seconds(lambda programs=programs, ids=ids: programs.step(ids), runtime.device, 30)
         rings = [ring for layer in cache.layers for ring in (layer.key, layer.value)]
         read = median_seconds(lambda rings=rings: [ring.sum() for ring in rings], runtime.device, 30)
         copy = median_seconds(lambda rings=rings: [ring.clone() for ring in rings], runtime.device, 30)

@@ -35,7 +35,7 @@ def kernel_times(runtime: Runtime, batch: int, tokens: int) -> Iterator[dict[str
 
     def prefill() -> None:
         cache.position.zero_()
-        programs.prefill(prompt, lengths)
+        programs.feed(prompt, lengths)
 
     yield {"pass": "prefill", "batch": batch, "tokens": tokens, **_profiled(prefill)}
     position = runtime.config.chunk_size - _CALLS - WARM_UP
@@ -44,7 +44,7 @@ def kernel_times(runtime: Runtime, batch: int, tokens: int) -> Iterator[dict[str
         "pass": "decode",
         "batch": batch,
         "position": position,
-        **_profiled(lambda: programs.decode(prompt[:, 0])),
+        **_profiled(lambda: programs.step(prompt[:, 0])),
     }
 
 

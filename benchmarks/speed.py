@@ -204,7 +204,7 @@ def stream(runtime: Runtime, contexts: Sequence[int], steps: int, peak: PeakRate
     cache = programs.cache
 
     def feed(tokens: int) -> None:
-        programs.prefill(torch.randint(config.vocab_size, (1, tokens), device=device), torch.tensor([tokens]))
+        programs.feed(torch.randint(config.vocab_size, (1, tokens), device=device), torch.tensor([tokens]))
 
     segment = runtime.limits.max_length
     for _ in range(WARM_UP):
@@ -224,7 +224,7 @@ def stream(runtime: Runtime, contexts: Sequence[int], steps: int, peak: PeakRate
             operations = prefill_flops(config, 1, fed, start, runtime.all_logits)
             row |= rates(fed, seconds, operations, peak)
         branch.cache.copy_(cache)
-        seconds = median_seconds(lambda: branch.decode(token_ids), device, steps)
+        seconds = median_seconds(lambda: branch.step(token_ids), device, steps)
         visible = visible_tokens(config, start + fed + WARM_UP, steps) / steps
         moved = decode_bytes(config, runtime.dtype, 1, visible).total
         yield row | {

@@ -65,7 +65,8 @@ def start_command(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     """`python -m megalodon_export ARGUMENTS`, on one thread, in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **options.pop("env", {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    command = [sys.executable, "-m", "megalodon_export", *map(str, arguments)]
+    words = [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in arguments]
+    command = [sys.executable, "-m", "megalodon_export", *words]
     return subprocess.Popen(command, env=environment, preexec_fn=_heed_interrupts, **{**pipes, **options})
 
 

@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _EPILOG = "Start with `megalodon-export aoti`: it exports the model that ships with the package to artifacts/."
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
+def integer(least: int, most: int = 2**63 - 1, *others: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number in least..most, or one of `others`."""
+    expected = ", ".join([*map(str, others), f"{least}..{most}"])
+
+    def parse(text: str) -> int:
+        found: int | None
+        try:
+            found = int(text)
+        except ValueError:
+            found = None
+        if found is None or not (least <= found <= most or found in others):
+            raise argparse.ArgumentTypeError(f"is {text}, expected {expected}")
+        return found
+
+    return parse
+
+
+def number(least: float, most: float, expected: str) -> Callable[[str], float]:
+    """The type of an option that is a number in least..most; NaN is in no range."""
+
+    def parse(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not least <= found <= most:
+            raise argparse.ArgumentTypeError(f"is {text}, expected {expected}")
+        return found
+
+    return parse
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         prog="megalodon-export", description="Export and run Megalodon language models.", epilog=_EPILOG
     )
     whole.add_argument("--traceback", action="store_true", help="on failure, show where in the code it happened")
-    whole.add_argument("--threads", type=int, help="CPU threads (default: 1 for weights under 32 MB, else all cores)")
+    whole.add_argument(
+        "--threads", type=integer(1, 1024), help="CPU threads (default: 1 for weights under 32 MB, else all cores)"
+    )
     commands = whole.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for add in (_aoti, _onnx, _convert, _generate, _eval, _verify, _inspect, _bench, _doctor):
         add(commands)
@@ -48,7 +85,9 @@ def _aoti(commands: Any) -> None:
         default="float",
         help="quantise linear layers with torchao (default: leave them in --dtype); int4 keeps the head in int8",
     )
-    command.add_argument("--group-size", type=int, help="int4: features of a row that share a scale (default 32)")
+    command.add_argument(
+        "--group-size", type=integer(1, 2**20), help="int4: features of a row that share a scale (default 32)"
+    )
     command.add_argument(
         "--portable", action="store_true", help="cpu: programs for any x86-64 CPU with AVX2, not for this one alone"
     )
@@ -66,8 +105,12 @@ def _add_export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint", type=Path, help="a folder that from_pretrained loads (default: the one included)"
     )
-    command.add_argument("--max-batch", type=int, default=64, help="largest batch the programs take (default 64)")
-    command.add_argument("--max-length", type=int, help="most tokens in one prefill call (default: one chunk)")
+    command.add_argument(
+        "--max-batch", type=integer(1, 2**16), default=64, help="largest batch the programs take (default 64)"
+    )
+    command.add_argument(
+        "--max-length", type=integer(1, 2**20), help="most tokens in one prefill call (default: one chunk)"
+    )
     command.add_argument(
         "--all-logits", action="store_true", help="prefill returns the logits of every token, to score text"
     )
@@ -97,7 +140,7 @@ def _generate(commands: Any) -> None:
     command.add_argument("--prompt", required=True, help="the text to continue; - reads it from stdin")
     command.add_argument("--runtime", help="aoti, onnx or eager (default: what the bundle has, aoti first)")
     command.add_argument("--device", help="default: the device that the programs were compiled for")
-    command.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+    command.add_argument("--max-new-tokens", type=integer(1), default=256, help="default 256")
     _add_sampling_options(command)
     command.add_argument(
         "--stop", action="append", default=[], help="end before this string; may be given more than once"
@@ -119,25 +162,32 @@ def _eval(commands: Any) -> None:
     command.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="for a checkpoint (default: float32 on cpu, bfloat16 on cuda)"
     )
-    command.add_argument("--batch", type=int, default=1, help="documents to score side by side (default 1)")
+    command.add_argument(
+        "--batch", type=integer(1, 2**16), default=1, help="documents to score side by side (default 1)"
+    )
     command.add_argument(
         "--truncate-chunks",
-        type=int,
+        type=integer(3, 2**20, 0),
         default=0,
         metavar="N",
         help="from N chunks on, keep the norms' statistics of the last N - 2 alone (default 0: off; the original: 8)",
     )
-    command.add_argument("--max-new-tokens", type=int, default=512, help="for --prompts; default 512")
+    command.add_argument("--max-new-tokens", type=integer(1), default=512, help="for --prompts; default 512")
     _add_sampling_options(command)
     command.add_argument("--json", action="store_true", help="print one JSON object a line")
 
 
 def _add_sampling_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most probable token")
-    command.add_argument("--top-k", type=int, default=0, help="sample among the K most probable (0: off)")
-    command.add_argument("--top-p", type=float, default=1.0, help="sample among the most probable that make up P")
-    command.add_argument("--min-p", type=float, default=0.0, help="drop tokens below P times the most probable")
-    command.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts")
+    largest, smallest = sys.float_info.max, sys.float_info.min
+    kinds: dict[str, tuple[Callable[[str], float], float, str]] = {
+        "--temperature": (number(0, largest, "a finite number >= 0"), 0.0, "0: always the most probable token"),
+        "--top-k": (integer(0), 0, "sample among the K most probable (0: off)"),
+        "--top-p": (number(smallest, 1, "a number above 0, 1 at most"), 1.0, "sample among the most probable, up to P"),
+        "--min-p": (number(0, 1, "0..1"), 0.0, "drop tokens below P times the most probable"),
+        "--seed": (integer(0, 2**64 - 1), 0, "equal seeds give equal texts"),
+    }
+    for option, (kind, default, about) in kinds.items():
+        command.add_argument(option, type=kind, default=default, help=f"{about} (default {default})")
 
 
 def _verify(commands: Any) -> None:
@@ -160,10 +210,13 @@ def _bench(commands: Any) -> None:
         "--runtime", action="append", help="eager, aoti, onnx; may be repeated (default: all there are)"
     )
     command.add_argument(
-        "--batch", type=int, action="append", help="batch size; may be given more than once (default 1, 8)"
+        "--batch",
+        type=integer(1, 2**16),
+        action="append",
+        help="batch size; may be given more than once (default 1, 8)",
     )
-    command.add_argument("--tokens", type=int, default=64, help="decode steps to time (default 64)")
-    command.add_argument("--prompt-tokens", type=int, default=512, help="prefill length (default 512)")
+    command.add_argument("--tokens", type=integer(1, 2**20), default=64, help="decode steps to time (default 64)")
+    command.add_argument("--prompt-tokens", type=integer(1, 2**20), default=512, help="prefill length (default 512)")
     command.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..runtimes import BoundPrograms, Runtime
+from .arguments import token_ids
 from .sampling import SamplerKind, SamplingParams, choose, controls, device_uniform, raise_logit_errors, wrap
 
 # On a GPU, one step of lookahead hides the host's work between two steps, and a second one its variation. A CPU runs
@@ -48,7 +49,8 @@ class DecodeLoop:
         self._controls = torch.zeros(4, batch, 1, dtype=torch.float64, device=device)
         on_gpu = device.type == "cuda"
         # The host's copies of `next_tokens`, used in turn, and the events after which they have arrived.
-        self._results = torch.zeros(self.lookahead + 1, 2, batch, dtype=torch.int64, pin_memory=on_gpu)
+        size = (self.lookahead + 1, 2, batch)
+        self._results = torch.zeros(size, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self._arrived = [torch.cuda.Event() for _ in self._results] if on_gpu else []
         self._state = [*cache.states(), self._next_tokens, self._index]
         # Two: the newest may be of a step that is not accepted yet.
@@ -68,7 +70,7 @@ class DecodeLoop:
         """
         self._kind = SamplerKind.of(params)
         self._controls.copy_(controls(params))
-        self._seeds.copy_(torch.tensor([wrap(row.seed) for row in params]))
+        self._seeds.copy_(torch.tensor([wrap(row.seed) for row in params], device="cpu"))
         self._index.zero_()
         self._steps, self._launched, self._accepted = count - 1, 0, 0
         # Only a loop that can roll back has to know where a chunk ends.
@@ -89,7 +91,7 @@ class DecodeLoop:
 
     def advance(self) -> None:
         """Accept the tokens read last, and launch steps. ValueError for a token id that the model has no row for."""
-        self.runtime.check_range(min(self._last), max(self._last))
+        token_ids(self._last, self.runtime.config.vocab_size)
         if self._launched == self._accepted:
             self._launch()
         self._accepted += 1
@@ -154,14 +156,14 @@ class DecodeLoop:
         self._captured[self._kind]()
 
     def _step(self) -> None:
-        token_ids, config = self._next_tokens[0], self.runtime.config
+        fed, config = self._next_tokens[0], self.runtime.config
         if config.logits_size > config.vocab_size:
             # Such a head can choose a token that cannot be fed. `advance` refuses it; no program may see it.
-            token_ids = token_ids.clamp(max=config.vocab_size - 1)
+            fed = fed.clamp(max=config.vocab_size - 1)
         if self._kind is SamplerKind.GREEDY:
-            self.programs.run_greedy(token_ids, self._next_tokens)
+            self.programs.run_greedy(fed, self._next_tokens)
         else:
-            self._sample(self.programs.run_decode(token_ids))
+            self._sample(self.programs.run_decode(fed))
 
     def _sample(self, logits: Tensor) -> None:
         draws = None if self._kind is SamplerKind.GREEDY else device_uniform(self._seeds, self._index)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ..model.logit_errors import ALL_MASKED, POSITIVE_INFINITY
+from .arguments import is_integer, number, plain, show
 
 _MASK = 2**64 - 1
 _GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -50,7 +51,8 @@ class SamplingParams:
     """How tokens are chosen; the defaults are greedy.
 
     temperature: 0 is greedy. top_k: 0 is off. top_p: in (0, 1], 1 is off. min_p: in [0, 1], 0 is off; relative to the
-    most probable token. seed: in [0, 2**64). Raises ValueError for anything else.
+    most probable token. seed: in [0, 2**64). Scalars of numpy become Python numbers. Raises ValueError
+    for anything else.
     """
 
     temperature: float = 0.0
@@ -60,26 +62,31 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        temperature, top_p, min_p = map(number, (self.temperature, self.top_p, self.min_p))
+        top_k, seed = plain(self.top_k), plain(self.seed)
         _require(
-            _is_number(self.temperature) and 0.0 <= self.temperature < math.inf,
-            f"temperature is {self.temperature!r}, expected a finite number >= 0; use 0 for greedy decoding",
+            0.0 <= temperature < math.inf,
+            f"temperature is {show(self.temperature)}, expected a finite number >= 0; use 0 for greedy decoding",
         )
         _require(
-            _is_integer(self.top_k) and self.top_k >= 0,
-            f"top_k is {self.top_k!r}, expected an integer >= 0; use 0 to turn top-k off",
+            is_integer(top_k) and top_k >= 0,
+            f"top_k is {show(top_k)}, expected an integer >= 0; use 0 to turn top-k off",
         )
         _require(
-            _is_number(self.top_p) and 0.0 < self.top_p <= 1.0,
-            f"top_p is {self.top_p!r}, expected a number in (0, 1]; use 1 to turn top-p off",
+            0.0 < top_p <= 1.0,
+            f"top_p is {show(self.top_p)}, expected a number in (0, 1]; use 1 to turn top-p off",
         )
         _require(
-            _is_number(self.min_p) and 0.0 <= self.min_p <= 1.0,
-            f"min_p is {self.min_p!r}, expected a number in [0, 1]; use 0 to turn min-p off",
+            0.0 <= min_p <= 1.0,
+            f"min_p is {show(self.min_p)}, expected a number in [0, 1]; use 0 to turn min-p off",
         )
         _require(
-            _is_integer(self.seed) and 0 <= self.seed <= _MASK,
-            f"seed is {self.seed!r}, expected an integer in [0, 2**64); reduce it modulo 2**64",
+            is_integer(seed) and 0 <= seed <= _MASK,
+            f"seed is {show(seed)}, expected an integer in [0, 2**64); reduce it modulo 2**64",
         )
+        values = {"temperature": temperature, "top_k": int(top_k), "top_p": top_p, "min_p": min_p, "seed": int(seed)}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
     @property
     def greedy(self) -> bool:
@@ -137,7 +144,7 @@ class SamplerKind(Enum):
 def controls(rows: Sequence[SamplingParams]) -> Tensor:
     """The parameters of each row for `choose`, (4, B, 1) float64 on the CPU: temperature, top-k, top-p, min-p."""
     columns = [[row.temperature, min(row.top_k, 2**53) or math.inf, row.top_p, row.min_p] for row in rows]
-    return torch.tensor(columns, dtype=torch.float64).T[..., None].contiguous()
+    return torch.tensor(columns, dtype=torch.float64, device="cpu").T[..., None].contiguous()
 
 
 def choose(
@@ -158,7 +165,7 @@ def choose(
     if kind is SamplerKind.RANKED:
         weights = _keep_most_probable(weights, logits, top_k, top_p)
     weights = weights.where(weights >= min_p * _unit(logits.shape[-1]), 0.0)
-    cumulative = weights.cumsum(dim=-1)
+    cumulative = weights.cumsum(dim=-1, dtype=torch.int64)  # integers: torch has no deterministic sum of floats
     target = draws[:, None] * cumulative[:, -1:]
     tokens = (cumulative <= target).sum(dim=-1)  # cumulative never falls: how many ids lie before the first beyond it
     return tokens.where(logit_errors == 0, 0), logit_errors
@@ -237,7 +244,7 @@ def _keep_most_probable(weights: Tensor, logits: Tensor, top_k: Tensor, top_p: T
     order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
     rank = torch.arange(weights.shape[-1], device=weights.device)
     ranked = weights.gather(-1, order).where(rank < top_k, 0.0)
-    reached = ranked.cumsum(dim=-1)
+    reached = ranked.cumsum(dim=-1, dtype=torch.int64)
     ranked = ranked.where(reached - ranked < top_p * reached[:, -1:], 0.0)
     return torch.zeros_like(weights).scatter(-1, order, ranked)
 
@@ -261,11 +268,3 @@ def _check_shapes(logits: Tensor, params: SamplingParams, draws: Tensor | None) 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or _is_integer(value)

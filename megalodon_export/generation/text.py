@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from .arguments import stop_strings
+
 _REPLACEMENT = "\ufffd"
 # Tokens kept as left context (a decoder may treat the first token apart), and how many trigger forgetting the rest.
 _CONTEXT = 16
@@ -25,12 +27,14 @@ class TextStream:
     """Decodes one stream of token ids incrementally and ends it at the first stop string.
 
     stop: strings that end the text; the one that begins earliest wins and is not part of the text. The work per token
-    is bounded whatever the length of the stream. Raises ValueError for an empty stop string.
+    is bounded whatever the length of the stream. Raises ValueError for a stop string that is empty or no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: str | Iterable[str] | None = (), skip_special_tokens: bool = True
+    ) -> None:
         self._decoder = _IncrementalDecoder(tokenizer, skip_special_tokens)
-        self._stop = _StopScanner((stop,) if isinstance(stop, str) else tuple(stop))
+        self._stop = _StopScanner(stop_strings(stop))
         self._flushed = False
 
     @property
@@ -109,8 +113,6 @@ class _StopScanner:
     """Passes text through up to the first stop string; holds back what may be the beginning of one."""
 
     def __init__(self, stop: tuple[str, ...]) -> None:
-        if "" in stop:
-            raise ValueError("an empty stop string would end every text at once; expected non-empty strings, drop it")
         self._stop = stop
         self._longest = max(map(len, stop), default=0)
         self._held = ""

@@ -103,19 +103,20 @@ def time_prefill(
 ) -> dict[str, Any]:
     """Time a prefill of fresh streams, and the way from a prompt on the host to its first token on the host."""
     prompt = random_tokens(runtime, batch, tokens)
-    lengths, device = torch.full((batch,), tokens), runtime.device
+    device = runtime.device
+    lengths = torch.full((batch,), tokens, dtype=torch.int64, device="cpu")
     programs = runtime.bind(runtime.new_cache(batch))
     cache = programs.cache
 
     def first_token() -> list[int]:
         cache.position.zero_()  # makes the streams fresh: no slot of the ring is visible
-        loop.start(programs.prefill(prompt.to(device), lengths), [SamplingParams()] * batch, 1)
+        loop.start(programs.feed(prompt.to(device), lengths), [SamplingParams()] * batch, 1)
         return loop.read()
 
     on_device = prompt.to(device)
     loop = DecodeLoop(programs, 0)
     calls = repeats, warm_up
-    seconds = median_seconds(lambda: (cache.position.zero_(), programs.prefill(on_device, lengths)), device, *calls)
+    seconds = median_seconds(lambda: (cache.position.zero_(), programs.feed(on_device, lengths)), device, *calls)
     operations = prefill_flops(runtime.config, batch, tokens, all_logits=runtime.all_logits)
     return {
         "prompt_tokens": tokens,
@@ -157,7 +158,7 @@ def time_decode(
 def _time_step(runtime: Runtime, cache: ModelCache, steps: int) -> float:
     programs = runtime.bind(cache)
     token_ids = random_tokens(runtime, cache.batch, 1)[:, 0].to(runtime.device)
-    return median_seconds(lambda: programs.decode(token_ids), runtime.device, steps)
+    return median_seconds(lambda: programs.step(token_ids), runtime.device, steps)
 
 
 def _time_generation(runtime: Runtime, cache: ModelCache, steps: int) -> float:

@@ -22,10 +22,11 @@ from torch import Tensor
 from ..bundles import bundle
 from ..bundles.checkpoints import default_device, default_dtype, load_model
 from ..bundles.manifest import DTYPES, TOKENIZER
+from ..generation.arguments import integer, text, token_ids, utf8
 from ..generation.session import Session
 from ..model import ModelCache, ModelConfig
 from ..model.loss import IGNORED
-from ..runtimes import BoundPrograms, Runtime, default_runtime, open_runtime
+from ..runtimes import BoundPrograms, Runtime, default_runtime, open_runtime, plain_modes
 from ..runtimes.eager import ModelRuntime
 
 TRUNCATION_STRIDE = 2  # chunks a call when statistics are truncated, as in the original's inference.py
@@ -49,7 +50,7 @@ class Score:
         return math.exp(self.nats / self.tokens)
 
 
-@torch.no_grad()
+@plain_modes()
 def score(
     runtime: Runtime, documents: Sequence[Sequence[int] | Tensor], segment: int | None = None, truncate_chunks: int = 0
 ) -> Score:
@@ -60,12 +61,14 @@ def score(
     statistics are replaced by those of the last N - 2 chunks alone, as the original does with N = 8; 0 never does.
     """
     chunk = runtime.config.chunk_size
+    truncate_chunks = integer("truncate_chunks", truncate_chunks, 0)
+    stride = runtime.limits.max_length if segment is None else integer("segment", segment, 1)
     if truncate_chunks and truncate_chunks <= TRUNCATION_STRIDE:
         raise ValueError(f"truncate_chunks is {truncate_chunks}, expected 0 (off) or more than {TRUNCATION_STRIDE}")
-    rows = [torch.as_tensor(document, dtype=torch.int64).cpu() for document in documents]
+    rows = [_ids(runtime, document, f" of document {i}") for i, document in enumerate(documents)]
     steps = _steps(rows)
     programs, nats, longest = runtime.bind(runtime.new_cache(len(rows))), 0.0, int(steps.max())
-    cuts = _cuts(longest, segment or runtime.limits.max_length)
+    cuts = _cuts(longest, stride)
     if truncate_chunks:  # two chunks a call, and what is less than a chunk by itself
         cuts = _cuts(longest, TRUNCATION_STRIDE * chunk) | {longest // chunk * chunk}
     for end, losses, _ in _feed(programs, rows, [row[1:] for row in rows], cuts):
@@ -73,12 +76,12 @@ def score(
         if truncate_chunks and truncate_chunks * chunk <= end < longest:
             first = end - (truncate_chunks - TRUNCATION_STRIDE) * chunk
             recent = runtime.bind(runtime.new_cache(len(rows)))
-            recent.prefill(_window(rows, first, end, 0), (steps - first).clamp(0, end - first))
+            recent.feed(_window(rows, first, end, 0), (steps - first).clamp(0, end - first))
             _replace_statistics(programs.cache, recent.cache)
     return Score(nats, int(steps.sum()))
 
 
-@torch.no_grad()
+@plain_modes()
 def score_continuations(
     runtime: Runtime, requests: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> list[tuple[float, bool]]:
@@ -87,10 +90,12 @@ def score_continuations(
     `requests` are rows of one batch: contexts of at least one token, continuations of any number. Tokens that are
     context in every row are prefilled in any runtime, so batch contexts of similar lengths together.
     """
-    if not all(context for context, _ in requests):
-        raise ValueError("a context has no token; begin it with the model's bos_token_id")
-    rows = [torch.tensor([*context, *continuation]) for context, continuation in requests]
     starts = [len(context) for context, _ in requests]
+    if not all(starts):
+        raise ValueError("a context has no token; begin it with the model's bos_token_id")
+    rows = [
+        torch.cat([_ids(runtime, part, f" of request {i}") for part in request]) for i, request in enumerate(requests)
+    ]
     targets = [F.pad(row[start:], (start - 1, 0), value=IGNORED) for row, start in zip(rows, starts, strict=True)]
     cuts = _cuts(int(_steps(rows).max()), runtime.limits.max_length)
     cuts |= {min(starts) - 1}
@@ -102,9 +107,14 @@ def score_continuations(
     return list(zip((-nats).tolist(), greedy.tolist(), strict=True))
 
 
+def _ids(runtime: Runtime, values: object, whose: str) -> Tensor:
+    """Token ids of the model as a tensor (L) int64 on the CPU."""
+    return torch.tensor(token_ids(values, runtime.config.vocab_size, whose), dtype=torch.int64, device="cpu")
+
+
 def _steps(rows: Sequence[Tensor]) -> Tensor:
     """How many tokens of each row are fed: all but the last."""
-    return torch.tensor([max(len(row) - 1, 0) for row in rows])
+    return torch.tensor([max(len(row) - 1, 0) for row in rows], device="cpu")
 
 
 def _cuts(length: int, stride: int) -> set[int]:
@@ -136,12 +146,14 @@ def _losses(programs: BoundPrograms, ids: Tensor, targets: Tensor, lengths: Tens
     device = programs.runtime.device
     ids, targets = ids.to(device), targets.to(device)
     if not (targets != IGNORED).any():
-        programs.prefill(ids, lengths)
-        return torch.zeros(targets.shape, device=device), torch.ones_like(targets, dtype=torch.bool)
+        programs.feed(ids, lengths)
+        return torch.zeros(targets.shape, dtype=torch.float32, device=device), torch.ones_like(
+            targets, dtype=torch.bool
+        )
     if programs.runtime.can_score:
-        return _judge(programs.score(ids, lengths), targets)
+        return _judge(programs.feed_all(ids, lengths), targets)
     # A row that has ended is fed padding; its later targets are all ignored.
-    pairs = [_judge(programs.decode(i), t) for i, t in zip(ids.unbind(1), targets.unbind(1), strict=True)]
+    pairs = [_judge(programs.step(i), t) for i, t in zip(ids.unbind(1), targets.unbind(1), strict=True)]
     losses, likeliest = zip(*pairs, strict=True)
     return torch.stack(losses, dim=1), torch.stack(likeliest, dim=1)
 
@@ -197,9 +209,8 @@ class Target:
 
 def perplexity(target: Target, path: Path, batch: int = 1, truncate_chunks: int = 0) -> dict[str, Any]:
     """Score a file of JSON lines, `batch` documents at a time; ValueError names a line without a text."""
-    if batch < 1:
-        raise ValueError(f"batch is {batch}, expected at least 1")
-    total, count, documents = Score(), 0, (encode(target, text) for text in texts(path))
+    batch = integer("batch", batch, 1)
+    total, count, documents = Score(), 0, (encode(target, one) for one in texts(path))
     while group := list(itertools.islice(documents, batch)):
         total += score(target.runtime, group, truncate_chunks=truncate_chunks)
         count += len(group)
@@ -225,23 +236,24 @@ def generations(target: Target, path: Path, max_new_tokens: int, **sampling: Any
         yield {"prompt": prompt, "generation": "".join(session.generate(prompt, max_new_tokens, **sampling))}
 
 
-def encode(target: Target, text: str) -> list[int]:
+def encode(target: Target, document: str) -> list[int]:
     """A document's ids between the model's beginning and end of text, where it has them, as in the original."""
     config: ModelConfig = target.runtime.config
     start, end = ([] if i is None else [i] for i in (config.bos_token_id, config.eos_token_id))
-    return [*start, *target.tokenizer.encode(text, add_special_tokens=False).ids, *end]
+    return [*start, *target.tokenizer.encode(text(document, "the document"), add_special_tokens=False).ids, *end]
 
 
 def texts(path: Path) -> Iterator[str]:
     """The field `text` of every line of a file; blank lines are skipped."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    with path.open("rb") as lines:
+        for number, data in enumerate(lines, 1):
+            line = utf8(data, f"{path}, line {number}")
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
+                found = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
+                found = None
+            if not isinstance(found, str):
                 raise ValueError(f'{path}, line {number}: expected an object like {{"text": "..."}}, got {line[:60]!r}')
-            yield text
+            yield text(found, f"{path}, line {number}: the text")

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..generation.arguments import text
 from ..generation.session import Session
 from .evaluation import Target, score_continuations
 
@@ -77,7 +78,9 @@ class MegalodonLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids as a session encodes them; without special tokens if `add_special_tokens` is False."""
-        ids: list[int] = self.target.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False).ids
+        ids: list[int] = self.target.tokenizer.encode(
+            text(string, "the text"), add_special_tokens=add_special_tokens is not False
+        ).ids
         return ids
 
     def _loglikelihood_tokens(
@@ -114,12 +117,12 @@ class MegalodonLM(TemplateLM):
         for _, group in itertools.groupby(order, key=lambda i: repr(options[i])):
             for rows in self._batches(list(group), disable_tqdm, "generate_until"):
                 # A batch's rows sample with seeds of their own, those after the first; so do the next batch's.
-                seed = options[rows[0]].get("seed", 0) + len(found)
+                seed = (options[rows[0]].get("seed", 0) + len(found)) % 2**64
                 contexts = [requests[i].args[0] for i in rows]
-                texts = self._session.generate_batch(contexts, **{**options[rows[0]], "seed": seed})
-                for i, text in zip(rows, texts, strict=True):
-                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    found[i] = text
+                answers = self._session.generate_batch(contexts, **{**options[rows[0]], "seed": seed})
+                for i, answer in zip(rows, answers, strict=True):
+                    self.cache_hook.add_partial("generate_until", requests[i].args, answer)
+                    found[i] = answer
         return [found[i] for i in range(len(requests))]
 
     def _batches(self, rows: list[int], disable_tqdm: bool, title: str) -> Iterator[list[int]]:
@@ -137,7 +140,7 @@ def generation_options(request: dict[str, Any]) -> dict[str, Any]:
     if unknown := sorted(request.keys() - known):
         raise ValueError(f"generation options {unknown} do not exist here; expected some of {sorted(known)}")
     until = request.get("until") or []
-    stop = [text for text in ([until] if isinstance(until, str) else until) if text]
+    stop = [one for one in ([until] if isinstance(until, str) else until) if one]
     count = next((int(request[name]) for name in LENGTHS if request.get(name) is not None), 256)
     sampling = {name: request[name] for name in SAMPLING if request.get(name) is not None}
     if request.get("do_sample"):

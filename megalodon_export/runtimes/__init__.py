@@ -10,10 +10,20 @@ from importlib import import_module
 from pathlib import Path
 
 from ..bundles.manifest import Manifest
+from .ambient import ForkedProcess, opening_process, plain_modes
 from .base import Runtime, RuntimeUnavailable
 from .bound_programs import BoundPrograms
 
-__all__ = ["RUNTIMES", "BoundPrograms", "Runtime", "RuntimeUnavailable", "default_runtime", "open_runtime"]
+__all__ = [
+    "RUNTIMES",
+    "BoundPrograms",
+    "ForkedProcess",
+    "Runtime",
+    "RuntimeUnavailable",
+    "default_runtime",
+    "open_runtime",
+    "plain_modes",
+]
 
 RUNTIMES = {"eager": ".eager:EagerRuntime", "aoti": ".aoti:AotiRuntime", "onnx": ".onnx:OnnxRuntime"}
 
@@ -23,8 +33,13 @@ def default_runtime(manifest: Manifest) -> str:
     return "onnx" if list(manifest.programs.by_runtime()) == ["onnx"] else "aoti"
 
 
+@plain_modes()
 def open_runtime(name: str, folder: Path, manifest: Manifest, device: str | None = None) -> Runtime:
-    """Open a checked bundle in a runtime; ValueError for an unknown one, RuntimeUnavailable if it cannot run here."""
+    """Open a checked bundle in a runtime; ValueError for an unknown one, RuntimeUnavailable if it cannot run here.
+
+    ForkedProcess in a child of a process that had opened a bundle.
+    """
+    opening_process()
     if name not in RUNTIMES:
         raise ValueError(f"no runtime {name!r}; there are {', '.join(RUNTIMES)}")
     module, attribute = RUNTIMES[name].split(":")

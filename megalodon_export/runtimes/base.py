@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..exporters.programs import Limits, dtype_name
 from ..model import ModelCache, ModelConfig, cache_layout, dimension_sizes
+from .ambient import check_process, opening_process, plain_modes
 from .bound_programs import BoundPrograms
 
 
@@ -37,22 +38,30 @@ class Runtime(ABC):
         all_logits: bool,
         model_id: str,
     ) -> None:
+        self._process = opening_process()
         self.config, self.dtype, self.device, self.model_id = config, dtype, device, model_id
         self.limits, self.all_logits, self.can_score = limits, all_logits, all_logits
         sizes = dimension_sizes(config)
         self._layout = [(t.name, t.shape(sizes, 1)[1:], t.torch_dtype(dtype)) for t in cache_layout(config)]
 
+    def check_process(self) -> None:
+        """ForkedProcess in a child of os.fork() of the process that opened the runtime."""
+        check_process(self._process)
+
+    @plain_modes()
     def new_cache(self, batch: int = 1) -> ModelCache:
         """A fresh cache for `batch` streams; ValueError beyond what the programs take."""
         self._check_batch(batch)
         return ModelCache.allocate(self.config, batch, self.dtype, self.device)
 
+    @plain_modes()
     def bind(self, cache: ModelCache, capture: bool = True) -> BoundPrograms:
         """The programs over one cache. `capture=False` keeps them out of CUDA graphs, which changes no result.
 
         ValueError for a cache that `new_cache` would not make: compiled programs trust addresses, and would read and
         write out of its bounds.
         """
+        self.check_process()
         self._check_cache(cache)
         return self._bind(cache, capture and self.device.type == "cuda")
 
@@ -63,14 +72,6 @@ class Runtime(ABC):
     def named_tensors(self, cache: ModelCache) -> dict[str, Tensor]:
         """The tensors of a cache by the names of the layout."""
         return dict(zip((name for name, *_ in self._layout), cache.tensors(), strict=True))
-
-    def check_range(self, low: int, high: int) -> None:
-        """ValueError unless the token ids from `low` to `high` are the model's."""
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"token ids must be in 0..{self.config.vocab_size - 1}, got {low}..{high}; "
-                "is this the model's tokenizer?"
-            )
 
     def _check_batch(self, batch: int) -> None:
         if not 1 <= batch <= self.limits.max_batch:

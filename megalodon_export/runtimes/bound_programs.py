@@ -18,12 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..generation.arguments import check_ids
 from ..generation.sampling import SamplerKind, choose
 from ..model import ModelCache
+from .ambient import plain_modes
 from .cuda_graph import CapturedDecode, CapturedPrefills, CapturedStep
 
 if TYPE_CHECKING:
     from .base import Runtime
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class BoundPrograms(ABC):
@@ -58,18 +62,16 @@ class BoundPrograms(ABC):
         """
         torch.stack(choose(self.run_decode(token_ids), SamplerKind.GREEDY), out=next_tokens)
 
+    @plain_modes()
     def prefill(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """Feed the first `lengths` (B) tokens of each row of token_ids (B, L); L may be of any size.
 
         Returns float32 logits (B, V) after each row's last token, zeros for a row of length 0. ValueError for ids or
-        lengths out of range; the cache is then as it was.
+        lengths out of range; the cache is then as it was. Checking ids that are on a GPU waits for it.
         """
-        token_ids, lengths = self._checked_prompt(token_ids, lengths)
-        logits = torch.zeros(self.cache.batch, self.runtime.config.logits_size, device=self.runtime.device)
-        for piece, valid in self._pieces(token_ids, lengths):
-            logits = torch.where((valid > 0)[:, None], self._prefill_piece(piece, valid), logits)
-        return logits
+        return self.feed(*self._checked_prompt(token_ids, lengths))
 
+    @plain_modes()
     def score(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """As `prefill`, but returns float32 logits (B, L, V) after every token; those after a row's last are undefined.
 
@@ -80,16 +82,35 @@ class BoundPrograms(ABC):
                 "this bundle's prefill program returns the logits of each row's last token alone; export it again with "
                 "--all-logits to score text, or use decode, token by token"
             )
-        token_ids, lengths = self._checked_prompt(token_ids, lengths)
-        pieces = [self.run_score(piece, valid) for piece, valid in self._pieces(token_ids, lengths)]
-        return torch.cat(pieces, dim=1)[:, : token_ids.shape[1]]
+        return self.feed_all(*self._checked_prompt(token_ids, lengths))
 
+    @plain_modes()
     def decode(self, token_ids: Tensor) -> Tensor:
         """Feed one token to each row, token_ids (B); float32 logits (B, V).
 
-        Where programs are captured, the next call overwrites the result. ValueError for ids out of range.
+        Where programs are captured, the next call overwrites the result. ValueError for ids out of range. Checking ids
+        that are on a GPU waits for it.
         """
-        token_ids = self._checked(token_ids, dims=1)
+        return self.step(self._checked(token_ids, dims=1))
+
+    # The same for callers that have checked their arguments and set `plain_modes`. None of these waits for a GPU.
+
+    def feed(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """`prefill` of int64 arguments that are in range."""
+        device = self.runtime.device
+        logits = torch.zeros(self.cache.batch, self.runtime.config.logits_size, dtype=torch.float32, device=device)
+        for piece, valid in self._pieces(token_ids, lengths):
+            logits = torch.where((valid > 0)[:, None], self._prefill_piece(piece, valid), logits)
+        return logits
+
+    def feed_all(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """`score` of int64 arguments that are in range."""
+        pieces = [self.run_score(piece, valid) for piece, valid in self._pieces(token_ids, lengths)]
+        return torch.cat(pieces, dim=1)[:, : token_ids.shape[1]]
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """`decode` of int64 token ids that are in range."""
+        token_ids = token_ids.to(self.runtime.device).contiguous()  # programs read memory, not strides
         if not self.captures:
             return self.run_decode(token_ids)
         if self._decode_graph is None:
@@ -110,7 +131,8 @@ class BoundPrograms(ABC):
 
     def _pieces(self, token_ids: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Cut a prompt into calls of the program: padded ids, and how many tokens of each row count."""
-        limits = self.runtime.limits
+        limits, device = self.runtime.limits, self.runtime.device
+        token_ids, lengths = token_ids.to(device), lengths.to(device)
         for start in range(0, token_ids.shape[1], limits.max_length):
             piece = token_ids[:, start : start + limits.max_length]
             valid = (lengths - start).clamp(0, piece.shape[1])
@@ -119,21 +141,22 @@ class BoundPrograms(ABC):
     def _checked_prompt(self, token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         token_ids = self._checked(token_ids, dims=2)
         batch, length = token_ids.shape
-        whole = not (lengths.is_floating_point() or lengths.dtype == torch.bool)
-        if not whole or lengths.shape != (batch,) or bool(((lengths < 0) | (lengths > length)).any()):
+        right = lengths.dtype in _INTEGERS and lengths.shape == (batch,)
+        if not right or bool(((lengths < 0) | (lengths > length)).any()):
             raise ValueError(f"lengths must be (B,) = ({batch},) integers in 0..{length}, got {lengths.tolist()}")
-        return token_ids, lengths.to(self.runtime.device, torch.int64)
+        return token_ids, lengths.to(torch.int64)
 
     def _checked(self, token_ids: Tensor, dims: int) -> Tensor:
+        self.runtime.check_process()
         shape, batch = "(B,)" if dims == 1 else "(B, L)", self.cache.batch
+        if not isinstance(token_ids, Tensor):
+            raise ValueError(f"token_ids are of type {type(token_ids).__name__}, expected a tensor {shape}")
         if token_ids.dim() != dims or token_ids.shape[0] != batch or not token_ids.numel():
             raise ValueError(f"token_ids must be {shape} with B = {batch}, got {tuple(token_ids.shape)}")
-        if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
-            raise ValueError(f"token_ids must be integers, got {token_ids.dtype}")
-        if not token_ids.is_cuda:  # on a GPU the check would wait for it at every token
-            low, high = token_ids.aminmax()
-            self.runtime.check_range(int(low), int(high))
-        return token_ids.to(self.runtime.device, torch.int64).contiguous()  # programs read memory, not strides
+        if token_ids.dtype not in _INTEGERS:
+            raise ValueError(f"token_ids are of {token_ids.dtype}, expected integers: torch.int64")
+        check_ids(token_ids, self.runtime.config.vocab_size)
+        return token_ids.to(torch.int64)
 
 
 def last_logits(logits: Tensor, lengths: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..model.cache import ModelCache
 from ..model.config import ModelConfig
 from ..model.constants import freeze_constants
 from ..model.modeling import MegalodonLM
+from .ambient import plain_modes
 from .base import Runtime
 from .bound_programs import BoundPrograms
 
@@ -26,14 +27,15 @@ from .bound_programs import BoundPrograms
 class ModelRuntime(Runtime):
     """Runs the modules of a model in memory; freezes what it derives from its weights."""
 
+    @plain_modes()
     def __init__(self, model: MegalodonLM, limits: Limits | None = None, model_id: str = "") -> None:
         """`model_id`: that of the bundle; a model without one is unlike any other, for its snapshots."""
-        self.model = model
-        freeze_constants(model)
         limits = limits or Limits.of(model.config, max_batch=2**16)
         device = model.model.embed.weight.device
         super().__init__(model.config, model.dtype_of_weights, device, limits, False, model_id or uuid4().hex)
         self.can_score = True
+        self.model = model
+        freeze_constants(model)
 
     def _bind(self, cache: ModelCache, capture: bool) -> BoundPrograms:
         # Attention beyond the chunk reads positions on the host, which a captured graph cannot.

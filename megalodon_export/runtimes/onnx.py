@@ -95,7 +95,8 @@ class BoundOnnxPrograms(BoundPrograms):
         self, program: ProgramName, arguments: dict[str, Tensor], rows: Sequence[int], number: int | None = None
     ) -> BoundGraph:
         """A program's graph bound to arguments, to the cache, and to buffers for logits (*rows, V) and small states."""
-        logits = torch.empty((*rows, self.runtime.config.logits_size), device=self.runtime.device)
+        size = (*rows, self.runtime.config.logits_size)
+        logits = torch.empty(size, dtype=torch.float32, device=self.runtime.device)
         states = self.cache.states()
         new_states = [torch.empty_like(tensor) for tensor in states]
         past = self.runtime.named_tensors(self.cache)

@@ -85,7 +85,7 @@ def test_only_the_interface_is_exported(cpp_build: Path) -> None:
 
 
 def test_a_consumer_writes_the_same_512_tokens(examples: Path, default_bundle: Path) -> None:
-    expected = megalodon_export.load(default_bundle).generate_ids(b"In the beginning", 512, eos_token_id=-1)
+    expected = megalodon_export.load(default_bundle).generate_ids(list(b"In the beginning"), 512, eos_token_id=-1)
     printed = sh(examples / "batch", default_bundle, 512, "In the beginning")
     assert [int(line) for line in printed.splitlines()] == list(expected)
 

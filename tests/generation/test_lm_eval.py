@@ -87,7 +87,7 @@ def test_greedy_continuations_are_known(checkpoints: dict[str, Path], can_score:
     """The model's own continuation is greedy, at every length; with any of its tokens changed it is not."""
     target = Target.open(checkpoints["tiny"], device="cpu")
     target.runtime.can_score = can_score
-    context = b"And God said"
+    context = list(b"And God said")
     own = list(Session(target.runtime).generate_ids(context, 5, eos_token_id=-1))
     changed = [[(t + (i == j)) % 256 for j, t in enumerate(own)] for i in range(5)]
     rows = [(context, row) for row in [*(own[:n] for n in range(1, 6)), *changed]]

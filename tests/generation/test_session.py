@@ -227,9 +227,9 @@ def test_what_is_refused_poisons_nothing(session: Session) -> None:
     session.reset()
     written = write(session, 20, PROMPT)
     for wrong in ([257], [-1]):
-        with pytest.raises(ValueError, match="token ids must be in"):
+        with pytest.raises(ValueError, match=r"token id .* is outside"):
             session.prefill(wrong)
-    with pytest.raises(ValueError, match="token ids must be in"):
+    with pytest.raises(ValueError, match=r"token id .* is outside"):
         session.decode(300)
     assert written + write(session, 20) == expected
 

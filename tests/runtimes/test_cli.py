@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import signal
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import megalodon_export
 from megalodon_export import cli
 from megalodon_export.bundles import bundle
+from megalodon_export.commands import options
 from support.golden_data import load, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,10 +42,10 @@ Start = Callable[..., "subprocess.Popen[str]"]
 def call(command: Start) -> Callable[..., Result]:
     """Runs the real entry point: exit status, stdout (line ends as they are) and stderr."""
 
-    def run(*arguments: object, text: str = "", **options: Any) -> Result:
+    def run(*arguments: object, data: bytes = b"", **options: Any) -> Result:
         streams = {"stdin": subprocess.PIPE, "text": False, "encoding": None}
         process: Any = command(*arguments, **streams, **options)
-        output, errors = process.communicate(text.encode(), timeout=300)
+        output, errors = process.communicate(data, timeout=300)
         return process.returncode, output.decode(), errors.decode()
 
     return run
@@ -92,11 +94,52 @@ USAGE_ERRORS = {
     "unknown command": (("explode",), "invalid choice: 'explode'"),
     "no bundle": (("inspect",), "required: bundle"),
     "no prompt": (("generate", "x"), "required: --prompt"),
-    "not a number": (("generate", "x", "--prompt", "y", "--top-k", "many"), "invalid int value: 'many'"),
     "unknown option": (("verify", "x", "--quickly"), "unrecognized arguments: --quickly"),
     "unknown dtype": (("aoti", "--dtype", "float16"), "invalid choice: 'float16'"),
     "unknown kind": (("convert", "gpt2", "a", "b"), "invalid choice: 'gpt2'"),
 }
+
+
+# Option -> a command that has it, values that are refused, and what is expected instead.
+RANGES: dict[str, tuple[tuple[str, ...], tuple[object, ...], str]] = {
+    "--threads": ((), (0, -1, 1025, "two", 1.5), "1..1024"),
+    "--max-new-tokens": (("generate", "x", "--prompt", "y"), (0, -1, 2**63, "x", 3.0, ""), f"1..{2**63 - 1}"),
+    "--temperature": (("generate", "x", "--prompt", "y"), (-1, "nan", "inf", "hot", "1e400"), "a finite number >= 0"),
+    "--top-k": (("generate", "x", "--prompt", "y"), (-1, 2**63, "many", 1.0), f"0..{2**63 - 1}"),
+    "--top-p": (("generate", "x", "--prompt", "y"), (0, -1, 1.5, "nan"), "a number above 0, 1 at most"),
+    "--min-p": (("eval", "x"), (-0.1, 1.5, "nan"), "0..1"),
+    "--seed": (("eval", "x"), (-1, 2**64, 1.5), f"0..{2**64 - 1}"),
+    "--batch": (("eval", "x"), (0, -1, 2**16 + 1), "1..65536"),
+    "--truncate-chunks": (("eval", "x"), (1, 2, -1, 1.5), "0, 3..1048576"),
+    "--max-batch": (("onnx",), (0, -1, 2**16 + 1), "1..65536"),
+    "--max-length": (("aoti",), (0, -1), "1..1048576"),
+    "--group-size": (("aoti",), (0, -1), "1..1048576"),
+    "--tokens": (("bench", "x"), (0, -1), "1..1048576"),
+    "--prompt-tokens": (("bench", "x"), (0, -1), "1..1048576"),
+}
+
+
+@pytest.mark.parametrize("option", RANGES)
+def test_numbers_out_of_range_exit_2(here: Callable[..., Result], option: str) -> None:
+    command, values, expected = RANGES[option]
+    for value in values:
+        status, output, errors = here(*command, option, value)
+        assert (status, output) == (2, "")
+        assert errors.endswith(f"error: argument {option}: is {value}, expected {expected}\n")
+
+
+def test_every_numeric_option_has_a_range() -> None:
+    commands = next(a for a in options.parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    every = {
+        name: action.type
+        for command in (options.parser(), *commands.values())
+        for action in command._actions
+        for name in action.option_strings
+        if action.type is not None
+    }
+    numeric = {name for name, kind in every.items() if kind is not Path}
+    assert numeric == RANGES.keys()
+    assert not {int, float} & set(every.values())
 
 
 @pytest.mark.parametrize("name", USAGE_ERRORS)
@@ -120,10 +163,6 @@ def test_failures_exit_1_with_one_line(call: Callable[..., Result], tmp_path: Pa
 
 FAILURES: dict[str, tuple[Callable[[Path, Path], tuple[object, ...]], str]] = {
     "no checkpoint": (lambda b, t: ("aoti", "--checkpoint", t), "is no checkpoint: it has no config.json"),
-    "limits": (
-        lambda b, t: ("aoti", "--checkpoint", b, "--out", t / "new", "--device", "cpu", "--max-batch", 0),
-        "max_batch is 0, expected at least 1",
-    ),
     "length": (
         lambda b, t: ("aoti", "--checkpoint", b, "--out", t / "new", "--device", "cpu", "--max-length", 33),
         "max_length is 33, expected a multiple of 32",
@@ -134,10 +173,12 @@ FAILURES: dict[str, tuple[Callable[[Path, Path], tuple[object, ...]], str]] = {
     ),
     "no source": (lambda b, t: ("convert", "upstream", t / "none", t / "new"), "none"),
     "unknown runtime": (lambda b, t: ("generate", b, "--prompt", "x", "--runtime", "jax"), "no runtime 'jax'"),
-    "temperature": (
-        lambda b, t: ("generate", b, "--prompt", "x", "--temperature", -1, "--json"),
-        "temperature is -1.0, expected",
+    "an empty stop string": (lambda b, t: ("generate", b, "--prompt", "x", "--stop", ""), "an empty stop string"),
+    "a stop string": (
+        lambda b, t: ("generate", b, "--prompt", "x", "--stop", "a\udcff"),
+        "the stop string is not UTF-8 at byte 1",
     ),
+    "not UTF-8": (lambda b, t: ("generate", b, "--prompt", "ab\udcff"), "the prompt is not UTF-8 at byte 2"),
     "another device": (lambda b, t: ("generate", b, "--prompt", "x", "--device", "cuda"), "are for cpu, not cuda"),
 }
 
@@ -196,11 +237,31 @@ def test_a_terminated_generation(command: Start, tiny_bundle: Path) -> None:
 # ---- generate --------------------------------------------------------------------------------------------------------
 
 
-def test_generate_streams_prompt_and_text(call: Callable[..., Result], tiny_bundle: Path) -> None:
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C", "POSIX"])
+def test_generate_streams_the_continuation(call: Callable[..., Result], tiny_bundle: Path, locale: str) -> None:
+    """Alone, without the prompt, and in UTF-8 whatever the locale; `cpp/cli` prints the same."""
     prompt = "In the beginning – ě"
-    status, output, _ = call("generate", tiny_bundle, "--prompt", prompt, "--max-new-tokens", 60)
-    assert status == 0
-    assert output == prompt + expected_text(tiny_bundle, prompt, 60) + "\n"
+    environment = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    arguments = ("generate", tiny_bundle, "--prompt", prompt, "--max-new-tokens", 60)
+    status, output, errors = call(*arguments, env=environment)
+    assert (status, errors) == (0, "")
+    assert output == expected_text(tiny_bundle, prompt, 60) + "\n"
+
+
+def test_prompts_that_are_not_utf8(call: Callable[..., Result], tiny_bundle: Path) -> None:
+    """From the shell and from stdin: one sentence, before anything is printed."""
+    for arguments, data in ((("--prompt", b"ab\xff"), b""), (("--prompt", "-"), b"ab\xff")):
+        status, output, errors = call("generate", tiny_bundle, *arguments, data=data)
+        assert (status, output, errors) == (1, "", "megalodon-export: the prompt is not UTF-8 at byte 2\n")
+
+
+@pytest.mark.parametrize("name", ["inspect", "generate"])
+def test_output_that_cannot_be_written(name: str, command: Start, tiny_bundle: Path) -> None:
+    with open("/dev/full", "w") as full:
+        process = command(name, tiny_bundle, *(("--prompt", "x") if name == "generate" else ()), stdout=full)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert re.fullmatch(r"megalodon-export: .*No space left on device\n", errors)
 
 
 def test_generate_json_from_stdin_with_sampling(call: Callable[..., Result], tiny_bundle: Path) -> None:
@@ -219,7 +280,7 @@ def test_generate_json_from_stdin_with_sampling(call: Callable[..., Result], tin
         40,
     )
     status, output, _ = call(
-        "generate", tiny_bundle, "--prompt", "-", "--runtime", "eager", "--json", *options, text="Let there be\n"
+        "generate", tiny_bundle, "--prompt", "-", "--runtime", "eager", "--json", *options, data=b"Let there be\n"
     )
     sampling = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 11}
     text = expected_text(tiny_bundle, "Let there be\n", 40, **sampling)
@@ -238,7 +299,7 @@ def test_generate_stops(here: Callable[..., Result], tiny_bundle: Path) -> None:
     text = expected_text(tiny_bundle, "x", 60)
     stop = text[8:10]
     arguments = ("generate", tiny_bundle, "--prompt", "x", "--max-new-tokens", 60, "--stop", "zzzz", "--stop", stop)
-    assert here(*arguments)[1] == "x" + text[: text.index(stop)] + "\n"
+    assert here(*arguments)[1] == text[: text.index(stop)] + "\n"
 
 
 # ---- the other commands ----------------------------------------------------------------------------------------------

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,15 +146,112 @@ def test_capturing_leaves_the_cache_as_it_was(folder: Path) -> None:
         assert torch.equal(a, b)
 
 
-def test_an_unknown_token_id_is_refused_and_other_sessions_go_on(folder: Path) -> None:
-    runtime = opened(folder)
+BAD_IDS: dict[str, tuple[object, str]] = {
+    "beyond": (1_000_000, "token id 1000000 is outside 0..22"),
+    "negative": (-1, "token id -1 is outside 0..22"),
+    "2**63": (2**63, "token id 9223372036854775808 is outside 0..22"),
+    "2**64": (2**64, "token id 18446744073709551616 is outside 0..22"),
+    "float": (1.5, "token id 1.5 is of type float, expected an integer in 0..22"),
+    "bool": (True, "token id True is of type bool, expected an integer in 0..22"),
+}
+
+
+@pytest.mark.parametrize("name", ["aoti", "eager"])
+@pytest.mark.parametrize("bad", BAD_IDS)
+def test_a_bad_token_id_is_refused_and_other_sessions_go_on(folder: Path, name: str, bad: str) -> None:
+    """Before it reaches a kernel, where it would be a device-side assert that ends every session of the process."""
+    one, message = BAD_IDS[bad]
+    runtime = opened(folder, name)
     session, other = Session(runtime), Session(runtime)
-    expected = list(other.generate_ids([1, 2, 3], 5))
-    for feed in (lambda: session.prefill([1, 1_000_000]), lambda: session.decode(-1)):
-        with pytest.raises(ValueError, match="token ids must be in"):
-            feed()
-    with pytest.raises(ValueError, match="token ids must be in"):
-        list(session.generate_ids([1_000_000], 5))
+    expected = list(other.generate_ids([1, 2, 3], 20, eos_token_id=-1))
     other.reset()
-    assert list(other.generate_ids([1, 2, 3], 5)) == expected
-    assert list(session.generate_ids([1, 2, 3], 5)) == expected
+    generation, own = (s.generate_ids([1, 2, 3], 20, eos_token_id=-1) for s in (other, session))
+    written, own_written = ([next(tokens) for _ in range(5)] for tokens in (generation, own))
+    feeds = (lambda: session.prefill([1, one]), lambda: session.decode(one), lambda: session.generate_ids([one], 5))
+    for feed in feeds:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            feed()
+    assert [*written, *generation] == expected
+    assert [*own_written, *own] == expected
+    torch.cuda.synchronize()
+    assert list(Session(runtime).generate_ids([1, 2, 3], 20, eos_token_id=-1)) == expected
+
+
+@pytest.mark.parametrize("name", ["aoti", "eager"])
+def test_bad_ids_on_the_gpu_are_refused_and_other_sessions_go_on(folder: Path, name: str) -> None:
+    """Of programs that are called directly, with and without CUDA graphs, and as prompts of a session."""
+    runtime = opened(folder, name)
+    other = Session(runtime)
+    expected = list(other.generate_ids([1, 2, 3], 20, eos_token_id=-1))
+    good, bad = (torch.tensor(ids, device="cuda") for ids in ([1, 2], [1, 1_000_000]))
+    for programs in (runtime.bind(runtime.new_cache(2), capture) for capture in (True, False)):
+        programs.decode(good)
+        before = [tensor.clone() for tensor in programs.cache.tensors()]
+        with pytest.raises(ValueError, match=r"token id 1000000 of row 1 is outside 0\.\.22"):
+            programs.decode(bad)
+        with pytest.raises(ValueError, match=r"token id 1000000 of row 1 is outside 0\.\.22"):
+            programs.prefill(bad[:, None], torch.tensor([1, 1]))
+        with pytest.raises(ValueError, match=r"token_ids are of torch\.float32"):
+            programs.decode(good.float())
+        assert all(torch.equal(*pair) for pair in zip(programs.cache.tensors(), before, strict=True))
+        assert programs.decode(good).isfinite().all()
+    for prompt, message in ((bad, "token id 1000000 is outside"), (good.float(), "is of type float")):
+        with pytest.raises(ValueError, match=message):
+            other.prefill(prompt)
+        with pytest.raises(ValueError, match=message):
+            other.generate_ids(prompt)
+    other.reset()
+    assert list(other.generate_ids(torch.tensor([1, 2, 3], device="cuda"), 20, eos_token_id=-1)) == expected
+
+
+def test_a_text_of_unknown_ids_is_refused_and_other_sessions_go_on(folder: Path) -> None:
+    session = Session(opened(folder), byte_tokenizer())  # of more ids than the model has
+    session.runtime.config.bos_token_id = 1
+    expected = session.generate_batch(["", ""], 20)
+    with pytest.raises(ValueError, match=r"token id 97 is outside 0\.\.22"):
+        session.generate("a")
+    with pytest.raises(ValueError, match=r"token id 97 of prompt 1 is outside 0\.\.22"):
+        session.generate_batch(["", "a"])
+    assert session.generate_batch(["", ""], 20) == expected
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cuda", torch.bfloat16),
+    "float64": lambda: set_and_reset(torch.set_default_dtype, torch.float64, torch.float32),
+    "meta": lambda: set_and_reset(torch.set_default_device, "meta", None),
+    "cuda": lambda: set_and_reset(torch.set_default_device, "cuda", None),
+    "deterministic": lambda: set_and_reset(torch.use_deterministic_algorithms, True, False),
+}
+
+
+@contextmanager
+def set_and_reset(function: Callable[[Any], object], value: object, before: object) -> Iterator[None]:
+    function(value)
+    yield
+    function(before)
+
+
+@pytest.mark.parametrize("name", ["aoti", "eager"])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_torch_change_nothing(folder: Path, name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for in deterministic mode
+    sampling = {"temperature": 1.0, "top_k": 9, "top_p": 0.9}
+
+    def use(session: Session) -> list[Any]:
+        found = [list(session.generate_ids([1, 2, 3], 70, eos_token_id=-1, **options)) for options in ({}, sampling)]
+        logits = [session.prefill([4, 5]), session.decode(6)]
+        assert {tensor.dtype for tensor in logits} == {torch.float32}
+        fork = session.fork()
+        session.reset()
+        return [*found, *(tensor.tolist() for tensor in logits), list(fork.generate_ids([], 3, eos_token_id=-1))]
+
+    outside = Session(opened(folder, name))
+    expected = use(outside)
+    with MODES[mode]():
+        inside = Session(opened(folder, name))
+        assert use(inside) == expected
+        assert use(outside) == expected
+        fork = inside.fork()
+    for session in (inside, outside, fork):
+        assert use(session) == expected
