@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -89,4 +90,5 @@ def _print_exported(args: argparse.Namespace, folder: Path, manifest: Manifest) 
         return
     devices = ", ".join(target.device for target in targets.values())
     print(f"{folder}: {total:,} bytes, {manifest.dtype}, {devices}; programs equal to the eager model")
-    print(f'next: megalodon-export generate {folder} --prompt "In the beginning"')
+    name = shlex.quote(str(folder) if folder.parts[0][:1] != "-" else f"./{folder}")
+    print(f'next: megalodon-export generate {name} --prompt "In the beginning"')
