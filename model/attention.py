@@ -104,8 +104,9 @@ def _attend_in_blocks(
 
 def _behind(ring: Tensor, blocks: Tensor, dim: int) -> Tensor:
     """Put before each block in `dim` the block that precedes it; the ring precedes the first."""
-    previous = blocks.narrow(dim, 0, blocks.shape[dim] - 1)
-    return torch.cat([torch.cat([ring.unsqueeze(dim), previous], dim=dim), blocks], dim=dim + 1)
+    # The last block is cut off after `cat`, not before: a compiled graph of two blocks would have a size of 1.
+    previous = first(torch.cat([ring.unsqueeze(dim), blocks], dim=dim), dim, blocks.shape[dim])
+    return torch.cat([previous, blocks], dim=dim + 1)
 
 
 def write_ring(ring: Tensor, new: Tensor, plan: PrefillPlan) -> None:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from .blocking import padding_to
 from .cache import FinalCache, LayerCache
+from .config import BLOCK
 from .norm import NormState, TimestepNorm, accumulation_dtype, cast
 from .plan import PrefillPlan
 from .rotary import Rotary
@@ -25,6 +27,11 @@ class Backend:
     """Every operation in plain PyTorch. Caches are updated in place."""
 
     writes_next_tokens = False  # whether `write_next_tokens` is part of a decode step
+
+    def prefill_sizes(self, length: int, chunk: int) -> tuple[int, int]:
+        """The columns that a prefill of `length` tokens is padded to, whole blocks, and its `max_length`."""
+        columns = length + padding_to(length, BLOCK)
+        return columns, columns
 
     def begin_step(self, model: Megalodon, token_ids: Tensor, position: Tensor) -> tuple[Tensor, Rotary]:
         """What the first layer of a decode step takes: token_ids, position (B) -> x (B, D), rotary (B, dz/2)."""

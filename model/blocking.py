@@ -23,7 +23,7 @@ def known(condition: bool | torch.SymBool) -> bool:
     if torch.compiler.is_dynamo_compiling() or isinstance(condition, torch.SymBool):
         # Not imported above: symbolic shapes import sympy, which takes longer than opening a bundle. Whoever traces has
         # imported them.
-        return torch.fx.experimental.symbolic_shapes.guard_or_false(condition)
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(condition)
     return condition
 
 
@@ -35,8 +35,9 @@ def padding_to(length: int, size: int) -> int:
 def to_blocks(x: Tensor, dim: int, size: int) -> Tensor:
     """Split dimension `dim` of length L into (ceil(L / size), size), zero-padded at the end."""
     missing = padding_to(x.shape[dim], size)
-    if not isinstance(missing, int) or missing:  # a symbolic amount is not known to be 0
-        x = F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing])
+    if not known(missing == 0):
+        # Padding by 0, in a compiled graph, keeps the strides of x, so x must have those that padding would give it.
+        x = F.pad(compact(x), [0, 0] * (x.dim() - dim - 1) + [0, missing])
     return x.unflatten(dim, (x.shape[dim] // size, size))
 
 

@@ -164,8 +164,9 @@ def scan_blocks(c: dict[str, Tensor], x: Tensor, plan: PrefillPlan, state: Tenso
     added = torch.bmm(blocks, to_state).unflatten(-1, (ndim, 2))
     # The state at the start of every block is a prefix sum of the blocks' states, decayed by q^T a block, by doubling.
     # Real and imaginary parts are apart, since compilers for CPUs do not vectorise pairs.
-    carried = torch.cat([state.transpose(0, 1)[:, :, None], added.unflatten(1, (batch, count))[:, :, :-1]], dim=2)
-    re, im = carried.unbind(-1)
+    # The last block's state is cut off after `cat`, not before: a compiled graph of two blocks would have a size of 1.
+    carried = torch.cat([state.transpose(0, 1)[:, :, None], added.unflatten(1, (batch, count))], dim=2)
+    re, im = first(carried, 2, count).unbind(-1)
     for i, shift in enumerate(carry_shifts(plan.max_length)):
         earlier_re, earlier_im = (first(F.pad(part, (0, 0, shift, 0)), 2, count) for part in (re, im))
         decay_re, decay_im = decays[:, None, None, i].unbind(-1)

@@ -21,6 +21,7 @@ from .backend import Backend
 from .blocking import first, padding_to
 from .blocks import MegalodonBlock
 from .cache import FinalCache, ModelCache
+from .compiled import CompiledBackend
 from .config import BLOCK, ModelConfig
 from .constants import unfreeze_constants
 from .norm import TimestepNorm
@@ -108,12 +109,11 @@ class Megalodon(nn.Module):
         `position` (B) and `ring`, the number of slots, are the cache's; None without a cache.
         """
         check_dtype(self.dtype_of_weights, self.supported_dtypes)
-        length = token_ids.shape[1]
-        max_length = (max_length or length) + padding_to(max_length or length, BLOCK)
-        token_ids = F.pad(token_ids, (0, padding_to(length, BLOCK)))  # once, so that no layer has to
-        length, start = token_ids.shape[1], torch.zeros_like(lengths) if position is None else position
+        ring, start = ring or self.config.chunk_size, torch.zeros_like(lengths) if position is None else position
+        length, bound = self.backend.prefill_sizes(token_ids.shape[1], ring)
+        max_length = bound if max_length is None else max_length + padding_to(max_length, BLOCK)
+        token_ids = F.pad(token_ids, (0, length - token_ids.shape[1]))  # once, so that no layer has to
         rotary = self.rotary(start[:, None] + torch.arange(length, device=token_ids.device))
-        ring = ring or self.config.chunk_size
         plan = PrefillPlan.of(lengths, start, length, ring, max_length, cached=position is not None)
         return self.embed_tokens(token_ids), plan, rotary
 
@@ -153,6 +153,13 @@ class Megalodon(nn.Module):
     def new_cache(self, batch: int) -> ModelCache:
         """A fresh cache for `batch` streams, in the model's dtype and on its device."""
         return self.cache_class.allocate(self.config, batch, self.dtype_of_weights, self.embed.weight.device)
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]  # nn.Module's compiles all layers as one graph
+        """Compile the layers in place, with torch.compile's `options`: the first call of each kind compiles one layer.
+
+        It serves all layers, lengths and batches: see `CompiledBackend`.
+        """
+        self.backend = CompiledBackend(getattr(self.backend, "inner", self.backend), **options)
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module.train. Training changes the weights, so constants frozen from them are dropped first."""
@@ -201,6 +208,10 @@ class MegalodonLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: hidden states (..., D) -> logits (..., V) in float32, or in float64 for a float64 model."""
         return self.model.backend.head(self.lm_head, hidden)
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """As `Megalodon.compile`."""
+        self.model.compile(**options)
 
     @property
     def dtype_of_weights(self) -> torch.dtype:
