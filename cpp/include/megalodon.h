@@ -42,8 +42,8 @@
    Threads: any number of threads may use an engine at a time, and one thread a session. A second call on a session
    returns MEGALODON_BUSY. Each calling thread has its own OpenMP threads (OMP_NUM_THREADS), which the programs use.
 
-   Processes: a process that was forked after an engine was opened cannot use it, since threads do not live on in a
-   fork. Calls return MEGALODON_UNAVAILABLE there. Fork first, then open an engine in each child.
+   Processes: a process that was forked after a bundle was opened can use no engine and open none, since threads do not
+   live on in a fork. Calls return MEGALODON_UNAVAILABLE there. Fork first, then open an engine in each child.
 
    Trust: the programs in a bundle are native code. The library checks sizes and sha256 of all files before it loads any
    of it. This detects damage, not malice: open only bundles from people you trust, in folders that nobody changes. */

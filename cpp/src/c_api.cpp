@@ -140,7 +140,7 @@ megalodon_status megalodon_prefill_batch(megalodon_session* const* sessions, con
     need(lengths, "lengths");
     std::vector<std::span<const std::int64_t>> prompts;
     for (std::size_t i = 0; i < count; ++i) {
-      const std::string index = "[" + std::to_string(i) + "]";
+      const std::string index = std::string("[").append(std::to_string(i)).append("]");
       need(token_ids[i], lengths[i], "token_ids" + index, ("lengths" + index).c_str());
       prompts.emplace_back(token_ids[i], lengths[i]);
     }

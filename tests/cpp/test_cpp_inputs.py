@@ -27,7 +27,7 @@ INVALID, UNAVAILABLE, POISONED = 1, 3, 6
 HUGE = 2**64 - 1
 FORKED = (
     "this process was forked after the bundle was loaded, and compiled programs cannot run in a fork; "
-    "load the bundle in the child"
+    "load the bundle after the fork, in each process"
 )
 
 
@@ -82,7 +82,7 @@ def test_a_token_id_is_named(session: native.Session, door: str, bad: int) -> No
 def test_a_token_id_of_one_stream_leaves_the_others(engine: native.Engine) -> None:
     sessions = [native.Session(engine) for _ in range(2)]
     next_tokens, said = native.step(sessions, [1, 257], Sampling())
-    assert (next_tokens, said) == ([-1, -1], "token id 257 is outside 0..256; is this the model's tokenizer?")
+    assert (next_tokens, said) == ([-1, -1], "token id 257 of row 1 is outside 0..256; is this the model's tokenizer?")
     assert [session.position for session in sessions] == [0, 0]
     assert -1 not in native.step(sessions, [1, 256], Sampling())[0]
 
@@ -271,7 +271,7 @@ def _in_child(call: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_child_is_told_to_load_the_bundle(engine: native.Engine, session: native.Session) -> None:
+def test_a_forked_child_is_told_what_to_do(engine: native.Engine, session: native.Session, tiny_bundle: Path) -> None:
     expected = native.Session(engine).generate_ids([1, 2, 3, 4], 20)  # the engine's threads have run
     calls: dict[str, Callable[[], Any]] = {
         "prefill": lambda: session.prefill([1] * 100, 257),
@@ -282,6 +282,7 @@ def test_a_forked_child_is_told_to_load_the_bundle(engine: native.Engine, sessio
         ),
         "position": lambda: session.position,
         "reset": lambda: session.abi.call("session_reset", session.handle),
+        "open": lambda: native.Engine(engine.abi, tiny_bundle),
         "create": lambda: native.Session(engine),
         "fork": lambda: session.abi.call("session_fork", session.handle, byref(c_void_p())),
         "encode": lambda: session.abi.call(

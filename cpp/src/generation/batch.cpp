@@ -84,7 +84,9 @@ class Session::Batch {
 void Session::prefill_batch(std::span<Session* const> sessions,
                             std::span<const std::span<const std::int64_t>> token_ids, std::span<float> logits) {
   const Engine& engine = *sessions[0]->engine_;
-  for (const auto& ids : token_ids) engine.check_ids(ids);
+  for (std::size_t i = 0; i < token_ids.size(); ++i) {
+    engine.check_ids(token_ids[i], token_ids.size() > 1 ? " of prompt " + std::to_string(i) : "");
+  }
   Batch batch(sessions);
   std::vector<std::vector<std::int64_t>> fed;
   for (std::size_t i = 0; i < sessions.size(); ++i) fed.push_back(sessions[i]->with_pending(token_ids[i]));
@@ -99,7 +101,9 @@ template <typename Call>
 void Session::feed_one_each(std::span<Session* const> sessions, std::span<const std::int64_t> token_ids, Call call,
                             std::span<const std::int64_t> next_tokens) {
   const Engine& engine = *sessions[0]->engine_;
-  engine.check_ids(token_ids);
+  for (std::size_t i = 0; i < token_ids.size(); ++i) {
+    engine.check_ids(token_ids.subspan(i, 1), token_ids.size() > 1 ? " of row " + std::to_string(i) : "");
+  }
   Batch batch(sessions);
   for (Session* session : sessions) {
     if (session->pending_) session->feed({}, {});

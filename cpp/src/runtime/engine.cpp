@@ -17,11 +17,18 @@ namespace {
 constexpr const char* kTokenizer = "tokenizer.json";
 constexpr int kMaxConcurrency = 1024;  // each call that may run at the same time has a copy of the program's state
 
+// The process that opened the first bundle.
+pid_t first_process() {
+  static const pid_t first = getpid();
+  return first;
+}
+
 }  // namespace
 
 // ---- opening a bundle -----------------------------------------------------------------------------------------------
 
-Engine::Engine(const std::filesystem::path& folder, bool check_hashes, int concurrency) {
+Engine::Engine(const std::filesystem::path& folder, bool check_hashes, int concurrency) : process_(first_process()) {
+  require_same_process();
   require(concurrency >= 0 && concurrency <= kMaxConcurrency,
           "concurrency is " + std::to_string(concurrency) + ", expected 1.." + std::to_string(kMaxConcurrency) +
               ", or 0 for one call per processor");
@@ -73,7 +80,7 @@ void Engine::require_same_process() const {
   if (is_same_process()) return;
   throw unavailable(
       "this process was forked after the bundle was loaded, and compiled programs cannot run in a fork; load the "
-      "bundle in the child");
+      "bundle after the fork, in each process");
 }
 
 const Tokenizer& Engine::tokenizer() const {
@@ -207,12 +214,12 @@ void Engine::decode(std::span<const std::int64_t> token_ids, const CacheView& ca
   });
 }
 
-void Engine::check_ids(std::span<const std::int64_t> token_ids) const {
+void Engine::check_ids(std::span<const std::int64_t> token_ids, const std::string& whose) const {
   require(!token_ids.empty(), "there are no tokens to feed; give at least one");
   for (const std::int64_t id : token_ids) {
     if (id >= 0 && id < manifest_.vocab_size) continue;
-    throw invalid("token id " + std::to_string(id) + " is outside 0.." + std::to_string(manifest_.vocab_size - 1) +
-                  "; is this the model's tokenizer?");
+    throw invalid("token id " + std::to_string(id) + whose + " is outside 0.." +
+                  std::to_string(manifest_.vocab_size - 1) + "; is this the model's tokenizer?");
   }
 }
 

@@ -45,10 +45,11 @@ class Engine {
   // The program that feeds one token to each of `rows` rows.
   const Program& decode_program(std::int64_t rows) const;
 
-  // Error MEGALODON_INVALID_ARGUMENT unless there are ids, and all are the model's.
-  void check_ids(std::span<const std::int64_t> token_ids) const;
+  // Error MEGALODON_INVALID_ARGUMENT unless there are ids, and all are the model's. `whose` goes into the message.
+  void check_ids(std::span<const std::int64_t> token_ids, const std::string& whose = "") const;
   void check_batch(std::size_t batch) const;
-  // False in a child of the process that opened the bundle: threads of OpenMP and CUDA do not live on in a fork.
+  // False in a child of a process that has opened a bundle. Threads of OpenMP and CUDA do not live on in a fork, and the
+  // first operation that needs them would wait forever.
   bool is_same_process() const { return getpid() == process_; }
   void require_same_process() const;  // Error MEGALODON_UNAVAILABLE
 
@@ -64,7 +65,7 @@ class Engine {
   void store_spare(std::unique_ptr<CacheBlock> block) const noexcept;
   void free_spares() const;
 
-  const pid_t process_ = getpid();  // that has opened the bundle
+  const pid_t process_;  // the first that has opened a bundle, here or before this one was forked from it
   Manifest manifest_;
   std::unique_ptr<Device> device_;
   std::int64_t weight_bytes_ = 0;
