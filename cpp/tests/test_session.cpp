@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <megalodon.hpp>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -200,25 +201,32 @@ TEST(Session, InvalidArgumentsLeaveTheStreamAsItIs) {
   EXPECT_EQ(megalodon_engine_open(nullptr, nullptr, nullptr), MEGALODON_INVALID_ARGUMENT);
 }
 
-// A copy of the bundle with a manifest that promises more logits than the programs return.
-std::filesystem::path lying_bundle() {
-  const auto folder = std::filesystem::path(testing::TempDir()) / "megalodon-lying-bundle";
+// A copy of the bundle in which token 200 makes the logits of its stream NaN.
+std::filesystem::path broken_bundle() {
+  const auto folder = std::filesystem::path(testing::TempDir()) / "megalodon-broken-bundle";
   std::filesystem::remove_all(folder);
   std::filesystem::copy(bundle(), folder, std::filesystem::copy_options::recursive);
-  std::ifstream old(folder / "manifest.json");
-  nlohmann::json manifest = nlohmann::json::parse(old);
-  manifest["dimensions"]["V"] = 300;
-  std::ofstream(folder / "manifest.json") << manifest.dump();
+  std::fstream file(folder / "model.safetensors", std::ios::binary | std::ios::in | std::ios::out);
+  std::uint64_t size = 0;
+  file.read(reinterpret_cast<char*>(&size), sizeof size);
+  std::string header(size, ' ');
+  file.read(header.data(), static_cast<std::streamsize>(size));
+  const nlohmann::json entry = nlohmann::json::parse(header)["model.embed.weight"];
+  const std::uint64_t row = 200 * sizeof(float) * entry["shape"][1].get<std::uint64_t>();
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  file.seekp(static_cast<std::streamoff>(8 + size + entry["data_offsets"][0].get<std::uint64_t>() + row));
+  file.write(reinterpret_cast<const char*>(&nan), sizeof nan);
   return folder;
 }
 
-TEST(Session, AFailedProgramPoisonsItsSessionsUntilReset) {
-  const auto folder = lying_bundle();
+TEST(Session, AFailurePoisonsASessionUntilReset) {
+  const auto folder = broken_bundle();
   {
-    const Engine lying(folder.string());
-    Session session(lying), other(lying);
+    const Engine broken(folder.string(), false);
+    Session session(broken), other(broken);
     const auto fresh = session.snapshot();
-    EXPECT_EQ(status_of([&] { session.prefill({1}); }), MEGALODON_FAILED);
+    const auto fail = [&] { generate(session, {200}, options(2)); };
+    EXPECT_EQ(status_of(fail), MEGALODON_FAILED);
     EXPECT_EQ(status_of([&] { session.prefill({1}); }), MEGALODON_POISONED);
     EXPECT_EQ(status_of([&] { session.snapshot(); }), MEGALODON_POISONED);
     EXPECT_EQ(status_of([&] { session.fork(); }), MEGALODON_POISONED);
@@ -226,10 +234,34 @@ TEST(Session, AFailedProgramPoisonsItsSessionsUntilReset) {
     EXPECT_EQ(other.position(), 0);
     session.reset();
     EXPECT_EQ(session.position(), 0);
-    EXPECT_EQ(status_of([&] { megalodon::decode_batch({&other, &session}, {1, 1}); }), MEGALODON_FAILED);
-    EXPECT_EQ(status_of([&] { other.decode(1); }), MEGALODON_POISONED);
-    other.restore(fresh);
-    EXPECT_EQ(other.position(), 0);
+    EXPECT_EQ(status_of(fail), MEGALODON_FAILED);
+    session.restore(fresh);
+    EXPECT_EQ(session.position(), 0);
+  }
+  std::filesystem::remove_all(folder);
+}
+
+TEST(Batch, ASessionThatCannotBeSampledFailsAlone) {
+  const auto folder = broken_bundle();
+  {
+    const Engine broken(folder.string(), false);
+    for (const double temperature : {0.0, 1.0}) {
+      std::vector<Session> sessions;
+      for (int i = 0; i < 3; ++i) sessions.emplace_back(broken);
+      const std::vector<megalodon_sampling> samplings(3, options(1, temperature, 4).sampling);
+      const std::vector<Session*> all{&sessions[0], &sessions[1], &sessions[2]};
+      Ids next;
+      EXPECT_EQ(status_of([&] { megalodon::step_batch(all, {1, 200, 3}, samplings, {0, 0, 0}, next); }),
+                MEGALODON_FAILED);
+      ASSERT_EQ(next.size(), 3U);
+      EXPECT_EQ(next[1], -1);
+      EXPECT_EQ(status_of([&] { sessions[1].decode(1); }), MEGALODON_POISONED);
+      for (const std::size_t i : {std::size_t{0}, std::size_t{2}}) {
+        Session alone(broken);
+        EXPECT_EQ(next[i], megalodon::sample(alone.decode(i == 0 ? 1 : 3), samplings[i], 0));
+        EXPECT_EQ(sessions[i].position(), 1);
+      }
+    }
   }
   std::filesystem::remove_all(folder);
 }

@@ -17,7 +17,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import megalodon_export
 from megalodon_export.generation.sampling import SamplingParams
+from megalodon_export.runtimes.ambient import ForkedProcess, check_process
 from support import native
 from support.native import NativeError, Sampling, array, cli
 
@@ -229,6 +231,32 @@ def test_sampling_is_refused_in_the_words_of_python(session: native.Session, fie
     assert session.position == 3
 
 
+# What each side is asked; both refuse it in the same words.
+SAME: dict[str, tuple[Callable[[native.Session], Any], Callable[[megalodon_export.Session], Any]]] = {
+    "a token id": (lambda one: one.prefill([1, 300], 257), lambda one: one.prefill([1, 300])),
+    "no token ids": (lambda one: one.prefill([], 257), lambda one: one.prefill([])),
+    "no new tokens": (lambda one: one.generate_ids([1], 0), lambda one: list(one.generate_ids([1], 0))),
+    "an end": (
+        lambda one: one.generate_ids([1], 4, eos=257),
+        lambda one: list(one.generate_ids([1], 4, eos_token_id=257)),
+    ),
+    "a prompt": (lambda one: one.generate(b"\xc3\xa9\xff", 4), lambda one: list(one.generate("é\udcff", 4))),
+    "a stop string": (
+        lambda one: one.generate("x", 4, ["a", b"b\xff"]),
+        lambda one: list(one.generate("x", 4, stop=["a", "b\udcff"])),
+    ),
+    "an empty stop string": (lambda one: one.generate("x", 4, [""]), lambda one: list(one.generate("x", 4, stop=[""]))),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_python_uses_the_same_words(session: native.Session, tiny_bundle: Path, name: str) -> None:
+    ours, python = SAME[name]
+    with pytest.raises(ValueError, match=" ") as caught:
+        python(megalodon_export.load(tiny_bundle))
+    assert refused(lambda: ours(session)) == str(caught.value)
+
+
 # ---- one stream's fault ----------------------------------------------------------------------------------------------
 
 
@@ -290,6 +318,10 @@ def test_a_forked_child_is_told_what_to_do(engine: native.Engine, session: nativ
         ),
     }
 
+    with pytest.raises(ForkedProcess) as python:
+        check_process(os.getpid() + 1)
+    assert str(python.value) == FORKED
+
     def child() -> dict[str, Any]:
         told = {}
         for name, call in calls.items():
@@ -329,7 +361,7 @@ def test_utf8_is_what_python_takes_for_it(engine: native.Engine, text: list[int]
 @pytest.mark.parametrize(("text", "at"), [(b"\xff", 0), (b"ab\xc3\x28", 2), (b"ok \xed\xa0\x80", 3), (b"\xe2\x82", 0)])
 def test_texts_that_are_not_utf8_are_refused(session: native.Session, text: bytes, at: int) -> None:
     assert refused(lambda: session.generate(text, 4)) == f"the prompt is not UTF-8 at byte {at}"
-    assert refused(lambda: session.generate("x", 4, ["a", text])) == f"stop[1] is not UTF-8 at byte {at}"
+    assert refused(lambda: session.generate("x", 4, ["a", text])) == f"stop 1 is not UTF-8 at byte {at}"
     assert session.position == 3
 
 
@@ -338,7 +370,7 @@ def test_texts_that_are_not_utf8_are_refused(session: native.Session, text: byte
     [
         (("-p", "ab\udcff"), "", "the prompt is not UTF-8 at byte 2"),
         ((), "ab\udce2\udc82", "the prompt is not UTF-8 at byte 2"),
-        (("-p", "x", "--stop", "\udcff"), "", "stop[0] is not UTF-8 at byte 0"),
+        (("-p", "x", "--stop", "\udcff"), "", "stop 0 is not UTF-8 at byte 0"),
         ((), "ab\0cd", "the prompt has a zero byte, at byte 2; leave it out, or pass token ids"),
     ],
 )
