@@ -15,7 +15,15 @@ import megalodon_export
 from megalodon_export import cli
 from megalodon_export.bundles.checkpoints import default_checkpoint, load_model
 from megalodon_export.export.onnx import export_onnx
-from megalodon_export.measure.evaluation import Score, Target, encode, score, texts
+from megalodon_export.measure.evaluation import (
+    Score,
+    Target,
+    encode,
+    perplexity,
+    score,
+    score_continuations,
+    texts,
+)
 from megalodon_export.runtimes.eager import ModelRuntime
 from support.golden_data import convert, load, write_checkpoint
 from support.slow import slow_except
@@ -143,6 +151,52 @@ def test_a_line_without_a_text_is_named(tmp_path: Path, line: str) -> None:
         list(texts(tmp_path / "x.jsonl"))
 
 
+LINES: dict[str, tuple[bytes, str]] = {
+    "latin-1": (b'{"text": "caf\xe9"}', "line 2 is not UTF-8 at byte 13"),
+    "cut": (b'{"text": "a\xe2\x82"}', "line 2 is not UTF-8 at byte 11"),
+    "half a character": (rb'{"text": "\u00e9\ud83d"}', "line 2: the text is not UTF-8 at byte 2"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_line_that_is_not_utf8_is_named(tmp_path: Path, name: str) -> None:
+    line, message = LINES[name]
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "\xc3\xa9"}\r\n' + line + b"\n")
+    found = texts(tmp_path / "x.jsonl")
+    assert next(found) == "é"
+    with pytest.raises(ValueError, match=rf"x\.jsonl, {message}$"):
+        next(found)
+
+
+WRONG: dict[str, tuple[Callable[[Target], object], str]] = {
+    "an id": (lambda t: score(t.runtime, [[1, 2], [3, 300]]), r"token id 300 of document 1 is outside 0\.\.256"),
+    "a float": (lambda t: score(t.runtime, [torch.tensor([1.5])]), r"token id 1\.5 of document 0 is of type float"),
+    "a text": (lambda t: score(t.runtime, ["abc"]), "token ids of document 0 are 'abc', expected a sequence"),
+    "segment": (lambda t: score(t.runtime, [[1, 2]], segment=0), "segment is 0, expected at least 1"),
+    "truncation": (
+        lambda t: score(t.runtime, [[1, 2]], truncate_chunks=2),
+        r"truncate_chunks is 2, expected 0 \(off\)",
+    ),
+    "no truncation": (
+        lambda t: score(t.runtime, [[1]], truncate_chunks=True),
+        "truncate_chunks is True, expected an int",
+    ),
+    "a context": (
+        lambda t: score_continuations(t.runtime, [([1], [2]), ([3, -1], [4])]),
+        r"token id -1 of request 1 is outside 0\.\.256",
+    ),
+    "batch": (lambda t: perplexity(t, Path("none"), batch=0), "batch is 0, expected at least 1"),
+    "bytes": (lambda t: encode(t, b"abc"), "the document is b'abc' of type bytes, expected text"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_named_before_anything_is_scored(name: str) -> None:
+    call, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        call(Target.open(default_checkpoint(), device="cpu"))
+
+
 def test_failures(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path, tiny_bundle: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     checkpoint = default_checkpoint()
@@ -151,8 +205,6 @@ def test_failures(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path
         (1, [checkpoint, "--ppl", tmp_path / "none.jsonl"], "No such file"),
         (1, [checkpoint, "--ppl", tmp_path / "empty.jsonl"], "has no token to score"),
         (1, [checkpoint, "--ppl", file, "--runtime", "aoti"], "is a checkpoint, which runs in eager mode"),
-        (1, [checkpoint, "--ppl", file, "--truncate-chunks", "2"], "truncate_chunks is 2, expected 0 (off) or more"),
-        (1, [checkpoint, "--ppl", file, "--batch", "0"], "batch is 0, expected at least 1"),
         (1, [tiny_bundle, "--ppl", file, "--dtype", "bfloat16"], "is a bundle in float32; leave out the dtype"),
         (1, [tmp_path, "--ppl", file], "has no tokenizer.json"),
     ]
