@@ -125,8 +125,8 @@ def attend_step(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, position: Te
     chunk = cache.key.shape[2]
     rows = torch.arange(q.shape[0], device=q.device)
     slot = position % chunk
-    torch.ops.aten.index_put_(cache.key, [rows, None, slot], k)
-    torch.ops.aten.index_put_(cache.value, [rows, None, slot], v)
+    for ring, new in ((cache.key, k), (cache.value, v)):
+        torch.ops.aten.index_put_(ring, [rows, None, slot], cast(new, ring.dtype))  # bfloat16 under autocast
     allowed = torch.arange(chunk, device=q.device) <= slot[:, None]  # (B, C)
     scores = batched_matmul(q[:, :, None], cache.key.mT)  # (B, H, 1, C)
     weights = masked_softmax(scores, allowed[:, None, None], cache.value.dtype)

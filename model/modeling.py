@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autocast import own_dtype_with_cache
 from .backend import Backend
 from .blocking import first, padding_to
 from .blocks import MegalodonBlock
@@ -69,7 +68,6 @@ class Megalodon(nn.Module):
         self.norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps, config.norm_statistics)
         use_quantized_layers(self, config)
 
-    @own_dtype_with_cache
     def prefill(
         self, token_ids: Tensor, lengths: Tensor, cache: ModelCache | None = None, max_length: int | None = None
     ) -> Tensor:
@@ -86,7 +84,6 @@ class Megalodon(nn.Module):
         x = self.end_prefill(x, plan, None if cache is None else cache.final)
         return first(x, 1, token_ids.shape[1])
 
-    @own_dtype_with_cache
     def decode(self, token_ids: Tensor, cache: ModelCache) -> Tensor:
         """Run one token of each row, token_ids (B) -> hidden states (B, D)."""
         x, rotary = self.begin_decode(token_ids, cache.position)
@@ -186,21 +183,18 @@ class MegalodonLM(nn.Module):
         self.lm_head = nn.Linear(config.model_dim, config.logits_size, bias=False)
         use_quantized_layers(self, config)
 
-    @own_dtype_with_cache
     def prefill(
         self, token_ids: Tensor, lengths: Tensor, cache: ModelCache | None = None, max_length: int | None = None
     ) -> Tensor:
         """`Megalodon.prefill`, then logits (B, V) of each row's last valid token, in float32."""
         return self.logits(last_valid(self.model.prefill(token_ids, lengths, cache, max_length), lengths))
 
-    @own_dtype_with_cache
     def score(
         self, token_ids: Tensor, lengths: Tensor, cache: ModelCache | None = None, max_length: int | None = None
     ) -> Tensor:
         """`Megalodon.prefill`, then logits (B, L, V) of every token, in float32."""
         return self.logits(self.model.prefill(token_ids, lengths, cache, max_length))
 
-    @own_dtype_with_cache
     def decode(self, token_ids: Tensor, cache: ModelCache) -> Tensor:
         """`Megalodon.decode`, then logits (B, V) in float32."""
         return self.logits(self.model.decode(token_ids, cache))

@@ -19,7 +19,7 @@ def generate(args: argparse.Namespace) -> None:
     """Print the continuation as it comes, or one JSON object at the end."""
     set_threads(args, args.bundle)
     prompt = utf8(sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt))
-    stops = [utf8(os.fsencode(stop), "the stop string") for stop in args.stop]
+    stops = [utf8(os.fsencode(stop), f"stop[{i}]") for i, stop in enumerate(args.stop)]
     runtime = args.runtime or default_runtime(bundle.read(args.bundle, "sizes"))
     session = load(args.bundle, runtime=runtime, device=args.device)
     sampling = sampling_options(args)

@@ -93,16 +93,16 @@ def utf8(data: bytes, name: str = "the prompt") -> str:
         raise ValueError(f"{name} is not UTF-8 at byte {error.start}") from None
 
 
-def texts(values: object, name: str = "prompt") -> list[str]:
+def texts(values: object, name: str = "prompts") -> list[str]:
     """Several texts."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise ValueError(f"the {name}s are {show(values)} of type {type(values).__name__}, expected a list of texts")
-    return [text(value, f"{name} {index}") for index, value in enumerate(values)]
+        raise ValueError(f"{name} is {show(values)} of type {type(values).__name__}, expected a list of texts")
+    return [text(value, f"{name}[{index}]") for index, value in enumerate(values)]
 
 
 def stop_strings(stop: object) -> tuple[str, ...]:
     """The strings that end a text: none, one, or several, none of them empty."""
-    stops = () if stop is None else (text(stop, "the stop string"),) if isinstance(stop, str) else texts(stop, "stop")
+    stops = () if stop is None else (text(stop, "stop"),) if isinstance(stop, str) else texts(stop, "stop")
     if "" in stops:
         raise ValueError("an empty stop string would end every text at once; expected non-empty strings, drop it")
     return tuple(stops)

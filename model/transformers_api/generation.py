@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, NoReturn
 
+import torch
 from transformers import GenerationMixin
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -19,6 +20,11 @@ SUPPORTED = (
 
 class MegalodonGenerationMixin(GenerationMixin):
     """generate() with the model's own cache; modes that it cannot serve are refused."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' generate(), in the model's own dtype: autocast, which is for training, changes no token."""
+        with torch.autocast(self.device.type, enabled=False):  # type: ignore[attr-defined]
+            return super().generate(*args, **kwargs)
 
     def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args: Any, **kwargs: Any) -> str | None:
         if generation_mode not in SUPPORTED:

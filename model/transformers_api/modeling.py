@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..autocast import own_dtype_with_cache
 from ..cache import ModelCache
 from ..loss import cross_entropy
 from ..modeling import Megalodon, MegalodonLM
@@ -140,7 +139,6 @@ class MegalodonForCausalLM(MegalodonLM, MegalodonPreTrainedModel, MegalodonGener
         self.lm_head = value
 
     @can_return_tuple
-    @own_dtype_with_cache
     def forward(
         self,
         input_ids: Tensor,

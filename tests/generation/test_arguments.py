@@ -217,7 +217,7 @@ NO_TEXT: dict[str, tuple[Any, str]] = {
 def test_prompts_that_are_no_text(session: Session, refuses: Callable[..., None], name: str) -> None:
     value, message = NO_TEXT[name]
     refuses(f"^the prompt is {message}: a str$", lambda: session.generate(value))
-    refuses(f"^prompt 1 is {message}: a str$", lambda: session.generate_batch(["x", value]))
+    refuses(rf"^prompts\[1\] is {message}: a str$", lambda: session.generate_batch(["x", value]))
 
 
 NOT_UTF8 = {b"\xff": 0, b"ab\xff": 2, b"\xc3\xa9\xe2\x82": 2, b"caf\xe9": 3, b"\xf0\x9f\x99\x82 \xed\xa0\x80": 5}
@@ -231,10 +231,10 @@ def test_texts_that_are_not_utf8(session: Session, refuses: Callable[..., None],
         data.decode()
     assert reference.value.start == NOT_UTF8[data]
     refuses(f"^the prompt {place}", lambda: session.generate(value))
-    refuses(f"^prompt 0 {place}", lambda: session.generate_batch([value]))
-    refuses(f"^the stop string {place}", lambda: session.generate("x", stop=value))
-    refuses(f"^stop 1 {place}", lambda: session.generate("x", stop=["a", value]))
-    refuses(f"^stop 0 {place}", lambda: session.generate_batch(["x"], stop=[value]))
+    refuses(rf"^prompts\[0\] {place}", lambda: session.generate_batch([value]))
+    refuses(f"^stop {place}", lambda: session.generate("x", stop=value))
+    refuses(rf"^stop\[1\] {place}", lambda: session.generate("x", stop=["a", value]))
+    refuses(rf"^stop\[0\] {place}", lambda: session.generate_batch(["x"], stop=[value]))
 
 
 def test_half_a_character_of_utf16_is_not_utf8() -> None:
@@ -246,11 +246,11 @@ def test_half_a_character_of_utf16_is_not_utf8() -> None:
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ("abc", r"^the prompts are 'abc' of type str, expected a list of texts$"),
-        (b"abc", r"^the prompts are b'abc' of type bytes, expected a list of texts$"),
-        (None, r"^the prompts are None of type NoneType, expected a list of texts$"),
-        (3, r"^the prompts are 3 of type int, expected a list of texts$"),
-        ([[1, 2]], r"^prompt 0 is \[1, 2\] of type list, expected text: a str$"),
+        ("abc", r"^prompts is 'abc' of type str, expected a list of texts$"),
+        (b"abc", r"^prompts is b'abc' of type bytes, expected a list of texts$"),
+        (None, r"^prompts is None of type NoneType, expected a list of texts$"),
+        (3, r"^prompts is 3 of type int, expected a list of texts$"),
+        ([[1, 2]], r"^prompts\[0\] is \[1, 2\] of type list, expected text: a str$"),
         ([], r"a batch of 0 is outside 1\.\.8"),
     ],
     ids=["str", "bytes", "None", "int", "ids", "empty"],
@@ -317,10 +317,10 @@ def test_stop_takes_none_one_or_several(session: Session) -> None:
 NO_STOP: dict[str, tuple[Any, str]] = {
     "empty": ("", "an empty stop string would end every text at once"),
     "one empty": (["a", ""], "an empty stop string would end every text at once"),
-    "bytes": (b"a", "^the stops are b'a' of type bytes, expected a list of texts$"),
-    "a number": (3, "^the stops are 3 of type int, expected a list of texts$"),
-    "numbers": (["a", 3], "^stop 1 is 3 of type int, expected text: a str$"),
-    "None in a list": ([None], "^stop 0 is None of type NoneType, expected text: a str$"),
+    "bytes": (b"a", "^stop is b'a' of type bytes, expected a list of texts$"),
+    "a number": (3, "^stop is 3 of type int, expected a list of texts$"),
+    "numbers": (["a", 3], r"^stop\[1\] is 3 of type int, expected text: a str$"),
+    "None in a list": ([None], r"^stop\[0\] is None of type NoneType, expected text: a str$"),
 }
 
 

@@ -50,6 +50,34 @@ def test_sampling_and_several_sequences(model: m.MegalodonForCausalLM) -> None:
     assert len(sampled().unique(dim=0)) == 3
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}], ids=str)
+def test_autocast_changes_no_token(model: m.MegalodonForCausalLM, options: dict[str, Any]) -> None:
+    def written() -> Tensor:
+        torch.manual_seed(3)
+        return model.generate(PROMPT, max_new_tokens=12, **{"do_sample": False, **options})
+
+    expected = written()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(written(), expected)
+
+
+def test_passes_over_a_cache_run_under_autocast(model: m.MegalodonForCausalLM) -> None:
+    """Their products are in bfloat16 then, as in training; the cache keeps its dtypes."""
+
+    def passes() -> list[Tensor]:
+        cache = model.new_cache(1)
+        with torch.no_grad():
+            logits = [model(PROMPT, past_key_values=cache).logits[:, -1]]
+            logits += [model.decode(PROMPT[:, i], cache) for i in range(3)]
+        return [*logits, *cache.tensors()]
+
+    expected = passes()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = passes()
+    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
+    assert (found[3] - expected[3]).norm() < 0.1 * expected[3].norm()
+
+
 def test_beam_search_reorders_the_state(model: m.MegalodonForCausalLM) -> None:
     beams = {"max_new_tokens": 12, "num_beams": 4}
     found = continued(model, PROMPT, **beams)

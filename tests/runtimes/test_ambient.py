@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 import megalodon_export
-import megalodon_export.model as m
 from megalodon_export import Session
 from megalodon_export.generation.session import SessionError
 from megalodon_export.runtimes import ForkedProcess
-from support.small_models import full, make_model, random_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,45 +129,6 @@ def test_modes_change_nothing_for_programs(loaded: dict[str, Session], name: str
     outside.cache.copy_(inside.cache)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     assert torch.equal(inside.decode(ids[:, 1]), outside.decode(ids[:, 1]))
-
-
-def test_autocast_does_not_reach_a_model_with_a_cache() -> None:
-    """In evaluation: passes over a cache, and transformers' generate, which makes one. Training is autocast."""
-    model, ids = make_model(torch.float32, num_layers=1), random_tokens(2, 7)
-
-    def run() -> list[Tensor]:
-        cache = model.new_cache(2)
-        with torch.no_grad():
-            logits = [model.prefill(ids, full(ids), cache), model.decode(ids[:, 0], cache)]
-            logits += [model.score(ids, full(ids), cache), model(ids, past_key_values=cache).logits]
-            logits.append(model(input_ids=ids[:, :1], past_key_values=cache).logits)
-        tokens = [model.generate(ids, max_new_tokens=9, do_sample=False, num_beams=beams) for beams in (1, 2)]
-        return [*logits, *tokens, *cache.tensors()]
-
-    expected = run()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = run()
-        without_cache = model(ids, use_cache=False).logits
-        trained = model.train()(ids, past_key_values=model.new_cache(2)).logits
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-    full_precision = model(ids, use_cache=False).logits
-    assert not torch.equal(without_cache, full_precision)
-    assert not torch.equal(trained, full_precision)
-
-
-def test_autocast_does_not_reach_the_core_model() -> None:
-    config = m.ModelConfig(**{name: getattr(make_model().config, name) for name in ("vocab_size", "chunk_size")})
-    model = m.MegalodonLM(config).eval()
-    ids = random_tokens(1, 5)
-
-    def run() -> Tensor:
-        cache = model.new_cache(1)
-        with torch.no_grad():
-            return torch.stack([model.prefill(ids, full(ids), cache), model.decode(ids[:, 0], cache)])
-
-    expected = run()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(run(), expected)
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------

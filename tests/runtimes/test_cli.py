@@ -176,7 +176,7 @@ FAILURES: dict[str, tuple[Callable[[Path, Path], tuple[object, ...]], str]] = {
     "an empty stop string": (lambda b, t: ("generate", b, "--prompt", "x", "--stop", ""), "an empty stop string"),
     "a stop string": (
         lambda b, t: ("generate", b, "--prompt", "x", "--stop", "a\udcff"),
-        "the stop string is not UTF-8 at byte 1",
+        "stop[0] is not UTF-8 at byte 1",
     ),
     "not UTF-8": (lambda b, t: ("generate", b, "--prompt", "ab\udcff"), "the prompt is not UTF-8 at byte 2"),
     "another device": (lambda b, t: ("generate", b, "--prompt", "x", "--device", "cuda"), "are for cpu, not cuda"),
