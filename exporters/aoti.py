@@ -22,15 +22,13 @@ import torch
 
 from ..model import MegalodonForCausalLM, use_kernels
 from .gemv_rewrite import rewrite_gemv
-from .manifest_types import AotiPrograms, CompiledProgram, CompiledStage, Record
+from .manifest_types import PACKAGE, AotiPrograms, CompiledProgram, CompiledStage, Record
 from .programs import DECODE, DECODE_ONE, PREFILL, Limits, ProgramName
 from .scratch import scratch_folder
 from .stages import Stage, export_stages, one_layer_model
 from .target import target
 from .torch_internals import compile_graph, package_programs, stand_in_sources
 from .workers import Worker, run_side_by_side, serve
-
-PACKAGE = "model.pt2"
 
 
 @dataclass(frozen=True)

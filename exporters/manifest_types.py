@@ -12,6 +12,8 @@ import msgspec
 
 from .programs import LAYER_INDEX, DtypeName, Limits, ProgramName
 
+PACKAGE = "model.pt2"  # in a bundle's folder `aoti`: every stage once more, as torch loads them
+
 InputKind = Literal["argument", "cache", "stage", "weight"]
 
 

@@ -28,6 +28,7 @@ DECODE_ONE: ProgramName = "decode_one"  # decode once more, for a batch of 1 alo
 NEXT_TOKENS = "next_tokens"
 
 BEGIN, LAYER, END = ("begin", "layer", "end")  # of a program; see `stages.py`
+MAX_BATCH, MAX_LENGTH = 2**16, 2**24  # of any limits: a larger number is an error, and could not be allocated
 LAYER_INDEX = "{layer}"  # in the name of a layer's weight or cache tensor: the number of the layer
 
 
@@ -48,6 +49,10 @@ class Limits:
             raise ValueError(f"length_multiple is {self.length_multiple}, expected at least 1")
         if self.max_batch < 1:
             raise ValueError(f"max_batch is {self.max_batch}, expected at least 1")
+        if self.max_batch > MAX_BATCH:
+            raise ValueError(f"max_batch is {self.max_batch}, expected at most {MAX_BATCH}")
+        if self.max_length > MAX_LENGTH:
+            raise ValueError(f"max_length is {self.max_length}, expected at most {MAX_LENGTH}")
         if self.max_length < self.length_multiple or self.max_length % self.length_multiple:
             raise ValueError(
                 f"max_length is {self.max_length}, expected a multiple of {self.length_multiple}, at least that"

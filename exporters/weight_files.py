@@ -20,7 +20,7 @@ from .programs import DtypeName
 HEAD, EMBEDDING = "lm_head.weight", "model.embed.weight"
 TIED_NAMES = {HEAD: EMBEDDING, EMBEDDING: HEAD}
 
-_DTYPES: dict[str, DtypeName] = {
+DTYPE_NAMES: dict[str, DtypeName] = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
     **{"I64": "int64", "I32": "int32", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
 }
@@ -68,6 +68,8 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
     header.pop("__metadata__", None)
     first = 8 + size
     return [
-        StoredTensor(path.name, name, _DTYPES[e["dtype"]], tuple(e["shape"]), *(first + at for at in e["data_offsets"]))
+        StoredTensor(
+            path.name, name, DTYPE_NAMES[e["dtype"]], tuple(e["shape"]), *(first + at for at in e["data_offsets"])
+        )
         for name, e in header.items()
     ]

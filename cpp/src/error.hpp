@@ -16,7 +16,10 @@ class Error : public std::runtime_error {
 };
 
 inline Error invalid(const std::string& message) { return {MEGALODON_INVALID_ARGUMENT, message}; }
-inline Error bad_bundle(const std::string& message) { return {MEGALODON_BAD_BUNDLE, message}; }
+// A text with its control characters escaped, but for ends of lines; see `shown` in python_format.hpp.
+std::string shown_lines(const std::string& text);
+// The message may name files, whose names may hold control characters.
+inline Error bad_bundle(const std::string& message) { return {MEGALODON_BAD_BUNDLE, shown_lines(message)}; }
 // Two files of a bundle contradict each other.
 inline Error inconsistent(const std::string& message) { return bad_bundle(message + "; export the bundle again"); }
 inline Error unavailable(const std::string& message) { return {MEGALODON_UNAVAILABLE, message}; }

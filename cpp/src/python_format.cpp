@@ -1,10 +1,15 @@
 #include "python_format.hpp"
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <cmath>
 #include <optional>
 #include <string_view>
+#include <utility>
+
+#include "error.hpp"
+#include "utf8.hpp"
 
 namespace megalodon::impl {
 
@@ -51,28 +56,33 @@ namespace {
 
 // The number of bytes of the UTF-8 sequence that a text begins with; 0 if it begins with none.
 std::size_t sequence_length(std::string_view text) {
-  const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0U; };
-  const unsigned first = byte(0), second = byte(1);
-  if (first < 0x80) return 1;
-  const std::size_t length = first >= 0xF0 ? 4 : first >= 0xE0 ? 3 : 2;
-  if (first < 0xC2 || first > 0xF4) return 0;
-  // No sequence longer than needed, no surrogate, nothing beyond U+10FFFF.
-  if ((first == 0xE0 && second < 0xA0) || (first == 0xED && second > 0x9F)) return 0;
-  if ((first == 0xF0 && second < 0x90) || (first == 0xF4 && second > 0x8F)) return 0;
+  const auto lead = static_cast<unsigned char>(text[0]);
+  const std::size_t length = utf8_length(lead);
+  if (length > text.size()) return 0;
   for (std::size_t i = 1; i < length; ++i) {
-    if ((byte(i) & 0xC0) != 0x80) return 0;
+    if (!utf8_continues(lead, i, static_cast<unsigned char>(text[i]))) return 0;
   }
   return length;
 }
 
+// Characters that a terminal obeys instead of showing them: control characters, and those that are invisible or change
+// the order of the text around them. First and last code points.
+constexpr std::array<std::pair<unsigned, unsigned>, 6> kControl{{{0x0, 0x1F},
+                                                                 {0x7F, 0x9F},
+                                                                 {0x200B, 0x200F},
+                                                                 {0x2028, 0x202E},
+                                                                 {0x2060, 0x206F},
+                                                                 {0xFEFF, 0xFEFF}}};
+
 // Whether a UTF-8 sequence is a control character, and its code point if it is.
 std::optional<unsigned> control_character(std::string_view sequence) {
-  const unsigned first = static_cast<unsigned char>(sequence[0]);
-  if (sequence.size() == 1 && (first < ' ' || first == 0x7F)) return first;
-  if (sequence.size() == 2 && first == 0xC2 && static_cast<unsigned char>(sequence[1]) < 0xA0) {
-    return static_cast<unsigned char>(sequence[1]);
-  }
-  return std::nullopt;
+  unsigned code = static_cast<unsigned char>(sequence[0]);
+  if (sequence.size() > 1) code &= 0x7FU >> sequence.size();
+  for (const char byte : sequence.substr(1)) code = (code << 6) | (static_cast<unsigned char>(byte) & 0x3FU);
+  const bool found = std::ranges::any_of(kControl, [&](const auto& range) {
+    return code >= range.first && code <= range.second;
+  });
+  return found ? std::optional(code) : std::nullopt;
 }
 
 }  // namespace
@@ -80,7 +90,7 @@ std::optional<unsigned> control_character(std::string_view sequence) {
 bool has_control_characters(const std::string& text) {
   for (std::string_view rest = text; !rest.empty();) {
     const std::size_t length = std::max<std::size_t>(sequence_length(rest), 1);
-    if (control_character(rest.substr(0, length))) return true;
+    if (sequence_length(rest) > 0 && control_character(rest.substr(0, length))) return true;
     rest.remove_prefix(length);
   }
   return false;
@@ -94,13 +104,23 @@ std::string shown(const std::string& text) {
     const auto code = length == 0 ? std::optional<unsigned>(static_cast<unsigned char>(rest[0]))
                                   : control_character(sequence);
     if (code) {
-      for (const char digit : {'\\', 'x', "0123456789abcdef"[*code >> 4], "0123456789abcdef"[*code & 15]}) {
-        result += digit;
-      }
+      result += *code < 0x100 ? "\\x" : "\\u";
+      for (int shift = *code < 0x100 ? 4 : 12; shift >= 0; shift -= 4) result += "0123456789abcdef"[(*code >> shift) & 15];
     } else {
       result += sequence;
     }
     rest.remove_prefix(sequence.size());
+  }
+  return result;
+}
+
+std::string shown_lines(const std::string& text) {
+  std::string result;
+  for (std::size_t start = 0; start <= text.size();) {
+    const std::size_t end = std::min(text.find('\n', start), text.size());
+    if (start > 0) result += '\n';
+    result += shown(text.substr(start, end - start));
+    start = end + 1;
   }
   return result;
 }

@@ -22,7 +22,8 @@ import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from ...model import MegalodonConfig
-from ..manifest_types import Graph, GraphTensor, OnnxPrograms, StageInput, Target, numbered
+from ..manifest_types import OnnxPrograms, StageInput, numbered
+from ..onnx_names import TARGET, boundary, graph_files, past_name, present_name
 from ..programs import (
     BEGIN,
     DECODE,
@@ -42,23 +43,9 @@ from . import handlers_elementwise, handlers_indexing, handlers_products  # noqa
 from .cuda_placement import require
 from .graph_builder import BATCH, MULTIPLES, OPSET, Const, Expr, GraphBuilder, Operand
 from .translator import Translator
-from .weight_files import CONSTANTS, ExternalWeights, move_large_constants
+from .weight_files import ExternalWeights, move_large_constants
 
 IR_VERSION = 11  # an older one than onnx writes by default: ONNX Runtime lags behind it
-
-
-def past_name(name: str) -> str:
-    """The graphs' name of an input: as optimum and onnxruntime-genai name it, derived from the cache's."""
-    return "input_ids" if name == "token_ids" else f"past_key_values.{_short(name)}" if "." in name else name
-
-
-def present_name(name: str) -> str:
-    """The graphs' name of an output."""
-    return f"present.{_short(name)}" if "." in name else name
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("layers.")
 
 
 def build(
@@ -91,23 +78,13 @@ def build(
         require(graph)
         ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name="megalodon-export"), folder / f"{name}.onnx")
     return OnnxPrograms(
-        target=Target("cpu or cuda", "any"),
+        target=TARGET,
         limits=limits,
         opset=OPSET,
         all_logits=all_logits,
-        files=(*(f"{name}.onnx" for name in graphs), CONSTANTS),
+        files=graph_files(),
         graphs={name: boundary(specs[name]) for name in graphs},
     )
-
-
-def boundary(spec: ProgramSpec) -> Graph:
-    """A graph's file, and its inputs and outputs in order, with the names that the rest of the manifest uses."""
-
-    def entries(specs: tuple[TensorSpec, ...], name: Callable[[str], str]) -> tuple[GraphTensor, ...]:
-        return tuple(GraphTensor(name(s.name), s.name, s.dims, s.dtype) for s in specs)
-
-    outputs = entries(spec.outputs + spec.cache, present_name)
-    return Graph(f"{spec.name}.onnx", entries(spec.inputs, past_name), outputs)
 
 
 def build_graph(

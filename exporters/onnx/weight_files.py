@@ -19,9 +19,9 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..onnx_names import CONSTANTS
 from ..weight_files import WeightFiles
 
-CONSTANTS = "onnx_constants.safetensors"
 _SMALL = 1 << 16  # bytes; larger constants are in the file of that name
 
 

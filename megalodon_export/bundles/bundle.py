@@ -11,6 +11,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from .contents import check_manifest
 from .files import MANIFEST, PARITY, BundleError, bundle_error, scan, sha256s
 from .manifest import SCHEMA_VERSION, Manifest
 from .sealed_files import read_sealed
@@ -36,7 +37,7 @@ def read(directory: Path | str, check: Literal["full", "sizes"] = "full") -> Man
     if problems:
         raise bundle_error(f"{root} is not the bundle that was exported", problems, _RENEW)
     try:
-        return Manifest.from_json(found)
+        return check_manifest(root, found)
     except ValueError as error:
         raise BundleError(f"{root / MANIFEST}: {error}. Export it again.") from error
 
@@ -106,7 +107,9 @@ def _entry_flaw(name: str, entry: Any) -> str | None:
         return f"no whole number as its size in {MANIFEST}"
     if not isinstance(entry.get("sha256"), str) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
         return f"no sha256 of 64 lower-case hexadecimal digits in {MANIFEST}"
-    return None
+    if name in (MANIFEST, PARITY):
+        return f"listed in {MANIFEST}, which lists neither itself nor {PARITY}"
+    return None if len(entry) == 2 else f"more than a size and a sha256 in {MANIFEST}"
 
 
 def _is_unlisted(name: str) -> bool:

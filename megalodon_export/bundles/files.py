@@ -9,13 +9,21 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .strict_json import shown
+
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 MAX_PROBLEMS = 10
 
 
 class BundleError(Exception):
-    """A bundle that cannot be written or must not be loaded; the text says what, and what to do."""
+    """A bundle that cannot be written or must not be loaded; the text says what, and what to do.
+
+    Control characters, which the names of files may hold, are escaped: a terminal would obey them.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__("\n".join(map(shown, text.split("\n"))))
 
 
 def scan(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
@@ -74,7 +82,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def bundle_error(headline: str, problems: dict[str, str], advice: str) -> BundleError:
     """An error that lists problems by file, ten at most."""
-    lines = [f"  {name}: {problems[name]}" for name in sorted(problems)[:MAX_PROBLEMS]]
+    lines = [f"  {shown(name)}: {problems[name]}" for name in sorted(problems, key=os.fsencode)[:MAX_PROBLEMS]]
     if len(problems) > MAX_PROBLEMS:
         lines.append(f"  ... and {len(problems) - MAX_PROBLEMS} more")
     return BundleError("\n".join([f"{headline}:", *lines, advice]))

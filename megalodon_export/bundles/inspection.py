@@ -12,6 +12,7 @@ from ..generation.snapshot import state_size
 from . import bundle
 from .manifest import Manifest
 from .parity import read_parity
+from .strict_json import shown
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def table(facts: dict[str, Any]) -> str:
     target = {name: entry["target"] for name, entry in facts["programs"].items()}
     bound = facts["tensors_bound_by_each_program"]
     rows = [
-        ("bundle", facts["folder"]),
+        ("bundle", shown(facts["folder"])),
         ("created", facts["created"]),
         ("model", f"{facts['layers']} layers, width {facts['model_dim']}, chunks of {facts['chunk_size']} tokens"),
         ("dtype", facts["dtype"]),

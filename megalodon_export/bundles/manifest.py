@@ -4,7 +4,7 @@ Exporters write it; every runtime, `inspect` and `verify` read it. A Struct's fi
 of the file. The records about programs are in `exporters/manifest_types.py`, which exporters may import.
 
 The facts are `config`, `dtype`, `programs`, `versions` and `files`. Everything else follows from them, and stands in
-the file for readers without this package. `Manifest.of` derives it, and `from_json` derives it again and compares.
+the file for readers without this package. `Manifest.of` derives it, and `contents.py` derives it again to compare.
 
 The C++ library reads the same file (`cpp/src/bundle/manifest.hpp`). Its structs and these:
 
@@ -19,7 +19,6 @@ The C++ library reads the same file (`cpp/src/bundle/manifest.hpp`). Its structs
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -31,7 +30,6 @@ import torch
 from ..exporters.manifest_types import Programs, Record
 from ..exporters.programs import (
     DtypeName,
-    Limits,
     ProgramName,
     ProgramSpec,
     TensorSpec,
@@ -45,7 +43,8 @@ from ..model.config import WeightFormat
 from .sealing import UNSEALED
 
 SCHEMA_VERSION = 4
-WEIGHTS, CONSTANTS, TOKENIZER = "model.safetensors", "constants.safetensors", "tokenizer.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+WEIGHTS, CONSTANTS = "model.safetensors", "constants.safetensors"
 
 ModelDtype = Literal["float32", "bfloat16", "float64", "float16"]
 # float16 is for ONNX programs alone, float64 for tests.
@@ -161,43 +160,6 @@ class Manifest(Record, frozen=True, kw_only=True):
         found: dict[str, Any] = msgspec.to_builtins(self)
         return found
 
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Manifest:
-        """Check the type of every field, then that everything derived follows from the facts.
-
-        ValueError names the first field that is wrong.
-        """
-        try:
-            manifest = msgspec.convert(found, cls)
-        except msgspec.ValidationError as error:
-            raise ValueError(str(error)) from error
-        expected = json.loads(json.dumps(manifest._derived_again().to_json()))
-        for where, wanted, there in _differences(expected, found, ""):
-            raise ValueError(f"{where}: {wanted} expected, {there} found")
-        for where, name in manifest._files_named():
-            if name not in manifest.files:
-                raise ValueError(f"{where}: one of the files listed expected, {name} found")
-        return manifest
-
-    def _derived_again(self) -> Manifest:
-        programs = self.programs
-        for name, entry in programs.by_runtime().items():
-            limits = Limits.of(self.config, entry.limits.max_batch, entry.limits.max_length)
-            programs = programs.including(name, msgspec.structs.replace(entry, limits=limits))
-        again = Manifest.of(self.config, self.dtype, programs, self.versions)
-        return again.replace(created=self.created, files=self.files, seal=self.seal)
-
-    def _files_named(self) -> Iterator[tuple[str, str]]:
-        """Places in the manifest, and the files that they name."""
-        if (aoti := self.programs.aoti) is not None:
-            yield "programs.aoti.package", f"aoti/{aoti.package}"
-            for stage in (stage for program in aoti.stages.values() for stage in program.stages):
-                yield f"programs.aoti.stages: {stage.name}", f"aoti/{stage.library}"
-                yield from ((f"programs.aoti.stages: {stage.name}: {one.name}", str(one.file)) for one in stage.weights)
-        if (onnx := self.programs.onnx) is not None:
-            yield from (("programs.onnx.files", name) for name in onnx.files)
-            yield from ((f"programs.onnx.graphs.{name}", graph.file) for name, graph in onnx.graphs.items())
-
 
 def _cache_entry(tensor: CacheTensor, sizes: dict[str, int], dtype: torch.dtype) -> CacheEntry:
     return CacheEntry(
@@ -215,18 +177,3 @@ def _boundary(spec: ProgramSpec) -> Boundary:
         return (BoundaryTensor(one.name, one.dims, one.dtype) for one in specs)
 
     return Boundary((*tensors(spec.arguments), "cache"), ("cache",), tuple(tensors(spec.outputs)))
-
-
-def _differences(expected: Any, found: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
-    """Where two JSON values differ, and both values there; a key that is missing has the value "nothing"."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in expected | found:
-            place = f"{where}.{key}" if where else str(key)
-            yield from _differences(expected.get(key, "nothing"), found.get(key, "nothing"), place)
-    elif isinstance(expected, list) and isinstance(found, list):
-        if len(expected) != len(found):
-            yield where, f"a list of {len(expected)}", f"one of {len(found)}"
-        for index, (one, other) in enumerate(zip(expected, found, strict=False)):
-            yield from _differences(one, other, f"{where}[{index}]")
-    elif expected != found:
-        yield where, expected, found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ def parse_json(data: bytes) -> Any:
         value = json.loads(text, object_pairs_hook=_unique, **hooks)
     except RecursionError as error:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from error
-    if any("\ud800" <= character <= "\udfff" for one in strings(value) for character in one):
+    if any(map(_SURROGATE.search, strings(value))):
         raise ValueError("a lone surrogate in a string")
     return value
 
@@ -51,13 +52,19 @@ def strings(value: Any) -> Iterator[str]:
         level, depth = below, depth + 1
 
 
+# Characters that a terminal obeys instead of showing them: control characters, and those that are invisible or change
+# the order of the text around them.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def has_control_characters(text: str) -> bool:
     """Whether a text holds characters that a terminal obeys instead of showing them."""
-    return any(character < " " or "\x7f" <= character < "\xa0" for character in text)
+    return _CONTROL.search(text) is not None
 
 
 def shown(text: str) -> str:
-    r"""A name for a message: control characters and bytes that are not UTF-8 become \xNN."""
+    r"""A name for a message: control characters and bytes that are not UTF-8 become \xNN or \uNNNN."""
 
     def escape(character: str) -> str:
         code = ord(character)
@@ -65,7 +72,7 @@ def shown(text: str) -> str:
             code -= 0xDC00
         elif not has_control_characters(character):
             return character
-        return f"\\x{code:02x}"
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
     return "".join(map(escape, text))
 

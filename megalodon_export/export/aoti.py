@@ -8,6 +8,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from ..bundles.checkpoints import default_device, default_dtype, load_model
+from ..bundles.labels import write_labels
 from ..bundles.manifest import DTYPES, Manifest, ModelDtype
 from ..bundles.weights import with_sources
 from ..bundles.writing import staged
@@ -101,4 +102,6 @@ def _build(
     """Compile programs for the checkpoint in a staged folder, and say where their weights are in its files."""
     build = exporter("aoti").build
     entry: AotiPrograms = build(staging, staging / "aoti", device, dtype, limits, report, all_logits, portable)
-    return replace(entry, stages=with_sources(entry.stages, layers, staging))
+    entry = replace(entry, stages=with_sources(entry.stages, layers, staging))
+    write_labels(staging, entry, versions()["torch"])
+    return entry

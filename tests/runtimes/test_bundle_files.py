@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from megalodon_export.bundles import bundle
 from megalodon_export.bundles.bundle import BundleError, read
 from megalodon_export.bundles.parity import read_parity
 from megalodon_export.bundles.writing import seal, update_parity
-from support.damaged_bundles import PARITY_DAMAGE, SMALL_DAMAGE, WEIGHTS, edit, flip, small_manifest, write
+from support.damaged_bundles import PARITY_DAMAGE, PROGRAMS, SMALL_DAMAGE, edit, flip, seal_small, small_manifest, write
 
 
 @pytest.fixture
@@ -25,15 +26,18 @@ def test_round_trip(sound: Path) -> None:
     manifest = read(sound)
     assert manifest.schema_version == bundle.SCHEMA_VERSION
     assert manifest.dtype == "float32"
-    assert list(manifest.files) == ["aoti/programs.pt2", "model.safetensors"]
-    assert manifest.files["model.safetensors"].size == len(WEIGHTS)
+    names = ["aoti/programs.pt2", "config.json", "constants.safetensors", "model.safetensors"]
+    assert list(manifest.files) == names
+    assert manifest.files["aoti/programs.pt2"].size == len(PROGRAMS)
+    assert manifest.model_id == hashlib.sha256((sound / "model.safetensors").read_bytes()).hexdigest()
 
 
 def test_seal_returns_what_it_writes_and_leaves_its_argument(tmp_path: Path) -> None:
-    (tmp_path / "a.bin").write_bytes(b"a")
-    given = small_manifest("bfloat16")
-    assert seal(tmp_path, given) == read(tmp_path)
-    assert given.files == {}
+    sealed = seal_small(tmp_path)
+    assert sealed == read(tmp_path)
+    given = small_manifest()
+    assert seal(tmp_path, given).files == sealed.files
+    assert (given.files, given.model_id) == ({}, "")
 
 
 PARITY = {
@@ -113,9 +117,9 @@ def test_paths_that_leave_the_bundle_are_refused(sound: Path, path: str) -> None
 
 
 def test_sizes_alone_miss_a_flipped_byte_only(sound: Path) -> None:
-    flip(sound / "model.safetensors")
+    flip(sound / "aoti/programs.pt2")
     read(sound, check="sizes")
-    os.truncate(sound / "model.safetensors", 9)
+    os.truncate(sound / "aoti/programs.pt2", 9)
     with pytest.raises(BundleError, match="9 found"):
         read(sound, check="sizes")
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from megalodon_export.bundles.bundle import BundleError, read
-from megalodon_export.bundles.writing import seal, staged
+from megalodon_export.bundles.writing import staged
 from megalodon_export.model.conversion import staged_folder as staging_module
 from megalodon_export.model.conversion.staged_folder import StagingError, staged_folder
-from support.damaged_bundles import WEIGHTS, small_manifest, write
+from support.damaged_bundles import PROGRAMS, seal_small, write
 from support.namespaces import as_process_one, in_mounts
 
 
@@ -46,9 +46,9 @@ def swap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def test_overwriting_replaces_the_whole_folder(sound: Path) -> None:
     with staged(sound) as staging:
         (staging / "only").write_bytes(b"new")
-        seal(staging, small_manifest())
+        seal_small(staging)
         assert read(sound).dtype == "float32"  # the old one stays until the end
-    assert list(read(sound).files) == ["only"]
+    assert {"only", "aoti/programs.pt2"} & read(sound).files.keys() == {"only"}
     assert siblings(sound) == []
 
 
@@ -66,7 +66,7 @@ def test_a_link_to_a_bundle_stays_a_link(sound: Path) -> None:
     link.symlink_to(sound)
     write(link, b"new")
     assert link.is_symlink()
-    assert read(sound).files["model.safetensors"].size == 3
+    assert read(sound).files["aoti/programs.pt2"].size == 3
 
 
 @pytest.mark.parametrize("place", ["sound", "new/folder"])
@@ -79,7 +79,7 @@ def test_a_failure_leaves_everything_as_it_was(sound: Path, place: str, kind: ty
 
     with pytest.raises(kind):
         export()
-    assert read(sound).files["model.safetensors"].size == len(WEIGHTS)
+    assert read(sound).files["aoti/programs.pt2"].size == len(PROGRAMS)
     assert siblings(sound) == []
 
 
@@ -99,7 +99,7 @@ def test_a_failed_rename_restores_the_old_bundle(sound: Path, swap: str, monkeyp
         monkeypatch.setattr(staging_module, "_exchange", broken)
     with pytest.raises(BundleError, match=r"cannot replace .*sound \(.*no\); choose another place"):
         write(sound, b"new")
-    assert read(sound).files["model.safetensors"].size == len(WEIGHTS)
+    assert read(sound).files["aoti/programs.pt2"].size == len(PROGRAMS)
     assert siblings(sound) == []
 
 
@@ -206,8 +206,8 @@ def test_two_exports_to_one_place(sound: Path) -> None:
     with staged(sound) as staging:
         with pytest.raises(BundleError, match=BUSY.format(os.getpid())), staged(sound):
             pytest.fail("entered")
-        seal(staging, small_manifest())
-    assert read(sound).files == {}
+        seal_small(staging)
+    assert "aoti/programs.pt2" not in read(sound).files
 
 
 def test_a_conversion_and_an_export_to_one_place(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_killed_export_leaves_the_old_bundle(sound: Path) -> None:
     read(sound)
     assert siblings(sound) == [".sound.lock", ".sound.staging"]
     write(sound, b"new")
-    assert read(sound).files["model.safetensors"].size == 3
+    assert read(sound).files["aoti/programs.pt2"].size == 3
     assert siblings(sound) == []
 
 
@@ -240,7 +240,7 @@ def test_two_containers_in_which_both_exports_are_process_1(sound: Path) -> None
     read(sound)
     with staged(sound) as staging:
         assert siblings(sound) == [".sound.lock", ".sound.staging"]  # our own: the killed one's are gone
-        seal(staging, small_manifest())
+        seal_small(staging)
     assert siblings(sound) == []
 
 
@@ -264,9 +264,9 @@ def test_a_disk_without_locks(sound: Path, monkeypatch: pytest.MonkeyPatch, erro
     with staged(sound) as first:
         (first / "file").write_bytes(b"first")
         write(sound, b"new")
-        assert read(sound).files["model.safetensors"].size == 3
-        seal(first, small_manifest())
-    assert list(read(sound).files) == ["file"]
+        assert read(sound).files["aoti/programs.pt2"].size == 3
+        seal_small(first)
+    assert {"file", "aoti/programs.pt2"} & read(sound).files.keys() == {"file"}
     assert siblings(sound) == [".sound.staging"]
 
 

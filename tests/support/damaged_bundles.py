@@ -6,32 +6,50 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megalodon_export.bundles.manifest import Manifest, ModelDtype
+import msgspec
+import torch
+from safetensors.torch import save_file
+
+from megalodon_export.bundles.labels import MARK, library_names, write_labels
+from megalodon_export.bundles.manifest import Manifest
 from megalodon_export.bundles.sealing import sealed_json
 from megalodon_export.bundles.writing import seal, staged
 from megalodon_export.exporters.manifest_types import Programs
-from megalodon_export.model import MegalodonConfig
+from megalodon_export.model import ModelConfig
 
-WEIGHTS = bytes(range(256)) * 8192  # 2 MiB: more than one read of the hash function
+PROGRAMS = bytes(range(256)) * 8192  # 2 MiB: more than one read of the hash function
+SMALL = ModelConfig(
+    **{"vocab_size": 16, "model_dim": 8, "num_layers": 1, "z_dim": 4, "value_dim": 8, "ffn_hidden_dim": 8},
+    **{"cema_ndim": 2, "chunk_size": 8, "norm_num_groups": 2},
+)
 Damage = tuple[Callable[[Path], object], str]
 Change = tuple[Callable[[dict[str, Any]], object], str]
 
 
-def small_manifest(dtype: ModelDtype = "float32") -> Manifest:
+def small_manifest() -> Manifest:
     """The manifest of a bundle without programs."""
-    return Manifest.of(MegalodonConfig(num_layers=1), dtype, Programs(), {})
+    return Manifest.of(SMALL, "float32", Programs(), {"megalodon-export": "1.2.3", "torch": "2.13.0"})
 
 
-def write(destination: Path, weights: bytes = WEIGHTS) -> None:
-    """Seal a small bundle whose files hold any bytes."""
+def seal_small(folder: Path) -> Manifest:
+    """Seal a folder as a bundle without programs, beside whatever is in it."""
+    (folder / "config.json").write_text(json.dumps(asdict(SMALL)))
+    weights = {"model.embed.weight": torch.ones(16, 8), "model.layers.0.attn.gamma": torch.ones(2, 4)}
+    save_file(weights, folder / "model.safetensors")
+    save_file({}, folder / "constants.safetensors")
+    return seal(folder, small_manifest())
+
+
+def write(destination: Path, programs: bytes = PROGRAMS) -> None:
+    """Seal a small bundle with a file of any bytes in its folder `aoti`."""
     with staged(destination) as staging:
         (staging / "aoti").mkdir()
-        (staging / "aoti" / "programs.pt2").write_bytes(b"native")
-        (staging / "model.safetensors").write_bytes(weights)
-        seal(staging, small_manifest())
+        (staging / "aoti" / "programs.pt2").write_bytes(programs)
+        seal_small(staging)
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object], file: str = "manifest.json") -> None:
@@ -102,11 +120,22 @@ ODD_JSON: dict[str, tuple[bytes, str]] = {
 # The damage to a bundle of `write`.
 SMALL_DAMAGE: dict[str, Damage] = {
     "flipped byte": (
-        lambda p: flip(p / "model.safetensors"),
-        r"model\.safetensors: sha256 [0-9a-f]{64} expected, [0-9a-f]{64} found",
+        lambda p: flip(p / "aoti/programs.pt2"),
+        r"aoti/programs\.pt2: sha256 [0-9a-f]{64} expected, [0-9a-f]{64} found",
     ),
-    "missing": (lambda p: (p / "aoti/programs.pt2").unlink(), r"aoti/programs\.pt2: a file of 6 bytes expected, none"),
-    "truncated": (lambda p: os.truncate(p / "model.safetensors", 9), rf"{len(WEIGHTS)} bytes expected, 9 found"),
+    "missing": (
+        lambda p: (p / "aoti/programs.pt2").unlink(),
+        rf"aoti/programs\.pt2: a file of {len(PROGRAMS)} bytes expected, none",
+    ),
+    "truncated": (lambda p: os.truncate(p / "aoti/programs.pt2", 9), rf"{len(PROGRAMS)} bytes expected, 9 found"),
+    "name to obey": (lambda p: (p / "\x1b[2J\n\x7f").write_bytes(b""), r"  \\x1b\[2J\\x0a\\x7f: not listed"),
+    "name to turn": (lambda p: (p / "\u202ename").write_bytes(b""), r"  \\u202ename: not listed"),
+    "name of bytes": (lambda p: Path(os.fsdecode(bytes(p) + b"/\xff\xc2\x9b")).touch(), r"  \\xff\\x9b: not listed"),
+    "more in an entry": (lambda p: edit(p, lambda m: m["files"]["config.json"].update(a=1)), "more than a size and a"),
+    "itself listed": (
+        lambda p: edit(p, lambda m: m["files"].update({"parity.json": m["files"]["config.json"]})),
+        "lists neither itself nor parity.json",
+    ),
     "extra": (lambda p: (p / "aoti/x.so").write_bytes(b""), r"aoti/x\.so: not listed"),
     "hidden extra": (lambda p: (p / ".x").write_bytes(b""), r"\.x: not listed"),
     "second parity": (lambda p: (p / "aoti/parity.json").write_bytes(b""), r"aoti/parity\.json: not listed"),
@@ -204,3 +233,17 @@ OTHER_MACHINES: dict[str, Change] = {
     "device": (lambda m: m["programs"]["aoti"]["target"].update(device="cuda"), "for CUDA and this machine has none"),
     "no programs": (lambda m: m["programs"].clear(), "has no AOTInductor programs; make them: megalodon-export aoti"),
 }
+
+
+def relabel(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a bundle says about its programs everywhere: as if it had been exported so."""
+    edit(folder, change)
+    manifest = msgspec.convert(json.loads((folder / "manifest.json").read_text()), Manifest)
+    for name in library_names():
+        path = folder / "aoti" / name
+        data = path.read_bytes()
+        end = len(data) - len(MARK) - 8
+        path.write_bytes(data[: end - int.from_bytes(data[end : end + 8], "little")])
+    if manifest.programs.aoti is not None:
+        write_labels(folder, manifest.programs.aoti, manifest.versions["torch"])
+    seal(folder, manifest)

@@ -1,7 +1,11 @@
 #include "bundle/folder.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
+#include <cstring>
 #include <map>
 #include <set>
 #include <thread>
@@ -64,6 +68,10 @@ json load_manifest(const fs::path& root) {
     const std::string what = fs::is_symlink(status) ? "is a symbolic link" : "is missing";
     throw bad_bundle(root.string() + " is not a complete bundle: " + kManifest + " " + what + ". " + kCopyAgain);
   }
+  if (access(path.c_str(), R_OK) != 0) {
+    throw bad_bundle(path.string() + ": a JSON object expected, found something unreadable (" + std::strerror(errno) +
+                     "). " + kCopyAgain);
+  }
   const std::string text = read_file(path);
   const Seal seal = check_seal(text);
   if (seal == Seal::broken) {
@@ -116,7 +124,10 @@ std::string entry_problem(const std::string& name, const json& entry) {
       !std::ranges::all_of(sha256.get_ref<const std::string&>(), is_digit)) {
     return "no sha256 of 64 lower-case hexadecimal digits" + in_manifest;
   }
-  return "";
+  if (name == kManifest || name == kParity) {
+    return std::string("listed") + in_manifest + ", which lists neither itself nor " + kParity;
+  }
+  return entry.size() == 2 ? "" : "more than a size and a sha256" + in_manifest;
 }
 
 // Whether the path or a folder of it is a link, which has a problem of its own already.
@@ -149,6 +160,7 @@ void hash(std::vector<FileToHash>& files) {
     for (std::size_t i = next++; i < files.size(); i = next++) {
       FileToHash& one = files[i];
       try {
+        if (access(one.path.c_str(), R_OK) != 0) throw io_error(std::string("cannot be read: ") + std::strerror(errno));
         const std::string digest = sha256_of(one.path);
         if (digest != one.sha256) one.problem = "sha256 " + one.sha256 + " expected, " + digest + " found";
       } catch (const std::exception& error) {
@@ -159,12 +171,6 @@ void hash(std::vector<FileToHash>& files) {
   std::vector<std::jthread> threads(std::min(8U, std::max(1U, std::thread::hardware_concurrency())) - 1);
   for (std::jthread& thread : threads) thread = std::jthread(work);
   work();
-}
-
-// A zero byte in a name would end the message.
-std::string shown(std::string name) {
-  for (std::size_t at = name.find('\0'); at != std::string::npos; at = name.find('\0')) name.replace(at, 1, "\\0");
-  return name;
 }
 
 Error as_error(const fs::path& root, const Problems& problems) {

@@ -5,7 +5,7 @@
 #include <set>
 #include <thread>
 
-#include "bundle/folder.hpp"
+#include "bundle/contents.hpp"
 #include "bundle/json.hpp"
 #include "error.hpp"
 #include "runtime/logits.hpp"
@@ -32,7 +32,7 @@ Engine::Engine(const std::filesystem::path& folder, bool check_hashes, int concu
   require(concurrency >= 0 && concurrency <= kMaxConcurrency,
           "concurrency is " + std::to_string(concurrency) + ", expected 1.." + std::to_string(kMaxConcurrency) +
               ", or 0 for one call per processor");
-  manifest_ = read_manifest(folder, read_bundle(folder, check_hashes));
+  manifest_ = open_manifest(folder, check_hashes);
   check_target(manifest_.target);
   load_tokenizer(folder);
   device_ = open_device(manifest_.target.device, manifest_.target.architecture);

@@ -1,7 +1,6 @@
 #include "runtime/weights.hpp"
 
 #include "error.hpp"
-#include "python_format.hpp"
 
 namespace megalodon::impl {
 
@@ -18,18 +17,7 @@ const WeightStore::File& WeightStore::open(const std::string& name) {
 }
 
 Tensor WeightStore::find(const StageInput& input, std::int64_t layer) {
-  const std::string name = numbered(input.tensor, layer);
-  const Safetensors& content = open(input.file).content;
-  const auto found = content.tensors.find(name);
-  if (found == content.tensors.end()) {
-    throw inconsistent(input.file + " has no tensor " + name + ", but the manifest says so");
-  }
-  const StoredTensor& tensor = found->second;
-  if (tensor.dtype != input.dtype || tensor.shape != input.shape) {
-    throw inconsistent(input.file + ": " + name + " is " + std::string(tensor.dtype->name) + " " +
-                       list_text(tensor.shape) + ", but the manifest says " + std::string(input.dtype->name) + " " +
-                       list_text(input.shape));
-  }
+  const StoredTensor& tensor = open(input.file).content.tensors.at(numbered(input.tensor, layer));
   std::byte* data = tensor.data.data();
   if (std::string(device_.type()) != "cpu") {
     auto copy = gpu_copies_.find(data);

@@ -19,7 +19,7 @@ class WeightStore {
  public:
   WeightStore(std::filesystem::path folder, const Device& device) : folder_(std::move(folder)), device_(device) {}
 
-  // The weight that a stage takes for a layer. Error MEGALODON_BAD_BUNDLE unless the file has it as the manifest says.
+  // The weight that a stage takes for a layer. The file has it: `open_manifest` checked that.
   Tensor find(const StageInput& input, std::int64_t layer);
 
  private:

@@ -1,0 +1,95 @@
+"""Labels of compiled libraries: what a manifest says about a library, at the end of the library's own file.
+
+A library cannot be asked what it takes before it is loaded, and then its code runs. So the export appends a label,
+which the system's loader ignores: JSON, its length in 8 bytes (little-endian), and 16 bytes that mark it.
+
+    aoti/decode_end.so = compiled code + {"origin": {...}, "stage": {"name": "decode_end", ...}} + length + MARK
+
+The C++ library reads labels too (cpp/src/bundle/label.cpp).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import msgspec
+
+from ..exporters.manifest_types import PACKAGE, AotiPrograms, CompiledProgram, CompiledStage, Record, Target
+from ..exporters.programs import DECODE, DECODE_ONE, PREFILL, Limits, ProgramName
+from .files import BundleError
+from .strict_json import parse_json
+
+MARK = b"megalodon-export"
+_PROGRAMS: tuple[ProgramName, ...] = (PREFILL, DECODE, DECODE_ONE)
+_STAGES = CompiledProgram.__struct_fields__
+_EXPORT_AGAIN = "Export the bundle again."
+
+
+class Origin(Record, frozen=True):
+    """What all libraries of a bundle share: the compiler, the machine, and the form of the programs."""
+
+    torch: str
+    target: Target
+    limits: Limits
+    all_logits: bool
+
+
+class Label(Record, frozen=True):
+    """The label of one library."""
+
+    origin: Origin
+    stage: CompiledStage
+
+
+def library_names() -> list[str]:
+    """The libraries of a bundle with AOTInductor programs, in its folder `aoti`."""
+    return [f"{program}_{stage}.so" for program in _PROGRAMS for stage in _STAGES]
+
+
+def write_labels(folder: Path, programs: AotiPrograms, torch: str) -> None:
+    """Append a label to every library of a bundle; `torch` is the version that compiled them."""
+    origin = Origin(torch, programs.target, programs.limits, programs.all_logits)
+    for program in programs.stages.values():
+        for stage in program.stages:
+            data = json.dumps(msgspec.to_builtins(Label(origin, stage))).encode()
+            with (folder / "aoti" / stage.library).open("ab") as file:
+                file.write(data + len(data).to_bytes(8, "little") + MARK)
+
+
+def read_labels(folder: Path) -> tuple[AotiPrograms, str]:
+    """The programs of a bundle as the labels of its libraries describe them, and the torch that compiled them.
+
+    BundleError names a library that has no label, or that of another bundle.
+    """
+    first: Origin | None = None
+    stages: dict[ProgramName, CompiledProgram] = {}
+    for program in _PROGRAMS:
+        found = {}
+        for stage in _STAGES:
+            path = folder / "aoti" / f"{program}_{stage}.so"
+            label = _read_label(path)
+            first = first or label.origin
+            if label.origin != first or (label.stage.name, label.stage.library) != (path.stem, path.name):
+                raise BundleError(f"{path}: it belongs to another bundle or another stage. {_EXPORT_AGAIN}")
+            found[stage] = label.stage
+        stages[program] = CompiledProgram(**found)
+    assert first is not None
+    return AotiPrograms(first.target, first.limits, PACKAGE, first.all_logits, stages), first.torch
+
+
+def _read_label(path: Path) -> Label:
+    tail = len(MARK) + 8
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - tail, 0))
+            end = file.read()
+            length = int.from_bytes(end[:8], "little")
+            if end[8:] != MARK or length > size - tail:
+                raise BundleError(f"{path}: a library with a label at its end expected, none found. {_EXPORT_AGAIN}")
+            file.seek(size - tail - length)
+            return msgspec.convert(parse_json(file.read(length)), Label)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: its label cannot be read ({error}). {_EXPORT_AGAIN}") from error

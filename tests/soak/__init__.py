@@ -1,0 +1,1 @@
+"""Long runs that look for inputs which break the library. Small samples of them are tests."""

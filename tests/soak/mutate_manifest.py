@@ -1,0 +1,182 @@
+"""Edits every place of a bundle's manifest, seals it again, and asks Python and the C++ library what they make of it.
+
+    cd tests && python -m soak.mutate_manifest BUNDLE LIBRARY [--count N]
+
+BUNDLE is an export for this machine's CPU, LIBRARY libmegalodon.so. An edit deletes a value, gives it another type, a
+number at the end of a range, another name, or one key more. Both must accept it and generate the text that the bundle
+generates without it, or both must refuse it, in the same words where the words are this package's. Nothing may crash,
+hang or raise another exception. The edits run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megalodon_export
+from megalodon_export.bundles import bundle
+from megalodon_export.bundles.bundle import BundleError
+from megalodon_export.bundles.sealing import sealed_json
+from megalodon_export.runtimes import RuntimeUnavailable
+from soak.processes import results, work
+from support import native
+
+PROMPT, TOKENS = [5, 80, 200, 7], 12
+NUMBERS = (0, 1, -1, 2, 31, 33, 10**7, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, -(2**63), 0.5, 1e300)
+OTHER_TYPES: tuple[Any, ...] = (None, True, 3, 1.5, "x", [], {}, [1], {"a": 1})
+DELETED = object()
+# Where the words are those of msgspec, of a JSON parser or of safetensors.
+OTHERS_WORDS = re.compile(r" - at `\$|something unreadable|is no safetensors file")
+
+Path_ = tuple[str | int, ...]
+Edit = tuple[Path_, Any]  # a place and its new value, or DELETED
+
+
+def edits(manifest: dict[str, Any]) -> list[Edit]:
+    """Every edit of every place, in the order of the file."""
+    names = sorted({value for _, value in _places(manifest, ()) if isinstance(value, str)})
+    return [(path, new) for path, value in _places(manifest, ()) for new in _variants(path, value, names)]
+
+
+def _places(value: Any, path: Path_) -> Iterator[tuple[Path_, Any]]:
+    if path:
+        yield path, value
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _places(item, (*path, key))
+
+
+def _variants(path: Path_, value: Any, names: list[str]) -> Iterator[Any]:
+    yield DELETED
+    yield from (other for other in OTHER_TYPES if type(other) is not type(value))
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, (int, float)):
+        yield from NUMBERS
+        yield from (value + 1, value - 1, value * 2, float(value))
+    elif isinstance(value, str):
+        other = random.Random(str(path))
+        yield from ("", value + "x", value.upper(), "\u202e" + value, "a" * 10**4, "../" + value)
+        yield from other.sample(names, 3)
+    elif isinstance(value, dict):
+        yield {**value, "extra": 1}
+        yield dict(list(value.items())[1:])
+    elif isinstance(value, list):
+        yield [*value, *value[-1:]]
+        yield value[:-1]
+        yield value[::-1]
+
+
+def apply(manifest: dict[str, Any], edit: Edit) -> dict[str, Any]:
+    """A copy of a manifest with one edit."""
+    path, new = edit
+    found = copy.deepcopy(manifest)
+    place: Any = found
+    for key in path[:-1]:
+        place = place[key]
+    if new is DELETED:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = new
+    return found
+
+
+def sample(everything: list[Edit], count: int) -> list[Edit]:
+    """`count` of the edits: all of the first levels, then others by chance, always the same."""
+    chance = random.Random(16)
+    chance.shuffle(everything)
+    return sorted(everything, key=lambda edit: len(edit[0]) > 2 and "stages" in edit[0])[:count]
+
+
+# ---- what both make of an edit ---------------------------------------------------------------------------------------
+
+
+class Judge:
+    """Both libraries on a copy of a bundle whose files are links to the bundle's, but for the manifest."""
+
+    def __init__(self, folder: Path, library: native.Library, copied: Path) -> None:
+        self.library, self.folder = library, copied
+        shutil.copytree(folder, copied, copy_function=os.link)
+        self.manifest = json.loads((folder / "manifest.json").read_text())
+        self.text = self.python()
+        assert self.text == self.cpp()
+        assert "ids" in self.text
+
+    def __call__(self, edit: Edit) -> dict[str, Any]:
+        """What Python and C++ say about an edited manifest, and what is wrong with that."""
+        path = self.folder / "manifest.json"
+        path.unlink()
+        path.write_bytes(sealed_json(apply(self.manifest, edit))[0])
+        found = {"place": list(edit[0]), "python": self.python(), "cpp": self.cpp()}
+        return {**found, "fault": self._fault(found["python"], found["cpp"])}
+
+    def _fault(self, python: dict[str, Any], cpp: dict[str, Any]) -> str | None:
+        if "refused" not in python or "refused" not in cpp:
+            return None if python == cpp == self.text else f"Python: {python}, C++: {cpp}"
+        if python == cpp or OTHERS_WORDS.search(python["refused"]):
+            return None
+        return f"Python: {python['refused']}\nC++:    {cpp['refused']}"
+
+    def python(self) -> dict[str, Any]:
+        """The ids that Python generates, or its refusal."""
+        try:
+            bundle.read(self.folder)  # most edits end here
+            session = megalodon_export.load(self.folder, runtime="aoti", check=False)
+        except (BundleError, RuntimeUnavailable) as error:
+            return {"refused": str(error)}
+        return {"ids": list(session.generate_ids(PROMPT, TOKENS, eos_token_id=None))}
+
+    def cpp(self) -> dict[str, Any]:
+        """The ids that the C++ library generates, or its refusal."""
+        try:
+            session = native.Session(native.Engine(self.library, self.folder))
+        except native.NativeError as error:
+            return {"refused": str(error)}
+        return {"ids": session.generate_ids(PROMPT, TOKENS, eos=-1)}
+
+
+def run(folder: Path, library: Path, count: int) -> Iterator[dict[str, Any]]:
+    """What becomes of `count` edits, as the items of `Judge`."""
+    return results("soak.mutate_manifest", (folder, library, "--count", count, "--from"), count)
+
+
+def main() -> int:
+    """Run, and print what was found; 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--count", type=int, default=10**9, help="of all edits")
+    parser.add_argument("--from", type=int, dest="first", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    everything = edits(json.loads((args.bundle / "manifest.json").read_text()))
+    count = min(args.count, len(everything))
+    if args.first is not None:
+        torch.set_num_threads(1)
+        with tempfile.TemporaryDirectory(dir=args.bundle.parent) as scratch:
+            judge = Judge(args.bundle, native.Library(args.library), Path(scratch, "bundle"))
+            work(sample(everything, count)[args.first :], judge)
+        return 0
+    verdicts: Counter[str] = Counter()
+    for number, found in enumerate(run(args.bundle, args.library, count)):
+        verdicts["fault" if found["fault"] else "refused" if "refused" in found["python"] else "accepted"] += 1
+        if found["fault"]:
+            print(f"{number} {found.get('place')}: {found['fault']}")
+    print(f"{count} edits of {len(everything)}: {dict(verdicts)}")
+    return 1 if verdicts["fault"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
