@@ -150,7 +150,7 @@ class Judge:
 
 def run(folder: Path, library: Path, count: int) -> Iterator[dict[str, Any]]:
     """What becomes of `count` edits, as the items of `Judge`."""
-    return results("soak.mutate_manifest", (folder, library, "--count", count, "--from"), count)
+    return results("soak.mutate_manifest", (folder.resolve(), library.resolve(), "--count", count, "--from"), count)
 
 
 def main() -> int:
