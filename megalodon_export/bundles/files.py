@@ -65,7 +65,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
     OSError, which names the path, if that fails; an older file is then as it was.
     """
-    temporary = Path(f"{path}.tmp-{secrets.token_hex(8)}")
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
         if path.exists() and not path.is_file():  # the rename would replace a device by a file
             raise OSError(0, "it is no regular file")
@@ -74,10 +74,21 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise type(error)(f"{path} cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def bundle_error(headline: str, problems: dict[str, str], advice: str) -> BundleError:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ..model.conversion.staged_folder import sync
-from .files import BundleError
+from .files import BundleError, write_whole
 from .sealing import find_seal, seal_matches, sealed_json
 from .strict_json import has_control_characters, parse_json, strings
 
@@ -42,14 +39,5 @@ def write_sealed(path: Path, value: Any) -> str:
         data, seal = sealed_json(msgspec.to_builtins(value))
     except (TypeError, ValueError) as error:
         raise BundleError(f"{path.name}: only JSON values can be written, and finite numbers ({error}).") from error
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    write_whole(path, data)
     return seal

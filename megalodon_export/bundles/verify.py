@@ -76,7 +76,7 @@ def verify(
     try:
         parity = update_parity(folder, manifest, parity)
     except OSError as error:  # a read-only disk, for one; the numbers are as good
-        report(f"{folder / bundle.PARITY} could not be written ({error.strerror}), and is as it was")
+        report(f"{error}, and is as it was")
     return require(parity)
 
 

@@ -1,6 +1,7 @@
 """Try whether this machine can export and run a bundle, and say what to change.
 
-`PROBES` lists what is tried; the functions behind it are in `probes.py`. This module needs the standard library only.
+`PROBES` lists what is tried; the functions behind it are in `probes.py` and `onnx_probe.py`. This module needs the
+standard library only.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json as jsonlib
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from .machine import machine_checks
 from .report import Check, table
@@ -18,6 +20,7 @@ _COMPILER = (
     "Install the system's compiler (Debian, Ubuntu: apt-get install g++); export CXX=/usr/bin/g++ CC=/usr/bin/gcc"
 )
 _AOTI = f"See the rows about torch and the C++ compiler. {_COMPILER}"
+_ONNX = Path(__file__).with_name("onnx_probe.py")
 
 
 def _package(name: str, minimum: str = "") -> Probe:
@@ -26,23 +29,23 @@ def _package(name: str, minimum: str = "") -> Probe:
 
 PROBES: tuple[Probe, ...] = (
     Probe("torch", "torch_build", ("2.11",), 120.0, f'{_INSTALL} "torch>=2.11"'),
-    _package("transformers", "5"),
+    _package("transformers", "5.16"),
     _package("msgspec", "0.19"),
-    _package("onnx"),
     _package("onnx_ir", "1.0"),
-    _package("safetensors"),
-    _package("tokenizers"),
+    _package("safetensors", "0.8"),
+    _package("tokenizers", "0.23"),
     Probe("C++ compiler", "compiler", (), 120.0, _COMPILER),
     Probe("AOTInductor on the CPU", "aoti", ("cpu",), 300.0, _AOTI),
     Probe("CUDA", "cuda", (), 120.0, "Check the driver with nvidia-smi; install a torch build for its CUDA version"),
     Probe("AOTInductor on CUDA", "aoti", ("cuda",), 300.0, _AOTI),
-    Probe("ONNX Runtime on the CPU", "onnx_runtime", ("cpu",), 60.0, f"{_INSTALL} onnxruntime-gpu"),
+    Probe("ONNX Runtime on the CPU", "onnx_graphs", ("cpu",), 300.0, f'{_INSTALL} "onnxruntime-gpu>=1.26"', _ONNX),
     Probe(
         "ONNX Runtime on CUDA",
-        "onnx_runtime",
+        "onnx_graphs",
         ("cuda",),
-        120.0,
+        300.0,
         "Install onnxruntime-gpu without onnxruntime beside it, and the CUDA and cuDNN versions it was built for",
+        _ONNX,
     ),
 )
 

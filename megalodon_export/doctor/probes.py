@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,72 +198,6 @@ def _explain_missing_cuda(report: Report, torch: Any, hidden: bool) -> None:
         report.add(False, f"driver {_driver()}, torch for CUDA {torch.version.cuda}, but: {reason}")
 
 
-def onnx_runtime(report: Report, device: str) -> None:
-    """Run a small graph in ONNX Runtime on the device, and compare it with numpy."""
-    report.stage("importing onnxruntime")
-    import onnxruntime
-
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
-    offered = onnxruntime.get_available_providers()
-    if device == "cpu":
-        report.add(True, f"{onnxruntime.__version__}; {', '.join(offered)}", name="ONNX Runtime")
-    elif not _load_cuda_libraries(report, onnxruntime, provider in offered):
-        return
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if device == "cuda":
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    model, x, expected = _tiny_onnx_model(report)
-    report.stage("creating a session")
-    session = onnxruntime.InferenceSession(model, options, providers=[provider])
-    # ONNX Runtime replaces a provider silently if its libraries do not load.
-    if session.get_providers()[0] != provider:
-        report.add(False, f"{provider} does not load; {session.get_providers()[0]} was taken")
-        return
-    report.stage("running a session")
-    error = float(abs(session.run(None, {"x": x})[0] - expected).max())
-    report.add(error < 1e-2, f"session created and run; {error:.1e} from numpy")
-
-
-def _load_cuda_libraries(report: Report, onnxruntime: Any, offered: bool) -> bool:
-    """Load CUDA's libraries for ONNX Runtime; False, with a check that says why, where there is nothing to try."""
-    available = False
-    with contextlib.suppress(ImportError):
-        report.stage("importing torch")
-        import torch
-
-        available = torch.cuda.is_available()
-    if not available:
-        report.add(None, "no CUDA device")
-    elif not offered:
-        report.add(None, "this build has no CUDA provider", "For the GPU, replace onnxruntime by onnxruntime-gpu")
-    elif hasattr(onnxruntime, "preload_dlls"):
-        report.stage("loading CUDA's libraries")
-        onnxruntime.preload_dlls()
-    return available and offered
-
-
-def _tiny_onnx_model(report: Report) -> tuple[bytes, Any, Any]:
-    """A serialised model of a product and a Relu, its input, and the output that numpy computes."""
-    report.stage("making an ONNX model")
-    import numpy
-    from onnx import TensorProto, checker, helper, numpy_helper
-
-    random = numpy.random.default_rng(0)
-    x, weight = (random.standard_normal((8, 8), dtype=numpy.float32) for _ in range(2))
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "weight"], ["product"]), helper.make_node("Relu", ["product"], ["y"])],
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 8])],
-        [numpy_helper.from_array(weight, "weight")],
-    )
-    # ONNX Runtime does not read the newest IR version, which onnx writes by default.
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    checker.check_model(model)
-    return model.SerializeToString(), x, numpy.maximum(x @ weight, 0)
-
-
 # --------------------------------------------------------------------------------------------------------- helpers
 
 
@@ -307,14 +241,11 @@ def _summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {telling or ''.join(lines[:1])}"[:300]
 
 
-def main(folder: str, title: str, function: str, *arguments: str) -> None:
-    """Run one probe; an exception that it raises becomes a check that fails."""
-    probes: dict[str, Callable[..., None]] = {
-        probe.__name__: probe for probe in (package, torch_build, compiler, aoti, cuda, onnx_runtime)
-    }
+def main(probes: Sequence[Callable[..., None]], folder: str, title: str, function: str, *arguments: str) -> None:
+    """Run one of the probes; an exception that it raises becomes a check that fails."""
     report = Report(Path(folder), title)
     try:
-        probes[function](report, *arguments)
+        {probe.__name__: probe for probe in probes}[function](report, *arguments)
     except Exception as error:
         stage = report.folder / "stage"
         doing = f" (while {stage.read_text(encoding='utf-8')})" if stage.exists() else ""
@@ -322,4 +253,4 @@ def main(folder: str, title: str, function: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main((package, torch_build, compiler, aoti, cuda), *sys.argv[1:])

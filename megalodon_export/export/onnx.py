@@ -16,6 +16,7 @@ from ..exporters.manifest_types import OnnxPrograms, Programs
 from ..exporters.programs import Limits
 from ..model import MegalodonForCausalLM
 from ..model.config import EMAForm
+from ..runtimes.onnx_session import require_version
 from .steps import Report, add_programs, finish, let_others_read, progress, write_checkpoint
 from .versions import versions
 
@@ -91,6 +92,7 @@ def _build(staging: Path, dtype: ModelDtype, limits: Limits, all_logits: bool, r
 
 
 def _check_can_run(dtype: ModelDtype) -> None:
+    require_version()
     if dtype == "bfloat16" and not torch.cuda.is_available():
         raise ValueError(
             "bfloat16 graphs run on CUDA only, and this machine has none to verify them on; export float32 or float16"

@@ -21,7 +21,7 @@ from ..exporters.programs import DECODE, PREFILL, ProgramName
 from ..model import ModelCache
 from .base import Runtime, RuntimeUnavailable
 from .bound_programs import BoundPrograms, last_logits
-from .onnx_session import BoundGraph, bind, open_session, require_cuda, shared_weights
+from .onnx_session import BoundGraph, bind, open_session, require_cuda, require_version, shared_weights
 
 
 class OnnxRuntime(Runtime):
@@ -36,6 +36,7 @@ class OnnxRuntime(Runtime):
         entry = manifest.programs.onnx
         if entry is None:
             raise RuntimeUnavailable(f"{folder} has no ONNX programs; make them: megalodon-export onnx --add {folder}")
+        require_version()
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda":
             require_cuda(chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ..model.cache import copy_in_place
 from .base import RuntimeUnavailable
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+# 1.23 does not read opset 24, 1.24 has no TensorScatter, and 1.25 makes a FusedMatMul for which it has no kernel.
+OLDEST = "1.26"
 _MAX_NAMED = 10  # nodes in an error
 
 
@@ -40,6 +43,16 @@ class OnnxSession:
         """Free the CUDA graph that was captured under a number."""
         if graph is not None and self.device.type == "cuda":
             self.onnx.release_captured_graph(graph)
+
+
+def require_version() -> None:
+    """RuntimeUnavailable if this ONNX Runtime is too old for the graphs."""
+    found, oldest = ([int(part) for part in re.findall(r"\d+", text)[:2]] for text in (onnxruntime.__version__, OLDEST))
+    if found < oldest:
+        raise RuntimeUnavailable(
+            f"the ONNX graphs need onnxruntime {OLDEST} or newer, found {onnxruntime.__version__}; "
+            "install it: python -m pip install --upgrade onnxruntime-gpu (or onnxruntime, whichever is there)"
+        )
 
 
 def require_cuda(device: torch.device) -> None:

@@ -160,6 +160,25 @@ def test_sizes_computed_in_the_graph_are_named() -> None:
     assert cuda_placement.not_on_cuda(found) == ["twice: Add computes with the sizes that size_of_x reads, on the CPU"]
 
 
+@pytest.mark.parametrize("version", ["1.23.2", "1.24.4", "1.25.1"])
+def test_an_onnx_runtime_that_is_too_old_is_named_first(
+    onnx_bundles: dict[str, Path],
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    uses = (
+        lambda: megalodon_export.load(onnx_bundles["tiny"], runtime="onnx"),
+        lambda: export_onnx(checkpoints["tiny"], tmp_path / "out"),
+    )
+    for use in uses:
+        with pytest.raises(RuntimeUnavailable, match=rf"need onnxruntime 1\.26 or newer, found {version}; install it"):
+            use()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_missing_gpu_is_no_silent_cpu(onnx_bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = onnx_bundles["tiny"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -41,10 +41,10 @@ def test_everything_required_works_here(capsys: pytest.CaptureFixture[str]) -> N
     assert status == 0, [check for check in answer["checks"] if check["ok"] is False]
     assert answer["ok"] is True
     assert f"{len(PROBES)}/{len(PROBES)}" in printed.err
-    for name in ("Python", "torch", "transformers", "msgspec", "onnx", "C++ compiler", "torch's C++ ABI"):
+    for name in ("Python", "torch", "transformers", "msgspec", "onnx_ir", "C++ compiler", "torch's C++ ABI"):
         assert checks[name]["ok"] is True
     assert "run" in checks["AOTInductor on the CPU"]["found"]
-    assert "run" in checks["ONNX Runtime on the CPU"]["found"]
+    assert "exported and run" in checks["ONNX Runtime on the CPU"]["found"]
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +103,15 @@ def test_a_missing_package_and_an_old_one() -> None:
     assert found["absent"].advice == "install it"
     assert found["old"].ok is False
     assert "999 or newer is needed" in found["old"].found
+
+
+def test_an_onnx_runtime_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import onnxruntime\nonnxruntime.__version__ = '1.25.0'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    check = rows(next(probe for probe in PROBES if probe.title == "ONNX Runtime on the CPU"))["ONNX Runtime on the CPU"]
+    assert check.ok is False
+    assert "the ONNX graphs need onnxruntime 1.26 or newer, found 1.25.0" in check.found
+    assert "onnxruntime-gpu>=1.26" in check.advice
 
 
 def test_a_crash_is_reported_with_what_came_before_it(tmp_path: Path) -> None:

@@ -238,4 +238,4 @@ def test_a_read_only_bundle_is_verified(tiny_bundle: Path, tmp_path: Path) -> No
     folder = copy(tiny_bundle, tmp_path / "bundle")
     found = run(folder, "verify", remounted(folder, "ro"))
     assert found["results"] == 7
-    assert found["notes"][-1].startswith(f"{folder}/parity.json could not be written (Read-only file system)")
+    assert found["notes"][-1].startswith(f"{folder}/parity.json cannot be written: Read-only file system")
