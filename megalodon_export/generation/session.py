@@ -23,7 +23,7 @@ from torch import Tensor
 from ..bundles import bundle
 from ..bundles.manifest import TOKENIZER
 from ..model import ModelCache
-from ..runtimes import Runtime, default_runtime, open_runtime, plain_modes
+from ..runtimes import PlainModes, Runtime, default_runtime, open_runtime
 from .arguments import integer, is_integer, plain, show, stop_strings, text, texts, token_id, token_ids
 from .decode_loop import DecodeLoop, padded_batch
 from .sampling import SamplingParams
@@ -70,7 +70,7 @@ class Session:
         self.runtime, self.tokenizer = runtime, tokenizer
         self.programs = runtime.bind(runtime.new_cache(1))
         self._lookahead = lookahead
-        with plain_modes():
+        with PlainModes():
             self._loop = DecodeLoop(self.programs, lookahead)
         self._batch_loop: DecodeLoop | None = None  # of the last batch; one of the same size uses its CUDA graphs again
         self._pending: int | None = None  # sampled and returned, not yet fed
@@ -281,7 +281,7 @@ class Session:
         if not self._lock.acquire(blocking=False):
             raise SessionError("the session is in use by another call; use a fork for that, or wait")
         try:
-            with plain_modes():
+            with PlainModes():
                 yield
         finally:
             self._lock.release()

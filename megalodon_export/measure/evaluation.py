@@ -26,7 +26,7 @@ from ..generation.arguments import integer, text, token_ids, utf8
 from ..generation.session import Session
 from ..model import ModelCache, ModelConfig
 from ..model.loss import IGNORED
-from ..runtimes import BoundPrograms, Runtime, default_runtime, open_runtime, plain_modes
+from ..runtimes import BoundPrograms, Runtime, default_runtime, in_plain_modes, open_runtime
 from ..runtimes.eager import ModelRuntime
 
 TRUNCATION_STRIDE = 2  # chunks a call when statistics are truncated, as in the original's inference.py
@@ -50,7 +50,7 @@ class Score:
         return math.exp(self.nats / self.tokens)
 
 
-@plain_modes()
+@in_plain_modes
 def score(
     runtime: Runtime, documents: Sequence[Sequence[int] | Tensor], segment: int | None = None, truncate_chunks: int = 0
 ) -> Score:
@@ -81,7 +81,7 @@ def score(
     return Score(nats, int(steps.sum()))
 
 
-@plain_modes()
+@in_plain_modes
 def score_continuations(
     runtime: Runtime, requests: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> list[tuple[float, bool]]:

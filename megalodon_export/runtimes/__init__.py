@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..bundles.manifest import Manifest
-from .ambient import ForkedProcess, opening_process, plain_modes
+from .ambient import ForkedProcess, PlainModes, in_plain_modes, opening_process
 from .base import Runtime, RuntimeUnavailable
 from .bound_programs import BoundPrograms
 
@@ -18,11 +18,12 @@ __all__ = [
     "RUNTIMES",
     "BoundPrograms",
     "ForkedProcess",
+    "PlainModes",
     "Runtime",
     "RuntimeUnavailable",
     "default_runtime",
+    "in_plain_modes",
     "open_runtime",
-    "plain_modes",
 ]
 
 RUNTIMES = {"eager": ".eager:EagerRuntime", "aoti": ".aoti:AotiRuntime", "onnx": ".onnx:OnnxRuntime"}
@@ -33,7 +34,7 @@ def default_runtime(manifest: Manifest) -> str:
     return "onnx" if list(manifest.programs.by_runtime()) == ["onnx"] else "aoti"
 
 
-@plain_modes()
+@in_plain_modes
 def open_runtime(name: str, folder: Path, manifest: Manifest, device: str | None = None) -> Runtime:
     """Open a checked bundle in a runtime; ValueError for an unknown one, RuntimeUnavailable if it cannot run here.
 

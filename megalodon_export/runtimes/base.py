@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..exporters.programs import Limits, dtype_name
 from ..model import ModelCache, ModelConfig, cache_layout, dimension_sizes
-from .ambient import check_process, opening_process, plain_modes
+from .ambient import check_process, in_plain_modes, opening_process
 from .bound_programs import BoundPrograms
 
 
@@ -48,13 +48,13 @@ class Runtime(ABC):
         """ForkedProcess in a child of os.fork() of the process that opened the runtime."""
         check_process(self._process)
 
-    @plain_modes()
+    @in_plain_modes
     def new_cache(self, batch: int = 1) -> ModelCache:
         """A fresh cache for `batch` streams; ValueError beyond what the programs take."""
         self._check_batch(batch)
         return ModelCache.allocate(self.config, batch, self.dtype, self.device)
 
-    @plain_modes()
+    @in_plain_modes
     def bind(self, cache: ModelCache, capture: bool = True) -> BoundPrograms:
         """The programs over one cache. `capture=False` keeps them out of CUDA graphs, which changes no result.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..generation.arguments import check_ids
 from ..generation.sampling import SamplerKind, choose
 from ..model import ModelCache
-from .ambient import plain_modes
+from .ambient import in_plain_modes
 from .cuda_graph import CapturedDecode, CapturedPrefills, CapturedStep
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class BoundPrograms(ABC):
         """
         torch.stack(choose(self.run_decode(token_ids), SamplerKind.GREEDY), out=next_tokens)
 
-    @plain_modes()
+    @in_plain_modes
     def prefill(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """Feed the first `lengths` (B) tokens of each row of token_ids (B, L); L may be of any size.
 
@@ -71,7 +71,7 @@ class BoundPrograms(ABC):
         """
         return self.feed(*self._checked_prompt(token_ids, lengths))
 
-    @plain_modes()
+    @in_plain_modes
     def score(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """As `prefill`, but returns float32 logits (B, L, V) after every token; those after a row's last are undefined.
 
@@ -84,7 +84,7 @@ class BoundPrograms(ABC):
             )
         return self.feed_all(*self._checked_prompt(token_ids, lengths))
 
-    @plain_modes()
+    @in_plain_modes
     def decode(self, token_ids: Tensor) -> Tensor:
         """Feed one token to each row, token_ids (B); float32 logits (B, V).
 
@@ -93,7 +93,7 @@ class BoundPrograms(ABC):
         """
         return self.step(self._checked(token_ids, dims=1))
 
-    # The same for callers that have checked their arguments and set `plain_modes`. None of these waits for a GPU.
+    # The same for callers that have checked their arguments and entered `PlainModes`. None of these waits for a GPU.
 
     def feed(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """`prefill` of int64 arguments that are in range."""

@@ -19,7 +19,7 @@ from ..model.cache import ModelCache
 from ..model.config import ModelConfig
 from ..model.constants import freeze_constants
 from ..model.modeling import MegalodonLM
-from .ambient import plain_modes
+from .ambient import in_plain_modes
 from .base import Runtime
 from .bound_programs import BoundPrograms
 
@@ -27,7 +27,7 @@ from .bound_programs import BoundPrograms
 class ModelRuntime(Runtime):
     """Runs the modules of a model in memory; freezes what it derives from its weights."""
 
-    @plain_modes()
+    @in_plain_modes
     def __init__(self, model: MegalodonLM, limits: Limits | None = None, model_id: str = "") -> None:
         """`model_id`: that of the bundle; a model without one is unlike any other, for its snapshots."""
         limits = limits or Limits.of(model.config, max_batch=2**16)
