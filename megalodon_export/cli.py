@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from .bundles.strict_json import shown_lines
 from .commands.options import parser
 
 # The function of each command. Its module is imported when the command is given: importing torch takes seconds.
@@ -37,5 +38,5 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if args.traceback:
             raise
-        print(f"megalodon-export: {str(error) or type(error).__name__}", file=sys.stderr)
+        print(f"megalodon-export: {shown_lines(str(error)) or type(error).__name__}", file=sys.stderr)
         return 1

@@ -8,18 +8,19 @@
 
 namespace megalodon::impl {
 
+// A text whose control characters are escaped, but for ends of lines; see `shown` in python_format.hpp.
+std::string shown_lines(const std::string& text);
+
 // The message says what was wrong, what was expected and what to do. A C caller gets `code` as the status.
+// It may hold names of files and texts of a caller, so control characters, which a terminal would obey, are escaped.
 class Error : public std::runtime_error {
  public:
-  Error(megalodon_status code, const std::string& message) : std::runtime_error(message), code(code) {}
+  Error(megalodon_status code, const std::string& message) : std::runtime_error(shown_lines(message)), code(code) {}
   const megalodon_status code;
 };
 
 inline Error invalid(const std::string& message) { return {MEGALODON_INVALID_ARGUMENT, message}; }
-// A text with its control characters escaped, but for ends of lines; see `shown` in python_format.hpp.
-std::string shown_lines(const std::string& text);
-// The message may name files, whose names may hold control characters.
-inline Error bad_bundle(const std::string& message) { return {MEGALODON_BAD_BUNDLE, shown_lines(message)}; }
+inline Error bad_bundle(const std::string& message) { return {MEGALODON_BAD_BUNDLE, message}; }
 // Two files of a bundle contradict each other.
 inline Error inconsistent(const std::string& message) { return bad_bundle(message + "; export the bundle again"); }
 inline Error unavailable(const std::string& message) { return {MEGALODON_UNAVAILABLE, message}; }

@@ -212,7 +212,8 @@ def _check_stages(manifest: Manifest, headers: dict[str, Header]) -> None:
                     if cache.get(numbered(one.name, 0)) != one.dtype:
                         raise ValueError(f"{place}: {one.name} is no {one.dtype} tensor of the cache")
                 elif f"{one.kind} {one.name}" not in known:
-                    raise ValueError(f"{place}: {one.name} is no {one.kind} that is there when it runs")
+                    what = "argument of its program" if one.kind == "argument" else "result of a stage before it"
+                    raise ValueError(f"{place}: {one.name} is no {what}")
             known |= {f"stage {name}" for name in stage.outputs}
         if stages.end.outputs != ("logits",):
             raise ValueError(f"programs.aoti.stages: {stages.end.name}: logits expected from it and nothing else")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .strict_json import shown
+from .strict_json import shown, shown_lines
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
@@ -23,7 +23,7 @@ class BundleError(Exception):
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__("\n".join(map(shown, text.split("\n"))))
+        super().__init__(shown_lines(text))
 
 
 def scan(root: Path) -> tuple[dict[str, Path], dict[str, str]]:

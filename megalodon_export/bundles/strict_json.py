@@ -77,6 +77,11 @@ def shown(text: str) -> str:
     return "".join(map(escape, text))
 
 
+def shown_lines(text: str) -> str:
+    """A text whose control characters are escaped, but for ends of lines."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -14,8 +14,18 @@ from megalodon_export.bundles import bundle
 from megalodon_export.bundles.bundle import BundleError
 from megalodon_export.runtimes import RuntimeUnavailable
 from support import native
-from support.damaged_bundles import EXPORT_DAMAGE, OTHER_MACHINES, SMALL_DAMAGE, edit, flip, relabel, truncate, write
-from support.manifest_lies import LIES
+from support.damaged_bundles import (
+    EXPORT_DAMAGE,
+    OTHER_MACHINES,
+    SMALL_DAMAGE,
+    edit,
+    edit_config,
+    flip,
+    relabel,
+    truncate,
+    write,
+)
+from support.manifest_lies import CONFIG_LIES, LABEL_LIES, LIES
 
 BAD_BUNDLE, UNAVAILABLE = 2, 3
 
@@ -98,6 +108,21 @@ def test_other_machines_programs_are_refused(
 def test_manifests_that_make_no_sense_are_refused(library: native.Library, copy: Path, name: str) -> None:
     edit(copy, LIES[name][0])
     assert_same_refusal(library, copy)
+
+
+@pytest.mark.parametrize("name", LABEL_LIES)
+def test_libraries_that_say_the_same_nonsense_are_refused(library: native.Library, copy: Path, name: str) -> None:
+    relabel(copy, LABEL_LIES[name][0])
+    assert_same_refusal(library, copy)
+
+
+@pytest.mark.parametrize("name", CONFIG_LIES)
+def test_configs_that_make_no_sense_are_refused(library: native.Library, copy: Path, name: str) -> None:
+    values, message = CONFIG_LIES[name]
+    edit_config(copy, values)
+    error = refusal(library, copy)
+    assert error.status == BAD_BUNDLE
+    assert re.search(message, str(error))
 
 
 def test_hashes_may_be_trusted_but_not_sizes(library: native.Library, copy: Path) -> None:

@@ -26,8 +26,8 @@ from megalodon_export.bundles.verify import VerificationError, verify
 from megalodon_export.bundles.writing import seal, staged
 from megalodon_export.cli import run
 from megalodon_export.runtimes import RuntimeUnavailable
-from support.damaged_bundles import EXPORT_DAMAGE, OTHER_MACHINES, edit, flip, relabel, truncate
-from support.manifest_lies import LIES
+from support.damaged_bundles import EXPORT_DAMAGE, OTHER_MACHINES, edit, edit_config, flip, relabel, truncate
+from support.manifest_lies import CONFIG_LIES, LABEL_LIES, LIES
 from support.slow import slow_except
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +106,15 @@ def test_a_bundle_may_be_moved(copy: Path, tmp_path: Path) -> None:
     assert "".join(megalodon_export.load(moved).generate("x", 5))
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify", "generate"])
+def test_names_are_never_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    arguments = [command, str(tmp_path / "\x1b[2J\u202ename"), *(["--prompt", "x"] if command == "generate" else [])]
+    assert run(arguments) == 1
+    error = capsys.readouterr().err
+    assert r"\x1b[2J\u202ename: a bundle folder expected, nothing found" in error
+    assert "\x1b" not in error
+
+
 def test_others_may_read_a_bundle(tiny_bundle: Path) -> None:
     modes = {path.name: path.stat().st_mode & 0o444 for path in tiny_bundle.rglob("*") if path.is_file()}
     assert set(modes.values()) == {modes["config.json"]}
@@ -120,6 +129,37 @@ def test_manifests_that_make_no_sense_are_refused(copy: Path, name: str) -> None
     change, message = LIES[name]
     edit(copy, change)
     with pytest.raises(BundleError, match=message):
+        bundle.read(copy, "sizes")
+
+
+@pytest.mark.usefixtures("no_native_code")
+@pytest.mark.parametrize("name", LABEL_LIES)
+def test_libraries_that_say_the_same_nonsense_are_refused(copy: Path, name: str) -> None:
+    change, message = LABEL_LIES[name]
+    relabel(copy, change)
+    with pytest.raises(BundleError, match=message):
+        bundle.read(copy, "sizes")
+
+
+@pytest.mark.usefixtures("no_native_code")
+@pytest.mark.parametrize("name", CONFIG_LIES)
+def test_configs_that_make_no_sense_are_refused(copy: Path, name: str) -> None:
+    values, message = CONFIG_LIES[name]
+    edit_config(copy, values)
+    with pytest.raises(BundleError, match=message):
+        bundle.read(copy, "sizes")
+
+
+@pytest.mark.parametrize("name", ["decode_end.so", "prefill_layer.so"])
+def test_a_library_without_its_label_is_refused(copy: Path, name: str) -> None:
+    manifest, path = bundle.read(copy), copy / "aoti" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    seal(copy, manifest)
+    with pytest.raises(BundleError, match=rf"{name}: a library with a label at its end expected, none found"):
+        bundle.read(copy, "sizes")
+    shutil.copyfile(copy / "aoti/decode_layer.so", path)
+    seal(copy, manifest)
+    with pytest.raises(BundleError, match=rf"{name}: it belongs to another bundle or another stage"):
         bundle.read(copy, "sizes")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -247,3 +248,11 @@ def relabel(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     if manifest.programs.aoti is not None:
         write_labels(folder, manifest.programs.aoti, manifest.versions["torch"])
     seal(folder, manifest)
+
+
+def edit_config(folder: Path, values: dict[str, Any]) -> None:
+    """Change values in config.json and in the manifest, and make hashes and seal right again."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    entry = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    edit(folder, lambda m: (m["config"].update(values), m["files"].update({"config.json": entry})))

@@ -115,3 +115,48 @@ LIES: dict[str, Lie] = {
     "no version": (lambda m: m["versions"].pop("megalodon-export"), "megalodon-export: a string expected, nothing"),
     "a version": (_at("versions", onnx=1), "versions.onnx: a string expected, 1 found"),
 }
+
+
+def _input(manifest: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The first input of a kind of a stage."""
+    found: dict[str, Any] = next(one for one in _stage(manifest)["inputs"] if one["kind"] == kind)
+    return found
+
+
+# Edits of the manifest and of the libraries' labels: a bundle that contradicts itself in both.
+LABEL_LIES: dict[str, Lie] = {
+    "a weight's shape": (
+        lambda m: _weight(m).update(shape=[1]),
+        r"decode_layer: model.layers.0.attn.gamma in model.safetensors is float32 \[2, \d+\]; float32 \[1\] expected",
+    ),
+    "a weight's dtype": (lambda m: _weight(m).update(dtype="int64"), r"float32 \[2, \d+\]; int64 \[2, \d+\] expected"),
+    "a weight of no file": (lambda m: _weight(m).update(tensor="x"), "decode_layer: model.safetensors has no tensor x"),
+    "a file of no weights": (lambda m: _weight(m).update(file="x"), "decode_layer: x has no tensor model.layers.0"),
+    "a result of no stage": (lambda m: _input(m, "stage").update(name="y"), "y is no result of a stage before it"),
+    "an argument": (
+        lambda m: _stage(m, "decode", "begin")["inputs"][0].update(name="lengths"),
+        "decode_begin: lengths is no argument of its program",
+    ),
+    "a cache": (lambda m: _input(m, "cache").update(name="final.x"), "final.x is no float32 tensor of the cache"),
+    "a cache's dtype": (lambda m: _input(m, "cache").update(dtype="int8"), "key is no int8 tensor of the cache"),
+    "a program's result": (
+        lambda m: _stage(m, "decode", "end").update(outputs=["y"]),
+        "decode_end: logits expected",
+    ),
+    "limits": (_at(*_LIMITS, length_multiple=64), "limits.length_multiple: 32 expected, 64 found"),
+}
+
+# Values in config.json and in the manifest alike, and what is said of config.json.
+CONFIG_LIES: dict[str, tuple[dict[str, Any], str]] = {
+    "many layers": ({"num_layers": 10**7}, "num_layers is 10000000, expected 2"),
+    "no layers": ({"num_layers": 0}, "num_layers is 0"),
+    "no chunk": ({"chunk_size": -1}, "chunk_size is -1"),
+    "a chunk of 64 bits": ({"chunk_size": 2**63 - 1}, "chunk_size is 9223372036854775807"),
+    "a large cache": ({"chunk_size": 2**31 - 1, "z_dim": 2**20}, "a stream's cache would have a terabyte or more"),
+    "an odd head": ({"z_dim": 15}, "z_dim"),
+    "text for a number": ({"vocab_size": "257"}, "vocab_size"),
+    "a negative token": ({"bos_token_id": -1}, "bos_token_id is -1"),
+    "attention beyond the chunk": ({"max_cache_len": 128}, "max_cache_len is 128"),
+    "an unknown choice": ({"ema_prefill": "slow"}, "ema_prefill|'slow'"),
+    "a rate": ({"dropout": 1.0}, "dropout is 1.0"),
+}

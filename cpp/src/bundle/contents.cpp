@@ -267,8 +267,8 @@ void check_stages(const Manifest& manifest, const StoredFiles& files) {
                   place + ": " + input.name + " is no " + std::string(input.dtype->name) + " tensor of the cache");
         } else {
           require(known.contains({input.kind, input.name}),
-                  place + ": " + input.name + " is no " + (input.kind == InputKind::stage ? "stage" : "argument") +
-                      " that is there when it runs");
+                  place + ": " + input.name + " is no " +
+                      (input.kind == InputKind::stage ? "result of a stage before it" : "argument of its program"));
         }
       }
       for (const std::string& output : stage->outputs) known.emplace(InputKind::stage, output);

@@ -71,8 +71,8 @@ json parse_json(std::string_view text, const std::filesystem::path& path, const 
     json::sax_parse(text, &rules);
     return json::parse(text);
   } catch (const std::runtime_error& error) {
-    throw bad_bundle(shown(path.string()) + ": a JSON object expected, found something unreadable (" +
-                     shown(error.what()) + "). " + advice);
+    throw bad_bundle(path.string() + ": a JSON object expected, found something unreadable (" + error.what() + "). " +
+                     advice);
   }
 }
 

@@ -149,19 +149,9 @@ StageInput read_input(const Node& node) {
   return input;
 }
 
-Stage read_stage(const Node& node, const std::map<std::string, std::int64_t>& files) {
-  const Node library = node["library"];
-  Stage stage{library.text(), {}, node["outputs"].texts()};
-  if (!files.contains("aoti/" + stage.file)) {
-    throw library.problem("one of the files listed expected, aoti/" + stage.file + " found");
-  }
-  for (const Node& input : node["inputs"].items()) {
-    stage.inputs.push_back(read_input(input));
-    const std::string& file = stage.inputs.back().file;
-    if (!file.empty() && !files.contains(file)) {
-      throw input.problem("one of the files listed expected, " + file + " found");
-    }
-  }
+Stage read_stage(const Node& node) {
+  Stage stage{node["library"].text(), {}, node["outputs"].texts()};
+  for (const Node& input : node["inputs"].items()) stage.inputs.push_back(read_input(input));
   return stage;
 }
 
@@ -183,11 +173,9 @@ std::vector<CacheTensor> read_cache(const Node& node, const Node& dimensions) {
   return cache;
 }
 
-std::map<std::string, ProgramEntry> read_programs(const Node& stages,
-                                                  const std::map<std::string, std::int64_t>& files) {
+std::map<std::string, ProgramEntry> read_programs(const Node& stages) {
   const auto read = [&](const Node& program) {
-    return ProgramEntry{read_stage(program["begin"], files), read_stage(program["layer"], files),
-                        read_stage(program["end"], files)};
+    return ProgramEntry{read_stage(program["begin"]), read_stage(program["layer"]), read_stage(program["end"])};
   };
   std::map<std::string, ProgramEntry> programs{{"prefill", read(stages["prefill"])},
                                                {"decode", read(stages["decode"])}};
@@ -220,10 +208,6 @@ Manifest read_manifest(const std::filesystem::path& folder, const json& manifest
     throw unavailable("the model computes in " + dtype +
                       ", and this library runs float32 and bfloat16; export it again: megalodon-export aoti --dtype");
   }
-  if (!root.has("layout_id")) {
-    throw unavailable("the bundle is from before this library: its manifest has no layout_id" +
-                      std::string(kExportAgain));
-  }
   const Node entry = programs["aoti"], config = root["config"], limits = entry["limits"];
   const Node dimensions = root["dimensions"];
   Manifest result{.target = read_target(entry["target"], root["versions"]),
@@ -248,7 +232,7 @@ Manifest read_manifest(const std::filesystem::path& folder, const json& manifest
   for (const auto& [name, file] : root["files"].fields()) {
     result.files[name] = file["size"].whole(0, std::numeric_limits<std::int64_t>::max());
   }
-  result.programs = read_programs(entry["stages"], result.files);
+  result.programs = read_programs(entry["stages"]);
   return result;
 }
 
