@@ -244,7 +244,7 @@ def test_modes_of_torch_change_nothing(folder: Path, name: str, mode: str, monke
         assert {tensor.dtype for tensor in logits} == {torch.float32}
         fork = session.fork()
         session.reset()
-        return [*found, *(tensor.tolist() for tensor in logits), list(fork.generate_ids([], 3, eos_token_id=-1))]
+        return [*found, *(tensor.tolist() for tensor in logits), list(fork.generate_ids([7], 3, eos_token_id=-1))]
 
     outside = Session(opened(folder, name))
     expected = use(outside)
