@@ -17,6 +17,10 @@ from pathlib import Path
 
 from .workers import CompileError
 
+SET_TMPDIR = (
+    "set TMPDIR to a folder that can be written, on a file system that programs may run from, "
+    "with a path of letters, digits and ._/+=@,- alone"
+)
 _PLAIN = re.compile(r"[A-Za-z0-9_./+=@,-]+")
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -41,16 +45,14 @@ def scratch_folder(destination: Path) -> Iterator[Scratch]:
             f"{destination.parent} is on a file system mounted noexec, and the programs could not be run from there; "
             "choose another place for the bundle."
         )
-    temporary = _temporary_folder()
-    place = next((path for path in (destination, *temporary, Path("/tmp"), Path("/var/tmp")) if _is_usable(path)), None)
+    temporary = temporary_folder()
+    places = destination, temporary, Path("/tmp"), Path("/var/tmp")
+    place = next((path for path in places if path is not None and flaw_of(path) is None), None)
     if place is None:
-        raise CompileError(
-            "no temporary folder for the compilers: set TMPDIR to a folder that can be written, on a file system that "
-            "programs may run from, with a path of letters, digits and ._/+=@,- alone"
-        )
+        raise CompileError(f"no temporary folder for the compilers: {SET_TMPDIR}")
     with tempfile.TemporaryDirectory(prefix=".megalodon-export-", dir=place, ignore_cleanup_errors=True) as name:
         environment = {}
-        if not temporary or not _is_usable(temporary[0]):
+        if temporary is None or flaw_of(temporary) is not None:
             environment = {"TMPDIR": name, _CACHE: f"{name}/cache"}
         elif not _PLAIN.fullmatch(os.environ.get(_CACHE, "/")):
             environment = {_CACHE: f"{name}/cache"}
@@ -62,13 +64,18 @@ def is_noexec(folder: Path) -> bool:
     return hasattr(os, "ST_NOEXEC") and bool(os.statvfs(folder).f_flag & os.ST_NOEXEC)
 
 
-def _temporary_folder() -> list[Path]:
-    """The temporary folder that Python has found, if any."""
+def temporary_folder() -> Path | None:
+    """The temporary folder that Python has found; it passes over those that cannot be written."""
     try:
-        return [Path(tempfile.gettempdir())]
+        return Path(tempfile.gettempdir())
     except FileNotFoundError:
-        return []
+        return None
 
 
-def _is_usable(folder: Path) -> bool:
-    return bool(_PLAIN.fullmatch(str(folder))) and os.access(folder, os.W_OK | os.X_OK) and not is_noexec(folder)
+def flaw_of(folder: Path) -> str | None:
+    """Why compilers cannot work in a folder, as the end of a sentence."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return "cannot be written"
+    if is_noexec(folder):
+        return "is on a file system mounted noexec"
+    return None if _PLAIN.fullmatch(str(folder)) else "has a path that compilers do not take"

@@ -38,5 +38,11 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if args.traceback:
             raise
-        print(f"megalodon-export: {shown_lines(str(error)) or type(error).__name__}", file=sys.stderr)
+        advice = "; set TMPDIR to a folder that can be written" if _is_about_temporary_folders(error) else ""
+        print(f"megalodon-export: {shown_lines(str(error)) or type(error).__name__}{advice}", file=sys.stderr)
         return 1
+
+
+def _is_about_temporary_folders(error: Exception) -> bool:
+    """Whether Python found no temporary folder, for this package or for another one while it was imported."""
+    return isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error)

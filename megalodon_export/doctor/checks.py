@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ..exporters.scratch import temporary_folder
 from .machine import machine_checks
 from .report import Check, table
 from .run_probes import Probe, run_probes
@@ -53,9 +54,11 @@ PROBES: tuple[Probe, ...] = (
 def diagnose(probes: Sequence[Probe] = PROBES) -> list[Check]:
     """Look at the machine, run the probes, and return all checks in order. Progress goes to stderr.
 
+    Without a temporary folder there is none to run probes in, and the checks of the machine are all.
     The probes take about half a minute on two cores. Most of it is AOTInductor finding the CPU's vector instructions.
     """
-    return [*machine_checks(), *run_probes(probes)]
+    machine = machine_checks()
+    return machine if temporary_folder() is None else [*machine, *run_probes(probes)]
 
 
 def main(json: bool) -> int:

@@ -6,9 +6,9 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
+from ..exporters.scratch import SET_TMPDIR, flaw_of, temporary_folder
 from .report import Check
 
 MIN_PYTHON = (3, 11)
@@ -19,10 +19,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def machine_checks() -> list[Check]:
-    """One check each for Python, the cores, the free memory and the free disk."""
+    """Checks of Python, the cores, the free memory, the temporary folder, and the free disk there if there is one."""
     wanted = ".".join(map(str, MIN_PYTHON))
-    memory, disk = available_memory() / _GIB, shutil.disk_usage(tempfile.gettempdir()).free / _GIB
-    return [
+    memory = available_memory() / _GIB
+    checks = [
         Check(
             "Python",
             sys.version_info >= MIN_PYTHON,
@@ -36,13 +36,31 @@ def machine_checks() -> list[Check]:
             f"{memory:.1f} GiB",
             f"Compiling needs about {MIN_MEMORY_GIB:.0f} GiB beside the weights; end other programs or raise the limit",
         ),
-        Check(
-            "free disk",
-            disk >= MIN_DISK_GIB,
-            f"{disk:.1f} GiB in {tempfile.gettempdir()}",
-            f"Compiling needs about {MIN_DISK_GIB:.0f} GiB; free some, or set TMPDIR to a larger disk",
-        ),
     ]
+    folder = temporary_folder()
+    return [*checks, _temporary_check(folder), *([_disk_check(folder)] if folder is not None else [])]
+
+
+def _temporary_check(folder: Path | None) -> Check:
+    wanted, name = os.environ.get("TMPDIR"), "temporary folder"
+    advice = SET_TMPDIR[0].upper() + SET_TMPDIR[1:]
+    if folder is None:
+        return Check(name, False, "none that can be written", advice)
+    if flaw := flaw_of(folder):
+        return Check(name, False, f"{folder} {flaw}", advice)
+    if wanted and Path(wanted).absolute() != folder:
+        return Check(name, None, f"{folder}, since TMPDIR, {wanted}, is not there or cannot be written", advice)
+    return Check(name, True, str(folder))
+
+
+def _disk_check(folder: Path) -> Check:
+    disk = shutil.disk_usage(folder).free / _GIB
+    return Check(
+        "free disk",
+        disk >= MIN_DISK_GIB,
+        f"{disk:.1f} GiB in {folder}",
+        f"Compiling needs about {MIN_DISK_GIB:.0f} GiB; free some, or set TMPDIR to a larger disk",
+    )
 
 
 def usable_cores() -> int:

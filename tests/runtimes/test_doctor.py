@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megalodon_export.cli import run
+from megalodon_export.commands import inspecting
 from megalodon_export.doctor import checks as doctor
 from megalodon_export.doctor.checks import PROBES, diagnose, main
+from megalodon_export.doctor.machine import machine_checks
 from megalodon_export.doctor.report import Check, table
 from megalodon_export.doctor.run_probes import Probe
+from support.namespaces import in_mounts
 
 COMPILER = next(probe for probe in PROBES if probe.function == "compiler")
 
@@ -149,3 +156,52 @@ def test_a_probe_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("the child of a stopped probe still runs")
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Check]:
+    """The row about the temporary folder, in a process that begins with a TMPDIR."""
+
+    def check(folder: Path) -> Check:
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setenv("TMPDIR", str(folder))
+        return next(check for check in machine_checks() if check.name == "temporary folder")
+
+    return check
+
+
+def test_the_temporary_folder(temporary: Callable[[Path], Check], tmp_path: Path) -> None:
+    (tmp_path / "with space").mkdir()
+    assert temporary(tmp_path) == Check("temporary folder", True, str(tmp_path))
+    odd, missing = temporary(tmp_path / "with space"), temporary(tmp_path / "missing")
+    assert (odd.ok, odd.found) == (False, f"{tmp_path}/with space has a path that compilers do not take")
+    assert missing.ok is None
+    assert f"since TMPDIR, {tmp_path}/missing, is not there or cannot be written" in missing.found
+    assert odd.advice.startswith("Set TMPDIR to a folder that can be written")
+
+
+def test_no_temporary_folder_is_named_with_its_remedy() -> None:
+    code = "from megalodon_export.cli import run; run(['doctor'])"
+    command = in_mounts("mount -o remount,bind,ro /; cd /", sys.executable, "-c", code)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "FAIL  temporary folder  none that can be written" in done.stdout
+    assert "-> Set TMPDIR to a folder that can be written" in done.stdout
+
+
+def test_a_command_that_finds_no_temporary_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importing torch, for one, may ask for it."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+    monkeypatch.setattr(inspecting, "inspect", lambda args: tempfile.gettempdir())
+    assert run(["inspect", "bundle"]) == 1
+    printed = capsys.readouterr().err
+    assert "No usable temporary directory found in ['/proc']; set TMPDIR to a folder that can be written" in printed
+
+
+def test_a_temporary_folder_that_nothing_may_run_from(tmp_path: Path) -> None:
+    mounts = f"mount -t tmpfs -o noexec disk '{tmp_path}'; export TMPDIR='{tmp_path}'"
+    code = "from megalodon_export.doctor.machine import machine_checks; print(machine_checks())"
+    done = subprocess.run(in_mounts(mounts, sys.executable, "-c", code), capture_output=True, text=True, check=True)
+    assert f"{tmp_path} is on a file system mounted noexec" in done.stdout

@@ -144,7 +144,7 @@ def test_a_tmpdir_that_does_not_exist_is_not_needed(environment: Callable[..., N
 def test_no_temporary_folder_is_refused_before_anything_is_compiled(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(scratch, "_is_usable", lambda folder: False)
+    monkeypatch.setattr(scratch, "flaw_of", lambda folder: "cannot be written")
     with (
         pytest.raises(CompileError, match="no temporary folder for the compilers: set TMPDIR"),
         scratch_folder(tmp_path),
