@@ -330,6 +330,15 @@ def test_idle_connections_delay_nobody(service: Service) -> None:
                 connection.recv(1)
 
 
+@pytest.mark.slow
+def test_half_a_request_is_not_awaited_for_ever(service: Service) -> None:
+    """Slow, because it waits as long as the service does. An idle connection ends in silence."""
+    with service.send(b"") as idle, service.send(completion(**FIELDS)[:-5]) as half:
+        ((status, answer, _),) = answers(half, 1)
+        assert (status, error_of(answer)) == (408, "the request did not arrive in time; send all of it at once")
+        assert idle.recv(1) == b""
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
