@@ -142,7 +142,7 @@ void RequestReader::read_headers(std::map<std::string, std::string> headers) {
   const std::string expected = lower(headers["expect"]), connection = lower(headers["connection"]);
   if (connection.find("close") != connection.npos) request_.is_last = true;
   if (!encoding.empty() && encoding != "identity") throw Refused(415, "the body is compressed, expected plain JSON");
-  if (!transfer.empty() && transfer != "chunked") throw Refused(501, "the transfer encoding is unknown, expected chunked");
+  if (!transfer.empty() && transfer != "chunked") throw Refused(501, "Transfer-Encoding is unknown, expected chunked");
   is_chunked_ = !transfer.empty();
   const std::string& length = headers["content-length"];
   // Two answers to where a body ends would let a request hide in another one.

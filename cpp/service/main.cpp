@@ -33,7 +33,8 @@ void describe(CLI::App& app, Arguments& arguments) {
   add_number<std::size_t>(app, "--max-body-bytes", limits.body_bytes, 1, most, "bytes of a request's body at most");
   add_number<std::size_t>(app, "--max-prompt-tokens", limits.prompt_tokens, 1, most, "tokens of a prompt at most");
   add_number<std::int64_t>(app, "--max-new-tokens", limits.new_tokens, 1, most, "tokens that a request may ask for");
-  add_number(app, "--drain-seconds", arguments.drain_seconds, 0, 3600, "time for running requests to end after SIGTERM");
+  add_number(app, "--drain-seconds", arguments.drain_seconds, 0, 3600,
+             "time for running requests to end after SIGTERM");
   app.add_flag("--no-hashes", arguments.no_hashes, "check the sizes of the files, but not their sha256");
 }
 

@@ -84,8 +84,8 @@ class Scheduler::Stream {
     metrics_.first_token_microseconds += static_cast<std::uint64_t>(waited / std::chrono::microseconds(1));
   }
 
-  // Feeds the stream again from its beginning, by itself: a call for several streams has failed, so nobody knows which of
-  // them failed, and their states are unknown.
+  // Feeds the stream again from its beginning, by itself: a call for several streams has failed, so it is unknown which
+  // of them failed, and their states are.
   void feed_again() {
     const auto begin = request().token_ids.begin();
     std::vector<std::int64_t> fed(begin, begin + static_cast<std::ptrdiff_t>(fed_));

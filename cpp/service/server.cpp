@@ -68,8 +68,8 @@ class Server::Connection {
     if (size > 0 && !ended_) reader_.add({bytes.data(), static_cast<std::size_t>(size)});
     if (size != 0) return;
     input_ended_ = true;
-    // A client that has ended its side may still read, or it is gone. It cannot be told apart without sending something,
-    // and before an answer begins an interim one is allowed. If nobody reads, the connection is reset.
+    // A client that has ended its side may still read, or it is gone. Only sending something shows which, and before an
+    // answer begins, an interim one is allowed. If nobody reads, the connection is reset.
     if (answer_ != nullptr && !answer_->has_begun() && !answer_->http().is_http_1_0) unsent_ += kContinue;
   }
 

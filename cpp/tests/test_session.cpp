@@ -253,6 +253,7 @@ TEST(Batch, ASessionThatCannotBeSampledFailsAlone) {
       Ids next;
       EXPECT_EQ(status_of([&] { megalodon::step_batch(all, {1, 200, 3}, samplings, {0, 0, 0}, next); }),
                 MEGALODON_FAILED);
+      EXPECT_TRUE(std::string_view(megalodon_last_error()).starts_with("row 1 cannot be sampled: NaN in "));
       ASSERT_EQ(next.size(), 3U);
       EXPECT_EQ(next[1], -1);
       EXPECT_EQ(status_of([&] { sessions[1].decode(1); }), MEGALODON_POISONED);

@@ -25,7 +25,7 @@ from support.native import NativeError, Sampling, array, cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-INVALID, UNAVAILABLE, POISONED = 1, 3, 6
+INVALID, UNAVAILABLE = 1, 3
 HUGE = 2**64 - 1
 FORKED = (
     "this process was forked after the bundle was loaded, and compiled programs cannot run in a fork; "
@@ -255,24 +255,6 @@ def test_python_uses_the_same_words(session: native.Session, tiny_bundle: Path, 
     with pytest.raises(ValueError, match=" ") as caught:
         python(megalodon_export.load(tiny_bundle))
     assert refused(lambda: ours(session)) == str(caught.value)
-
-
-# ---- one stream's fault ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=3)], ids=["greedy", "sampled"])
-def test_a_stream_without_a_token_fails_alone(library: native.Library, nan_bundle: Path, sampling: Sampling) -> None:
-    engine = native.Engine(library, nan_bundle, check_hashes=False)
-    sessions, alone = ([native.Session(engine) for _ in range(3)] for _ in range(2))
-    next_tokens, said = native.step(sessions, [1, 200, 3], sampling)
-    assert said.startswith("row 1 cannot be sampled: NaN in 257 of 257 logits, expected finite logits")
-    for i, token in ((0, 1), (2, 3)):
-        assert [next_tokens[i]] == native.step([alone[i]], [token], sampling)[0]
-        assert np.allclose(sessions[i].prefill([7, 8], 257), alone[i].prefill([7, 8], 257), atol=1e-4)
-    assert next_tokens[1] == -1
-    with pytest.raises(NativeError, match="an earlier call failed half-way") as caught:
-        sessions[1].prefill([1], 257)
-    assert caught.value.status == POISONED
 
 
 # ---- a forked child --------------------------------------------------------------------------------------------------

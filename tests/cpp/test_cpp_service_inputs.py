@@ -250,7 +250,7 @@ NO_REQUESTS: dict[str, tuple[str, int, str]] = {
     "a long path": (f"GET /{'x' * 9000} HTTP/1.1\r\n\r\n", 414, "the first line is longer than 8192 bytes"),
     "long headers": (POST + "X: y\r\n" * 6000 + "\r\n", 431, "the headers are longer than 32768 bytes"),
     "gzip": (POST + "Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\nxx", 415, "the body is compressed"),
-    "another transfer": (POST + "Transfer-Encoding: gzip\r\n\r\n", 501, "the transfer encoding is unknown"),
+    "another transfer": (POST + "Transfer-Encoding: gzip\r\n\r\n", 501, "Transfer-Encoding is unknown"),
     "another expectation": (POST + "Expect: more\r\n\r\n", 417, "the expectation is unknown"),
     "HTTP/2": ("PRI * HTTP/2.0\r\n\r\n", 505, "the version is unknown, expected HTTP/1.1"),
     "two lengths": (
