@@ -15,8 +15,8 @@ std::string shown(Number value) {
   return {buffer, std::to_chars(buffer, buffer + sizeof buffer, value).ptr};
 }
 
-// Refuses what is no number in low..high, e.g. "--port is 70000, expected 0..65535". NaN is in no range. `range` replaces
-// "low..high" in messages.
+// Refuses what is no number in low..high, e.g. "--port is 70000, expected 0..65535". NaN is in no range. `range`
+// replaces "low..high" in messages.
 template <typename Number>
 CLI::Validator within(const std::string& option, Number low, Number high, std::string range = "") {
   if (range.empty()) range = shown(low) + ".." + shown(high);

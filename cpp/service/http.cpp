@@ -61,6 +61,7 @@ std::string head(const HttpRequest* request, int status, const std::string& type
 
 // The method, path and version of "GET /health?x HTTP/1.1".
 HttpRequest read_request_line(std::string_view line) {
+  if (line.find_first_of(kBreaks) != line.npos) throw bad("the request's first line is not METHOD PATH HTTP/1.1");
   const std::size_t first = line.find(' '), last = line.rfind(' ');
   const std::string_view version = last == line.npos ? "" : line.substr(last + 1);
   if (first == last || !version.starts_with("HTTP/")) throw bad("the request is not HTTP, expected HTTP/1.1");

@@ -48,8 +48,8 @@ class Engine {
   // Error MEGALODON_INVALID_ARGUMENT unless there are ids, and all are the model's. `whose` goes into the message.
   void check_ids(std::span<const std::int64_t> token_ids, const std::string& whose = "") const;
   void check_batch(std::size_t batch) const;
-  // False in a child of a process that has opened a bundle. Threads of OpenMP and CUDA do not live on in a fork, and the
-  // first operation that needs them would wait forever.
+  // False in a child of a process that has opened a bundle. Threads of OpenMP and CUDA do not live on in a fork, and
+  // the first operation that needs them would wait forever.
   bool is_same_process() const { return getpid() == process_; }
   void require_same_process() const;  // Error MEGALODON_UNAVAILABLE
 
