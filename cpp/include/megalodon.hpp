@@ -44,7 +44,7 @@ inline const char* c_text(const std::string& text, const std::string& name) {
 
 inline std::vector<const char*> c_stop(const std::vector<std::string>& stop) {
   std::vector<const char*> all;
-  for (const std::string& one : stop) all.push_back(c_text(one, "stop " + std::to_string(all.size())));
+  for (const std::string& one : stop) all.push_back(c_text(one, "stop[" + std::to_string(all.size()) + "]"));
   return all;
 }
 

@@ -343,7 +343,7 @@ def test_utf8_is_what_python_takes_for_it(engine: native.Engine, text: list[int]
 @pytest.mark.parametrize(("text", "at"), [(b"\xff", 0), (b"ab\xc3\x28", 2), (b"ok \xed\xa0\x80", 3), (b"\xe2\x82", 0)])
 def test_texts_that_are_not_utf8_are_refused(session: native.Session, text: bytes, at: int) -> None:
     assert refused(lambda: session.generate(text, 4)) == f"the prompt is not UTF-8 at byte {at}"
-    assert refused(lambda: session.generate("x", 4, ["a", text])) == f"stop 1 is not UTF-8 at byte {at}"
+    assert refused(lambda: session.generate("x", 4, ["a", text])) == f"stop[1] is not UTF-8 at byte {at}"
     assert session.position == 3
 
 
@@ -352,7 +352,7 @@ def test_texts_that_are_not_utf8_are_refused(session: native.Session, text: byte
     [
         (("-p", "ab\udcff"), "", "the prompt is not UTF-8 at byte 2"),
         ((), "ab\udce2\udc82", "the prompt is not UTF-8 at byte 2"),
-        (("-p", "x", "--stop", "\udcff"), "", "stop 0 is not UTF-8 at byte 0"),
+        (("-p", "x", "--stop", "\udcff"), "", "stop[0] is not UTF-8 at byte 0"),
         ((), "ab\0cd", "the prompt has a zero byte, at byte 2; leave it out, or pass token ids"),
     ],
 )

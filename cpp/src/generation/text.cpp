@@ -17,7 +17,7 @@ constexpr const char* kReplacement = "\xEF\xBF\xBD";  // U+FFFD
 StopScanner::StopScanner(std::vector<std::string> stop) : stop_(std::move(stop)) {
   for (std::size_t i = 0; i < stop_.size(); ++i) {
     const std::string& one = stop_[i];
-    require_utf8(one, "stop " + std::to_string(i));
+    require_utf8(one, std::string("stop[").append(std::to_string(i)).append("]"));
     require(!one.empty(), "an empty stop string would end every text at once; expected non-empty strings, drop it");
     longest_ = std::max(longest_, one.size());
   }
