@@ -103,7 +103,7 @@ def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], data: M
 
 def _bytes(tensor: Tensor) -> memoryview:
     dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return memoryview(dense.reshape(-1).view(torch.uint8).numpy())
+    return dense.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read(content: bytes) -> tuple[dict[str, str], dict[str, Tensor], dict[str, memoryview]]:
