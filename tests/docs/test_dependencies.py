@@ -11,7 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SCRIPTS = ("benchmarks", "artifacts", "tests/support")  # some import each other by name
-OWN = {"megalodon_export", "support"} | {path.stem for folder in SCRIPTS for path in (ROOT / folder).rglob("*.py")}
+OWN = {"megalodon_export", "soak", "support"}
+OWN |= {path.stem for folder in SCRIPTS for path in (ROOT / folder).rglob("*.py")}
 UNIMPORTED = {"onnxscript"}  # in the extra of the tests, for transformers' ONNX exporter
 IMPLIED = {"numpy"}  # torch needs it for `Tensor.numpy`
 TOOLS = {"ruff", "mypy", "setuptools"}
