@@ -217,7 +217,7 @@ class MegalodonLM(nn.Module):
         return self.model.new_cache(batch)
 
 
-def last_valid(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The hidden state (B, D) of each row's last valid token, from those of all tokens (B, L, D)."""
-    rows = torch.arange(hidden.shape[0], device=hidden.device)
-    return hidden[rows, (lengths - 1).clamp(min=0)]
+def last_valid(values: Tensor, lengths: Tensor) -> Tensor:
+    """What each row's last valid token has (B, D), from what all tokens have (B, L, D): hidden states, or logits."""
+    rows = torch.arange(values.shape[0], device=values.device)
+    return values[rows, (lengths - 1).clamp(min=0)]

@@ -18,8 +18,9 @@ from ..exporters.scratch import is_noexec
 from ..exporters.target import cpu_features
 from ..exporters.torch_internals import Program, load_library
 from ..model import ModelCache
+from ..model.modeling import last_valid
 from .base import Runtime, RuntimeUnavailable
-from .bound_programs import BoundPrograms, last_logits
+from .bound_programs import BoundPrograms
 
 
 class AotiRuntime(Runtime):
@@ -70,7 +71,7 @@ class BoundAotiPrograms(BoundPrograms):
     def run_prefill(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """Logits (B, V) of the last tokens."""
         logits = self._prefill(token_ids=token_ids, lengths=lengths)
-        return last_logits(logits, lengths) if self.runtime.all_logits else logits
+        return last_valid(logits, lengths) if self.runtime.all_logits else logits
 
     def run_score(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """Logits (B, L, V) of all tokens."""

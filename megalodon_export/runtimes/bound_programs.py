@@ -157,9 +157,3 @@ class BoundPrograms(ABC):
             raise ValueError(f"token_ids are of {token_ids.dtype}, expected integers: torch.int64")
         check_ids(token_ids, self.runtime.config.vocab_size)
         return token_ids.to(torch.int64)
-
-
-def last_logits(logits: Tensor, lengths: Tensor) -> Tensor:
-    """The logits (B, V) after each row's last token, from those after every token (B, L, V)."""
-    rows = torch.arange(logits.shape[0], device=logits.device)
-    return logits[rows, (lengths - 1).clamp(min=0)]

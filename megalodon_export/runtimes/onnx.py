@@ -19,8 +19,9 @@ from torch import Tensor
 from ..bundles.manifest import Manifest
 from ..exporters.programs import DECODE, PREFILL, ProgramName
 from ..model import ModelCache
+from ..model.modeling import last_valid
 from .base import Runtime, RuntimeUnavailable
-from .bound_programs import BoundPrograms, last_logits
+from .bound_programs import BoundPrograms
 from .onnx_session import BoundGraph, bind, open_session, require_cuda, require_version, shared_weights
 
 
@@ -70,7 +71,7 @@ class BoundOnnxPrograms(BoundPrograms):
     def run_prefill(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """Logits (B, V) of the last tokens."""
         if self.runtime.all_logits:
-            return last_logits(self.run_score(token_ids, lengths), lengths)
+            return last_valid(self.run_score(token_ids, lengths), lengths)
         return self._run_prefill(token_ids, lengths, (self.cache.batch,))
 
     def run_score(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
