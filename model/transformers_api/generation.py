@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -23,7 +24,10 @@ class MegalodonGenerationMixin(GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' generate(), in the model's own dtype: autocast, which is for training, changes no token."""
-        with torch.autocast(self.device.type, enabled=False):  # type: ignore[attr-defined]
+        with ExitStack() as modes:
+            for device in ("cpu", "cuda"):  # offloaded weights are on neither: their device is "meta"
+                if torch.is_autocast_enabled(device):
+                    modes.enter_context(torch.autocast(device, enabled=False))
             return super().generate(*args, **kwargs)
 
     def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args: Any, **kwargs: Any) -> str | None:
