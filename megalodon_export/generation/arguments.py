@@ -11,6 +11,7 @@ import numbers
 import operator
 import reprlib
 from collections.abc import Iterable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def _integer_id(value: object, vocab_size: int, whose: str = "") -> int:
     if not is_integer(one):
         kind, expected = type(one).__name__, f"an integer in 0..{vocab_size - 1}"
         raise ValueError(f"token id {show(one)}{whose} is of type {kind}, expected {expected}")
-    return operator.index(one)  # type: ignore[call-overload,no-any-return]
+    return operator.index(one)
 
 
 def _refuse_id(one: int, vocab_size: int, whose: str = "") -> int:
@@ -66,7 +67,7 @@ def integer(name: str, value: object, least: int, most: int = LARGEST) -> int:
     found = plain(value)
     if not is_integer(found):
         raise ValueError(f"{name} is {show(found)}, expected an integer")
-    whole: int = operator.index(found)  # type: ignore[call-overload]
+    whole = operator.index(found)
     if whole < least:
         raise ValueError(f"{name} is {show(whole)}, expected at least {least}")
     if whole > most:
@@ -108,7 +109,7 @@ def stop_strings(stop: object) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number; True and False are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 

@@ -28,6 +28,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         temperature, top_p, min_p = map(number, (self.temperature, self.top_p, self.min_p))
-        top_k, seed = plain(self.top_k), plain(self.seed)
+        top_k: Any = plain(self.top_k)
+        seed: Any = plain(self.seed)
         _require(
             0.0 <= temperature < math.inf,
             f"temperature is {show(self.temperature)}, expected a finite number >= 0; use 0 for greedy decoding",
