@@ -3,9 +3,10 @@
 Each function says what breaks without it. `tests/exporters/test_torch_internals.py` tests each against the installed
 torch, and fails where a new version has changed one. Importing this module imports neither Inductor nor Dynamo.
 
-Three places cannot import this module, and have theirs under the same kind of comment: `model/blocking.py`
-(`known`), `model/kernels/launch.py` (Triton's settings), and `doctor/probes.py`, which has to run where the
-package cannot be imported. Structures of the CUDA driver are in `runtimes/cuda_driver.py`.
+Four places cannot import this module, and have theirs under the same kind of comment: `model/blocking.py`
+(`known`), `model/compiled.py` (sizes that vary), `model/kernels/launch.py` (Triton's settings), and
+`doctor/probes.py`, which has to run where the package cannot be imported. Structures of the CUDA driver are in
+`runtimes/cuda_driver.py`.
 Names that torch documents in spite of their underscore, such as `torch._check`, may be used anywhere.
 """
 

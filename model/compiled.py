@@ -99,6 +99,10 @@ class CompiledBackend(Backend):
         self.inner.write_next_tokens(logits, next_tokens)
 
 
+# Private interfaces of torch: `torch._dynamo.maybe_mark_dynamic` and the attribute that it sets. Without the marks, the
+# first sizes are taken for constants, and the next ones compile again (`tests/model/test_compiled_layers.py` counts).
+
+
 def _vary(tensors: Iterable[Tensor], dims: tuple[int, ...]) -> None:
     """Tell torch.compile that dimensions of tensors vary, so that it does not take the first sizes for constants."""
     for tensor in tensors:
