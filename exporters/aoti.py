@@ -132,13 +132,22 @@ def build(
         package_programs(directory / PACKAGE, {name: list(paths) for name, paths in files.items()})
         for stage_name, paths in files.items():
             for path in paths:
-                if path.endswith((".so", ".cubin")):
-                    suffix = Path(path).suffix
-                    shutil.copyfile(path, directory / (f"{stage_name}.so" if suffix == ".so" else Path(path).name))
+                if (name := _loaded_name(Path(path), stage_name)) is not None:
+                    shutil.copyfile(path, directory / name)
     stages = {
         name: CompiledProgram(**{part: stage.entry for part, stage in compiled[name].items()}) for name in programs
     }
     return AotiPrograms(target(device, portable), limits, PACKAGE, all_logits, stages)
+
+
+def _loaded_name(path: Path, stage: str) -> str | None:
+    """The name in a bundle of a file that a runtime loads; None for one that only the package needs.
+
+    The JSON lists operators that a library calls by name, such as an FFT. torch looks for it beside the library.
+    """
+    if path.suffix in (".so", ".json"):
+        return None if path.name.endswith("_metadata.json") else f"{stage}{path.suffix}"
+    return path.name if path.suffix == ".cubin" else None
 
 
 def _serve(request: dict[str, Any], folder: Path, note: Callable[[str], None]) -> dict[str, Any]:

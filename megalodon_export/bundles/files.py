@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -78,7 +79,8 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         raise type(error)(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, there is nothing to remove
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(path: Path) -> None:

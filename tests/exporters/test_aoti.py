@@ -147,13 +147,6 @@ def test_every_layer_has_its_own_weights_and_cache(tiny_bundle: Path) -> None:
             assert {"layers.{layer}.key", "layers.{layer}.ema_state"} <= set(names)
 
 
-def test_weights_of_another_shape_are_refused(tiny_bundle: Path) -> None:
-    weights = [one for _, stage in stages_of(tiny_bundle) for one in stage.weights]
-    weights[0] = replace(weights[0], shape=(1, 2, 3))
-    with pytest.raises(ValueError, match=r"manifest says .*\[1, 2, 3\]"):
-        WeightStore(tiny_bundle, torch.device("cpu")).bind(weights)
-
-
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
@@ -244,10 +237,14 @@ def test_batches_out_of_range_are_refused(aoti: Runtime) -> None:
 
 
 WRONG_PREFILL: dict[str, tuple[Tensor, Tensor, str]] = {
-    "id too large": (torch.tensor([[1, 257]]), torch.tensor([2]), r"in 0\.\.256, got 1\.\.257"),
-    "negative id": (torch.tensor([[-1, 3]]), torch.tensor([2]), r"in 0\.\.256, got -1\.\.3"),
-    "float ids": (torch.ones(1, 2), torch.tensor([2]), r"must be integers, got torch.float32"),
-    "bool ids": (torch.ones(1, 2, dtype=torch.bool), torch.tensor([2]), r"must be integers, got torch.bool"),
+    "id too large": (torch.tensor([[1, 257]]), torch.tensor([2]), r"token id 257 is outside 0\.\.256"),
+    "negative id": (torch.tensor([[-1, 3]]), torch.tensor([2]), r"token id -1 is outside 0\.\.256"),
+    "float ids": (torch.ones(1, 2), torch.tensor([2]), r"token_ids are of torch.float32, expected integers"),
+    "bool ids": (
+        torch.ones(1, 2, dtype=torch.bool),
+        torch.tensor([2]),
+        r"token_ids are of torch.bool, expected",
+    ),
     "one dimension": (torch.tensor([1, 2]), torch.tensor([2]), r"must be \(B, L\) with B = 1, got \(2,\)"),
     "too many rows": (torch.ones(2, 2, dtype=torch.int64), torch.tensor([2, 2]), r"B = 1, got \(2, 2\)"),
     "no tokens": (torch.ones(1, 0, dtype=torch.int64), torch.tensor([0]), r"got \(1, 0\)"),

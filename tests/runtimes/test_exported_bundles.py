@@ -317,6 +317,6 @@ def test_an_interrupted_export_cleans_up(
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.splitlines()[-1] == "interrupted"
-    assert not list(destination.parent.iterdir())
+    assert not list(destination.parent.glob("*"))  # nor the folder itself, which the export made
     assert not list(tmp_path.glob("megalodon-export-*"))
     assert wait_until(lambda: not processes_with(mark), 30)

@@ -28,32 +28,35 @@ from typing import Any
 
 import megalodon_export
 from megalodon_export.bundles.bundle import BundleError, read
-from megalodon_export.bundles.manifest import Manifest
 from megalodon_export.bundles.parity import read_parity
-from megalodon_export.bundles.writing import seal, staged, update_parity
-from megalodon_export.exporters.manifest_types import Programs
-from megalodon_export.model import MegalodonConfig
+from megalodon_export.bundles.writing import staged, update_parity
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder tests, for support
+from support.damaged_bundles import seal_small
 
 _TRACED = (__file__, *(f"{name}.py" for name in ("staged_folder", "writing", "sealed_files", "files")))
 _REFUSED, _BLOCK, _BLOCKS = 3, 2**16, 8
 
 
 def export(destination: Path, number: int) -> None:
-    """A bundle whose weights say which export wrote it."""
+    """A bundle whose programs say which export wrote it."""
     with staged(destination) as staging:
-        for name in ("model.safetensors", "aoti/model.pt2"):
-            (staging / name).parent.mkdir(exist_ok=True)
-            with (staging / name).open("wb") as file:
-                for _ in range(_BLOCKS):
-                    file.write(number.to_bytes(8, "little") * (_BLOCK // 8))
-        sealed = seal(staging, Manifest.of(MegalodonConfig(num_layers=1), "float32", Programs(), {}))
+        _programs(staging).parent.mkdir()
+        with _programs(staging).open("wb") as file:
+            for _ in range(_BLOCKS):
+                file.write(number.to_bytes(8, "little") * (_BLOCK // 8))
+        sealed = seal_small(staging)
         update_parity(staging, sealed, {"measured": "", "dtype": "float32", "against": "eager", "results": []})
+
+
+def _programs(folder: Path) -> Path:
+    return folder / "aoti" / "programs.pt2"
 
 
 def number_at(destination: Path) -> int:
     """The number of the export that wrote a bundle, which is checked. BundleError if it is not whole."""
     read_parity(destination, read(destination))
-    with (destination / "model.safetensors").open("rb") as file:
+    with _programs(destination).open("rb") as file:
         return int.from_bytes(file.read(8), "little")
 
 
