@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from pathlib import Path
@@ -132,3 +133,16 @@ def test_hashes_may_be_trusted_but_not_sizes(library: native.Library, copy: Path
     truncate(copy / "README.md")
     with pytest.raises(native.NativeError, match="bytes expected"):
         native.Engine(library, copy, check_hashes=False)
+
+
+def test_programs_that_call_operators_by_name_are_for_python(library: native.Library, copy: Path) -> None:
+    """Prefill in the form "fft" calls torch's FFT, which its library finds through Python."""
+    operators = b"{}"
+    (copy / "aoti" / "prefill_layer.json").write_bytes(operators)
+    listed = {"size": len(operators), "sha256": hashlib.sha256(operators).hexdigest()}
+    edit(copy, lambda manifest: manifest["files"].update({"aoti/prefill_layer.json": listed}))
+    error = refusal(library, copy)
+    assert error.status == UNAVAILABLE
+    assert "aoti/prefill_layer calls operators of torch by name" in str(error)
+    assert "--ema-prefill blocked" in str(error)
+    assert megalodon_export.load(copy).runtime.limits.max_batch == 8

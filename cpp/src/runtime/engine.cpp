@@ -23,6 +23,17 @@ pid_t first_process() {
   return first;
 }
 
+// A JSON beside a library lists operators that it calls by name, through an interface of torch's that Python provides.
+void check_operators(const Manifest& manifest) {
+  for (const auto& [name, size] : manifest.files) {
+    if (name.starts_with("aoti/") && name.ends_with(".json")) {
+      throw unavailable(name.substr(0, name.size() - 5) +
+                        " calls operators of torch by name, which this library cannot; export the bundle again with "
+                        "--ema-prefill blocked, or run it from Python");
+    }
+  }
+}
+
 }  // namespace
 
 // ---- opening a bundle -----------------------------------------------------------------------------------------------
@@ -34,6 +45,7 @@ Engine::Engine(const std::filesystem::path& folder, bool check_hashes, int concu
               ", or 0 for one call per processor");
   manifest_ = open_manifest(folder, check_hashes);
   check_target(manifest_.target);
+  check_operators(manifest_);
   load_tokenizer(folder);
   device_ = open_device(manifest_.target.device, manifest_.target.architecture);
   weights_.emplace(folder, *device_);
