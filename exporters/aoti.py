@@ -132,8 +132,8 @@ def build(
         package_programs(directory / PACKAGE, {name: list(paths) for name, paths in files.items()})
         for stage_name, paths in files.items():
             for path in paths:
-                if (name := _loaded_name(Path(path), stage_name)) is not None:
-                    shutil.copyfile(path, directory / name)
+                if (file := _loaded_name(Path(path), stage_name)) is not None:
+                    shutil.copyfile(path, directory / file)
     stages = {
         name: CompiledProgram(**{part: stage.entry for part, stage in compiled[name].items()}) for name in programs
     }
