@@ -311,7 +311,7 @@ inline void step_batch(const std::vector<Session*>& sessions, const std::vector<
                                      next.data()));
 }
 
-// The same for callers that end all sessions if one fails.
+// Steps a batch as the function above does, and throws if one session fails: for callers that then end all of them.
 inline std::vector<std::int64_t> step_batch(const std::vector<Session*>& sessions,
                                             const std::vector<std::int64_t>& token_ids,
                                             const std::vector<megalodon_sampling>& samplings,

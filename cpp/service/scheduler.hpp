@@ -34,7 +34,7 @@ class Completion {
   Completion(CompletionRequest request, std::function<void()> changed)
       : request(std::move(request)), changed_(std::move(changed)) {}
 
-  // What is new, which may be nothing.
+  // Returns what the stream has written since the last call; the update is empty if that is nothing.
   Update take();
   void add(std::int64_t token_id, const std::string& text);
   void finish(const std::string& reason, const std::string& text);

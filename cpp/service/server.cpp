@@ -139,7 +139,7 @@ class Server::Connection {
     return !input_ended_ && Clock::now() < deadline_;
   }
 
-  // What happens at the deadline: an answer takes the time that it takes, and a request that has begun is refused.
+  // Called at the connection's deadline. An answer may go on for as long as it takes; a half-read request is refused.
   bool expire() {
     if (!unsent_.empty()) return false;
     if (answer_ != nullptr) return true;

@@ -1,4 +1,4 @@
-"""What a bundle's manifest must say, derived from the other files of the bundle, whose hashes are known to be right.
+"""Derives a bundle's manifest from its other files, whose hashes have been checked, and compares the two.
 
 | file | what follows from it |
 |---|---|

@@ -28,7 +28,7 @@ _EXPORT_AGAIN = "Export the bundle again."
 
 
 class Origin(Record, frozen=True):
-    """What all libraries of a bundle share: the compiler, the machine, and the form of the programs."""
+    """Facts that all libraries of a bundle share: the compiler, the machine, and the form of the programs."""
 
     torch: str
     target: Target

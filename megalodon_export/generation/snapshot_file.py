@@ -26,15 +26,14 @@ from torch import Tensor
 
 from ..bundles.strict_json import parse_json
 from ..exporters.programs import dtype_name
+from ..exporters.weight_files import DTYPE_NAMES
 
 FORMAT = "megalodon-export snapshot 2"
 _FORMAT_1 = "megalodon-export snapshot 1"
 _METADATA = ["format", "model", "pending", "sha256"]
 _MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
-_DTYPES = {
-    **{"F32": torch.float32, "BF16": torch.bfloat16, "F64": torch.float64, "F16": torch.float16, "I64": torch.int64},
-    **{"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
-}
+_DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in DTYPE_NAMES.items()}
+_DTYPES["I16"] = torch.int16  # no model has it, and both languages read it before they refuse it
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 

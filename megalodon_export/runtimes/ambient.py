@@ -1,4 +1,4 @@
-"""What the caller's process and thread have set, and a runtime must not depend on: torch's modes, and os.fork()."""
+"""Keeps runtimes independent of their caller's state: torch's modes of the thread, and os.fork() of the process."""
 
 from __future__ import annotations
 

@@ -11,9 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from support import native
 from support.service import Service
 
 LIMITS = {"--max-new-tokens": 1_000_000, "--max-prompt-tokens": 1000, "--max-body-bytes": 20_000, "--streams": 8}
+
+
+@pytest.fixture(scope="module")
+def engine(library: native.Library, tiny_bundle: Path) -> native.Engine:
+    """The tiny bundle, opened by the C++ library."""
+    return native.Engine(library, tiny_bundle)
 
 
 @pytest.fixture(scope="module")

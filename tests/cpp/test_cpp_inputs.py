@@ -33,11 +33,6 @@ FORKED = (
 )
 
 
-@pytest.fixture(scope="module")
-def engine(library: native.Library, tiny_bundle: Path) -> native.Engine:
-    return native.Engine(library, tiny_bundle)
-
-
 @pytest.fixture
 def session(engine: native.Engine) -> native.Session:
     """A stream of three tokens."""

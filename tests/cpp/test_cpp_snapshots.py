@@ -27,11 +27,6 @@ def python(tiny_bundle: Path) -> Session:
     return megalodon_export.load(tiny_bundle, runtime="aoti")
 
 
-@pytest.fixture(scope="module")
-def engine(library: native.Library, tiny_bundle: Path) -> native.Engine:
-    return native.Engine(library, tiny_bundle)
-
-
 @pytest.fixture
 def session(engine: native.Engine) -> native.Session:
     """A session inside a chunk, at position 70; one token is pending."""

@@ -1,4 +1,4 @@
-// What follows from a model's config, as JSON in the form of the manifest: the cache, the boundary of the programs, their
+// Derives parts of the manifest from a model's config, as JSON: the cache, the programs' inputs and outputs, and their
 // limits. Python derives the same from `model/cache.py` and `exporters/programs.py` when it writes the manifest.
 #pragma once
 

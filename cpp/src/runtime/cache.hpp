@@ -69,8 +69,8 @@ class CacheView {
   std::span<std::byte> memory(std::size_t index) const;
   // The memory of all tensors. If the rows are all of the block's, the states are one piece.
   StepMemory memory() const;
-  // Of a ring: the first `slots` slots of each row, without gaps. Other tensors are read and written whole. Writing gives
-  // the slots beyond their initial value.
+  // Both work on the first `slots` slots of each row of a ring, without gaps, and on other tensors as a whole. `write`
+  // gives a ring's other slots their initial value.
   std::vector<std::byte> read(std::size_t index, std::int64_t slots) const;
   void write(std::size_t index, std::int64_t slots, std::span<const std::byte> bytes) const;
   const std::shared_ptr<CacheBlock>& block() const { return block_; }
