@@ -58,7 +58,11 @@ def assert_compiled_is_eager(
 @pytest.mark.usefixtures("strict_compiler")
 @pytest.mark.parametrize(
     ("batches", "bound", "form"),
-    [((3, 2, 7, 1), SMALL["chunk_size"], "blocked"), ((3, 2, 7, 1), 70, "blocked"), ((2, 5, 1), 70, "fft")],
+    [
+        ((3, 2, 7, 1), SMALL["chunk_size"], "blocked"),
+        pytest.param((3, 2, 7, 1), 70, "blocked", marks=pytest.mark.slow),
+        pytest.param((2, 5, 1), 70, "fft", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_programs_never_recompile(batches: tuple[int, ...], bound: int, form: str) -> None:
     model = make_model(num_layers=1, ema_prefill=form)
@@ -67,6 +71,7 @@ def test_compiled_programs_never_recompile(batches: tuple[int, ...], bound: int,
         assert_compiled_is_eager(model, list(itertools.product(batches, lengths)), bound, "eager", 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("strict_compiler")
 def test_prefill_in_inductors_operations() -> None:
     """What Inductor would compile, without its minutes of C++ compilation."""
@@ -90,6 +95,7 @@ def test_decode_by_inductor() -> None:
                 assert torch.allclose(actual, expected, atol=1e-4)
 
 
+@pytest.mark.slow  # test_compiled_layers.py has the faster one, layer by layer
 def test_compiled_training_has_no_graph_break() -> None:
     torch.compiler.reset()
     model = make_model().train()

@@ -93,7 +93,8 @@ def gradients(model: m.MegalodonForCausalLM, batch: int, length: int) -> dict[st
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-@pytest.mark.parametrize("checkpointing", slow_except([False, True], True))
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_step_is_compiled_once(checkpointing: bool) -> None:
     compiled, plain = (model.train() for model in pair("aot_eager"))
     if checkpointing:

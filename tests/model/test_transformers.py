@@ -186,6 +186,7 @@ def test_onnx_exporter(exporters: Any) -> None:
     assert_runs_as_eager(model, exported, random_tokens(2, 12, seed=1), 9)
 
 
+@pytest.mark.slow  # the test above exports one size
 def test_onnx_exporter_takes_any_batch_and_length(exporters: Any) -> None:
     model = make_model(torch.float32, num_layers=1, chunk_size=64)
     model.config.use_cache = False

@@ -85,6 +85,7 @@ def test_a_filled_cache_holds_no_zeros_and_runs() -> None:
     assert model.decode(random_tokens(2), cache).isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_harness_measures_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "benchmarks" / "speed.py", "--bundle", tiny_bundle, "--device", "cpu"]
     command += ["--runtime", "eager", "aoti", "--batch", "1", "9", "--prompt-tokens", "5", "70", "--repeats", "2"]

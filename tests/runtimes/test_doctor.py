@@ -40,6 +40,8 @@ def script(path: Path, code: str) -> Path:
     return path
 
 
+# Slow: every probe at once, two of which compile. Faster tests run them one by one, on broken machines.
+@pytest.mark.slow
 def test_everything_required_works_here(capsys: pytest.CaptureFixture[str]) -> None:
     status = main(json=True)
     printed = capsys.readouterr()

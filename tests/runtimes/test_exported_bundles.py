@@ -192,6 +192,8 @@ def fft_bundle(
     return folder
 
 
+# Slow: each form is compiled and held to the model elsewhere. These two export once more, for the option alone.
+@pytest.mark.slow
 def test_the_form_of_prefill_is_chosen_at_export(fft_bundle: Path, short_chunk_bundle: Path) -> None:
     assert [bundle.read(folder).config.ema_prefill for folder in (short_chunk_bundle, fft_bundle)] == ["blocked", "fft"]
     assert json.loads((fft_bundle / "config.json").read_text())["ema_prefill"] == "fft"
@@ -201,6 +203,7 @@ def test_the_form_of_prefill_is_chosen_at_export(fft_bundle: Path, short_chunk_b
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_the_form_of_prefill_is_chosen_for_onnx(
     fft_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

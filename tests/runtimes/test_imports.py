@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from support.slow import slow_except
+
 # Packages and modules that take long to import, and that only training, exporting and the Auto classes need.
 HEAVY = ("transformers", "triton", "torchao", "torch._inductor", "torch._dynamo", "onnxscript", "accelerate")
 
@@ -68,7 +70,8 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+# The slow ones are the finer cases of the same hook; each starts a process that imports transformers.
+@pytest.mark.parametrize("order", slow_except(ORDERS, "ours first", "transformers first"))
 def test_the_auto_classes_know_the_model_in_every_order_of_imports(checkpoints: dict[str, Path], order: str) -> None:
     imported_by(f"import sys\n{ORDERS[order]}\n{REGISTERED}", checkpoints["tiny"])
 
@@ -80,6 +83,7 @@ def test_the_hook_leaves_when_its_work_is_done(checkpoints: dict[str, Path]) -> 
     assert done.stderr.split() == ["1", "0"]
 
 
+@pytest.mark.slow
 def test_a_failed_registration_is_a_warning() -> None:
     code = (
         "import sys, warnings, megalodon_export\n"
