@@ -9,5 +9,9 @@ import pytest
 
 
 def slow_except(values: Iterable[Any], *fast: Any) -> list[Any]:
-    """The values as parameters; all but the fast ones are marked slow."""
-    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """The values as parameters, tuples as those of several; all but the fast ones are marked slow."""
+    return [value if value in fast else _slow(*value) if isinstance(value, tuple) else _slow(value) for value in values]
+
+
+def _slow(*value: Any) -> Any:
+    return pytest.param(*value, marks=pytest.mark.slow)
