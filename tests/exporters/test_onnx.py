@@ -53,10 +53,8 @@ def graph(folder: Path, name: str) -> ir.Graph:
 # ---- every kind of model ---------------------------------------------------------------------------------------------
 
 
-# The slow ones differ from the others in sizes alone.
-@pytest.mark.parametrize(
-    "name", slow_except(VARIANTS, "plain", "all flags", "no affine", "megalodon-hf", "chunk 1", "chunk 16")
-)
+# The fast ones have no option, and all of them.
+@pytest.mark.parametrize("name", slow_except(VARIANTS, "plain", "all flags"))
 def test_every_kind_of_model(tmp_path: Path, name: str) -> None:
     manifest = built(make_model(torch.float32, **VARIANTS[name]), tmp_path, max_batch=8)
     runtime, eager = OnnxRuntime(tmp_path, manifest, "cpu"), open_runtime("eager", tmp_path, manifest, "cpu")
@@ -68,7 +66,7 @@ def test_every_kind_of_model(tmp_path: Path, name: str) -> None:
         onnx.checker.check_model(str(tmp_path / f"{program}.onnx"), full_check=True)
 
 
-@pytest.mark.parametrize(("length", "form"), [(32, "fft"), (96, "blocked"), (128, "fft")])
+@pytest.mark.parametrize(("length", "form"), slow_except([(32, "fft"), (96, "blocked"), (128, "fft")], (96, "blocked")))
 def test_calls_within_and_beyond_a_chunk_in_both_forms_of_the_ema(tmp_path: Path, length: int, form: str) -> None:
     """As in the graph, so against eager: with "fft" that is torch.fft."""
     manifest = built(

@@ -231,6 +231,7 @@ def test_a_killed_export_leaves_the_old_bundle(sound: Path) -> None:
     assert siblings(sound) == []
 
 
+@pytest.mark.slow  # real containers; test_two_exports_to_one_place has processes
 def test_two_containers_in_which_both_exports_are_process_1(sound: Path) -> None:
     with export_under_way(sound, alone=True):
         other = as_process_one(sys.executable, "-c", EXPORT, sound)
