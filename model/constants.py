@@ -6,8 +6,14 @@ model.train()                                     # and are derived from the par
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Self
+
 import torch
 from torch import Tensor, nn
+
+from .precision import at_least_float32
 
 
 class DerivedConstants(nn.Module):
@@ -20,6 +26,13 @@ class DerivedConstants(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.frozen: nn.Module | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As nn.Module._apply, which `to`, `half`, `cuda` and their like call.
+
+        The constants, and the parameters from which they are derived, stay in float32 or better.
+        """
+        return super()._apply(partial(at_least_float32, fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def derive(self) -> dict[str, Tensor]:
         """The constants, from the current parameters."""

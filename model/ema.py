@@ -54,11 +54,14 @@ class ComplexEMA(DerivedConstants):
     def __init__(self, dim: int, ndim: int, form: EMAForm = "blocked") -> None:
         super().__init__()
         self.dim, self.ndim, self.form = dim, ndim, form
-        self.alpha = nn.Parameter(torch.zeros(dim, ndim, 1))
-        self.delta = nn.Parameter(torch.zeros(dim, ndim, 1))
-        self.theta = nn.Parameter(torch.zeros(dim, 1, 1))
-        self.gamma = nn.Parameter(torch.zeros(dim, ndim, 2))
-        self.omega = nn.Parameter(torch.zeros(dim, 1))
+        # bfloat16 rounding of theta accumulates as phase error over long texts, so the parameters stay in float32 where
+        # the default dtype is a half precision.
+        dtype = accumulation_dtype(torch.get_default_dtype())
+        self.alpha = nn.Parameter(torch.zeros(dim, ndim, 1, dtype=dtype))
+        self.delta = nn.Parameter(torch.zeros(dim, ndim, 1, dtype=dtype))
+        self.theta = nn.Parameter(torch.zeros(dim, 1, 1, dtype=dtype))
+        self.gamma = nn.Parameter(torch.zeros(dim, ndim, 2, dtype=dtype))
+        self.omega = nn.Parameter(torch.zeros(dim, 1, dtype=dtype))
 
     def derive(self) -> dict[str, Tensor]:
         """The coefficients of the recurrence and of its blocks, computed in float64.

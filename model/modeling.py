@@ -9,7 +9,7 @@ Both update the cache in place. Source: arXiv 2404.08801, and XuezheMax/megalodo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -28,6 +28,7 @@ from .plan import PrefillPlan
 from .quantized import use_quantized_layers
 from .rotary import Rotary, RotaryTable
 
+Observer = Callable[[Tensor], Tensor]
 SUPPORTED_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -69,25 +70,35 @@ class Megalodon(nn.Module):
         use_quantized_layers(self, config)
 
     def prefill(
-        self, token_ids: Tensor, lengths: Tensor, cache: ModelCache | None = None, max_length: int | None = None
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        cache: ModelCache | None = None,
+        max_length: int | None = None,
+        observe: Observer | None = None,
     ) -> Tensor:
         """Run `lengths` (B) tokens of each row of token_ids (B, L) -> hidden states (B, L, D).
 
         With a cache, the rows go on from it; without one they start fresh. Hidden states at and after a row's length
         are 0. A length of 0 leaves the row's cache as it is. `max_length` bounds L where L is symbolic (torch.compile,
         torch.export): it decides what is static in the graph.
+
+        token_ids may be rows of the embedding instead, (B, L, D). `observe` is called with what each layer takes,
+        (B, L rounded up to whole blocks, D), and the layer takes what it returns.
         """
         position, ring = (None, None) if cache is None else (cache.position, cache.slots)
         x, plan, rotary = self.begin_prefill(token_ids, lengths, position, ring, max_length)
         for i, layer in enumerate(self.layers):
+            x = x if observe is None else observe(x)
             x = self.backend.prefill_layer(layer, x, plan, rotary, None if cache is None else cache.layers[i])
         x = self.end_prefill(x, plan, None if cache is None else cache.final)
         return first(x, 1, token_ids.shape[1])
 
-    def decode(self, token_ids: Tensor, cache: ModelCache) -> Tensor:
-        """Run one token of each row, token_ids (B) -> hidden states (B, D)."""
+    def decode(self, token_ids: Tensor, cache: ModelCache, observe: Observer | None = None) -> Tensor:
+        """Run one token of each row, token_ids (B) -> hidden states (B, D). `observe` is as in `prefill`."""
         x, rotary = self.begin_decode(token_ids, cache.position)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = x if observe is None else observe(x)
             x = self.backend.step_layer(layer, x, cache.position, rotary, layer_cache)
         return self.end_decode(x, cache.final)
 
@@ -109,7 +120,8 @@ class Megalodon(nn.Module):
         ring, start = ring or self.config.chunk_size, torch.zeros_like(lengths) if position is None else position
         length, bound = self.backend.prefill_sizes(token_ids.shape[1], ring)
         max_length = bound if max_length is None else max_length + padding_to(max_length, BLOCK)
-        token_ids = F.pad(token_ids, (0, length - token_ids.shape[1]))  # once, so that no layer has to
+        features = (0, 0) * (token_ids.dim() - 2)  # of rows of the embedding
+        token_ids = F.pad(token_ids, (*features, 0, length - token_ids.shape[1]))  # once, so that no layer has to
         rotary = self.rotary(start[:, None] + torch.arange(length, device=token_ids.device))
         plan = PrefillPlan.of(lengths, start, length, ring, max_length, cached=position is not None)
         return self.embed_tokens(token_ids), plan, rotary
@@ -136,8 +148,8 @@ class Megalodon(nn.Module):
         return math.sqrt(self.config.model_dim) if self.config.scale_emb else 1.0
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
-        """Scaled rows of the embedding, with dropout in training: token_ids (...) -> (..., D)."""
-        x: Tensor = self.embed(token_ids)
+        """Scaled rows of the embedding, with dropout in training: token_ids (...), or rows of it -> (..., D)."""
+        x: Tensor = token_ids if token_ids.is_floating_point() else self.embed(token_ids)
         if self.config.scale_emb:
             x = x * self.embedding_scale
         return F.dropout(x, self.config.dropout) if self.training else x

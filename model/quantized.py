@@ -10,6 +10,7 @@ tied to the embedding becomes an int8 tensor of its own, so that the embedding s
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig, WeightFormat
 from .norm import accumulation_dtype, cast
+from .precision import at_least_float32
 
 ZERO = 8  # the 4 bits of the integer 0
 
@@ -45,6 +47,15 @@ class QuantizedLinear(nn.Module):
         )
         self.register_buffer("scale", torch.ones(out_features, groups, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As nn.Module._apply, which `to`, `half`, `cuda` and their like call. The scales stay in float32 or better."""
+        scale = self.scale
+
+        def apply(x: Tensor) -> Tensor:
+            return at_least_float32(fn, x) if x is scale else fn(x)
+
+        return super()._apply(apply, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """W (N, K): integers times scales in float32 (float64 for float64), rounded once to `dtype`."""

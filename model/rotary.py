@@ -31,7 +31,7 @@ class RotaryTable(DerivedConstants):
     def __init__(self, head_dim: int, chunk_size: int, base: float | None) -> None:
         super().__init__()
         self.head_dim, self.chunk_size, self.base = head_dim, chunk_size, base or 10_000.0
-        self.register_buffer("anchor", torch.zeros(0), persistent=False)  # follows the module's device and dtype
+        self.register_buffer("anchor", torch.zeros(0), persistent=False)  # follows the device, and float64
 
     def derive(self) -> dict[str, Tensor]:
         """The two tables."""

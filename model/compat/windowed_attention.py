@@ -16,6 +16,7 @@ from ..attention import masked_softmax, write_ring
 from ..cache import LayerCache, ModelCache
 from ..config import ModelConfig
 from ..gated_attention import GatedAttention
+from ..modeling import Observer
 from ..norm import accumulation_dtype
 from ..plan import PrefillPlan
 from ..rotary import Rotary, RotaryTable
@@ -89,16 +90,21 @@ class WindowedModel(MegalodonModel):
     rotary_class = AbsoluteRotary
 
     def prefill(
-        self, token_ids: Tensor, lengths: Tensor, cache: ModelCache | None = None, max_length: int | None = None
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        cache: ModelCache | None = None,
+        max_length: int | None = None,
+        observe: Observer | None = None,
     ) -> Tensor:
         """As `Megalodon.prefill`; the rings of an unbounded cache grow first."""
         if cache is not None and self.config.cache_unbounded:
             reserve(cache, int((cache.position + lengths).max()))
-        return super().prefill(token_ids, lengths, cache, max_length)
+        return super().prefill(token_ids, lengths, cache, max_length, observe)
 
-    def decode(self, token_ids: Tensor, cache: ModelCache) -> Tensor:
+    def decode(self, token_ids: Tensor, cache: ModelCache, observe: Observer | None = None) -> Tensor:
         """A prefill of one token."""
-        return self.prefill(token_ids[:, None], torch.ones_like(token_ids), cache)[:, 0]
+        return self.prefill(token_ids[:, None], torch.ones_like(token_ids), cache, observe=observe)[:, 0]
 
 
 def reserve(cache: ModelCache, tokens: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..blocks import MegalodonBlock
 from ..cache import LayerCache, copy_in_place
@@ -13,25 +14,29 @@ from ..plan import PrefillPlan
 from ..rotary import Rotary
 
 
-class MegalodonDecoderLayer(MegalodonBlock):
-    """`MegalodonBlock`, whose activations the backward pass computes again if gradient checkpointing is enabled."""
+class MegalodonDecoderLayer(MegalodonBlock, GradientCheckpointingLayer):
+    """`MegalodonBlock`, whose activations the backward pass computes again if gradient checkpointing is enabled.
 
-    _gradient_checkpointing_func: Any
-    gradient_checkpointing = False  # transformers sets it, together with the function
+    transformers' GradientCheckpointingLayer runs `forward` through torch.utils.checkpoint then.
+    """
 
-    def forward(self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None) -> Tensor:
-        """As `MegalodonBlock.forward`."""
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            return super().forward(x, plan, rotary, cache)
-        if cache is None:
-            y: Tensor = self._gradient_checkpointing_func(super().forward, x, plan, rotary, None)
-            return y
-        # The backward pass runs the layer again, so it must find the cache as it was, and leave it as it is by then.
-        y, *new = self._gradient_checkpointing_func(self._forward_on_copy, x, plan, rotary, *cache.clone().tensors())
+    def __call__(self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None) -> Any:
+        """As `MegalodonBlock.forward`.
+
+        The backward pass runs the layer again, so it must find the cache as it was, and leave it as it is by then.
+        Checkpointing therefore works on a copy.
+        """
+        if cache is None or not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return super().__call__(x, plan, rotary, cache)
+        y, *new = super().__call__(x, plan, rotary, None, *cache.clone().tensors())
         copy_in_place(cache.tensors(), new)
         return y
 
-    def _forward_on_copy(self, x: Tensor, plan: PrefillPlan, rotary: Rotary, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`MegalodonBlock.forward` on a copy of the cache's tensors, which it returns as well."""
-        cache = LayerCache(*tensors).clone()
+    def forward(  # type: ignore[override]
+        self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None, *copied: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        """As `MegalodonBlock.forward`. With the tensors of a copied cache, which stay as they are, new ones follow."""
+        if not copied:
+            return super().forward(x, plan, rotary, cache)
+        cache = LayerCache(*copied).clone()
         return super().forward(x, plan, rotary, cache), *cache.tensors()

@@ -30,7 +30,8 @@ class MegalodonCache(ModelCache, Cache):  # type: ignore[misc]  # both have `lay
     record_past = False
     padding: int | Tensor = 0
     _before: list[Tensor] | None = None  # the state at the last `crop`
-    _fed: list[Tensor]  # and the tokens fed since
+    _columns: int  # the columns seen until then
+    _fed: list[tuple[Tensor, Tensor]]  # the columns fed since, (B, L), and which of them are tokens
     _feed: Feed
 
     def clone(self, config: ModelConfig) -> Self:
@@ -67,15 +68,21 @@ class MegalodonCache(ModelCache, Cache):  # type: ignore[misc]  # both have `lay
                 "cache (rows or batch_repeat_interleave choose them)"
             )
 
-    def record(self, token_ids: Tensor, lengths: Tensor | None, feed: Feed) -> None:
-        """Note tokens that are about to be fed through `feed`, if they may be taken back."""
+    def record(self, token_ids: Tensor, valid: Tensor | None, feed: Feed) -> None:
+        """Note columns that are about to be fed through `feed`, if they may be taken back.
+
+        `valid` (B, L) says which of token_ids (B, L) are tokens; None says all.
+        """
         if not self.record_past:
             return
-        if lengths is not None:
-            raise ValueError("tokens of a padded batch cannot be taken back; generate with the rows one by one")
+        if token_ids.is_floating_point():
+            raise ValueError(
+                "tokens given as inputs_embeds cannot be taken back; give input_ids to assisted generation"
+            )
         if self._before is None:
-            self._before, self._fed, self._feed = [t.clone() for t in self.tensors()], [], feed
-        self._fed.append(token_ids)
+            self._before, self._columns = [t.clone() for t in self.tensors()], self.get_seq_length()
+            self._fed, self._feed = [], feed
+        self._fed.append((token_ids, torch.ones_like(token_ids, dtype=torch.bool) if valid is None else valid))
 
     def forget(self) -> None:
         """Keep what was fed so far for good."""
@@ -114,23 +121,29 @@ class MegalodonCache(ModelCache, Cache):  # type: ignore[misc]  # both have `lay
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last -tokens_to_remove tokens, at most those fed since the last crop; 0 keeps them all."""
+        """Take back the last -tokens_to_remove columns, at most those fed since the last crop; 0 keeps them all."""
         if not self.record_past:
             raise ValueError(
                 "a Megalodon cache is a running state and cannot be cropped; call activate_past_recording before the "
                 "tokens are fed, or keep a clone"
             )
-        if self._before is not None and tokens_to_remove:
-            fed = torch.cat(self._fed, dim=1)
-            kept = fed.shape[1] - abs(tokens_to_remove)
+        count = abs(tokens_to_remove)
+        if count and self._before is None:
+            raise ValueError(f"{count} tokens cannot be taken back: none were fed since the last crop")
+        if count and self._before is not None:
+            fed, valid = (torch.cat(parts, dim=1) for parts in zip(*self._fed, strict=True))
+            kept = fed.shape[1] - count
             if kept < 0:
-                raise ValueError(f"{abs(tokens_to_remove)} tokens cannot be taken back, only the last {fed.shape[1]}")
+                raise ValueError(f"{count} tokens cannot be taken back, only the last {fed.shape[1]}")
             self.replace(self._before)
             if kept:
-                self._feed(fed[:, :kept], torch.full_like(fed[:, 0], kept))
-        elif tokens_to_remove:
-            raise ValueError(f"{abs(tokens_to_remove)} tokens cannot be taken back: none were fed since the last crop")
+                self._feed_again(fed[:, :kept], valid[:, :kept])
+            self.padding = self._columns + kept - self.position.max()
         self.forget()
+
+    def _feed_again(self, token_ids: Tensor, valid: Tensor) -> None:
+        tokens_first = (~valid).int().argsort(dim=1, stable=True)
+        self._feed(token_ids.gather(1, tokens_first), valid.sum(1))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Continue the chosen rows, (B) int64, as beam search does."""

@@ -27,11 +27,28 @@ class MegalodonConfig(PreTrainedConfig, ModelConfig):  # type: ignore[misc]  # b
 
     def __init__(self, **kwargs: Any) -> None:
         refuse_megalodon_hf(kwargs)
+        self._take_aliases(kwargs)
         own = {f.name: kwargs.pop(f.name) for f in fields(ModelConfig) if f.name in kwargs}
         for name, value in vars(ModelConfig(**own)).items():
             setattr(self, name, value)
         kwargs["tie_word_embeddings"] = self.head_is_embedding
         super().__init__(**kwargs)
+
+    def _take_aliases(self, values: dict[str, Any]) -> None:
+        """Put what other libraries call `hidden_size` under its name here; ValueError if it has two values."""
+        for alias, name in self.attribute_map.items():
+            if alias in values:
+                value = values.pop(alias)
+                if values.setdefault(name, value) != value:
+                    raise ValueError(f"{alias} is {value} and {name} is {values[name]}; they are one size: give one")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and the names by which other libraries look for sizes, such as `hidden_size`."""
+        return {**super().to_dict(), **{alias: getattr(self, name) for alias, name in self.attribute_map.items()}}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, each size under one name: what config.json holds."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in self.attribute_map}
 
 
 def preset(name: str, **overrides: Any) -> MegalodonConfig:

@@ -7,9 +7,12 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .arguments import one_cache
 
 # transformers is renaming past_key_values to cache, as a field of outputs and as an argument of forward.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -51,6 +54,13 @@ class MegalodonGenerationMixin(GenerationMixin):
                 f"cache_implementation is {generation_config.cache_implementation!r}, and Megalodon has one cache, of "
                 "constant size; leave it out"
             )
+        one_cache(model_kwargs.get(CACHE), None)  # refuses another model's
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if assisted and batch_size > 1:
+            raise ValueError(
+                f"assisted generation serves one prompt at a time in transformers, and {batch_size} came; call "
+                "generate for each of them"
+            )
         mask = model_kwargs.get("attention_mask")
         if generation_config.prefill_chunk_size and mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("prefill_chunk_size needs prompts that end in the same column; pad them on the left")
@@ -58,10 +68,21 @@ class MegalodonGenerationMixin(GenerationMixin):
             beams = max(generation_config.num_beams, generation_config.num_return_sequences)
             model_kwargs[CACHE] = self.new_cache(batch_size * beams)  # type: ignore[attr-defined]
         cache = model_kwargs.get(CACHE)
-        if cache is not None and (
-            generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
-        ):
+        if cache is not None and (assisted or generation_config.is_assistant):
             cache.activate_past_recording()
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The mask of prompts that came without one: pad tokens before the first and behind the last other token.
+
+        A pad token between two others is a token. To an assistant all are: padded prompts have a mask, which the model
+        that it assists hands on.
+        """
+        mask: Tensor = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        if generation_config.is_assistant or mask.dim() != 2:
+            return torch.ones_like(mask)
+        return mask.cummax(1).values & mask.flip(1).cummax(1).values.flip(1)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: continuous batching pages the keys and values of whole texts, which this model does not keep."""

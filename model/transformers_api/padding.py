@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..loss import IGNORED
-
 
 @dataclass(frozen=True)
 class PaddingLayout:
@@ -36,7 +34,7 @@ class PaddingLayout:
             return cls(lengths)
         if lengths is not None:
             raise ValueError("attention_mask and lengths both say where the padding is; give one of them")
-        batch, length = token_ids.shape
+        batch, length = token_ids.shape[:2]
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, expected ({batch}, {length}) or with the "
@@ -56,11 +54,19 @@ class PaddingLayout:
         return layout
 
     def valid(self, length: int) -> Tensor:
-        """Which of `length` columns are tokens, (B, L) bool."""
+        """Which of `length` columns are tokens, (B, L) bool; not for a layout without padding."""
         assert self.lengths is not None
         columns = torch.arange(length, device=self.lengths.device)
         columns = columns if self.first is None else columns - self.first[:, None]
         return (columns >= 0) & (columns < self.lengths[:, None])
+
+    def without_last(self, count: int, length: int) -> PaddingLayout | None:
+        """The layout of all but the last `count` of `length` columns; None if there is padding among those."""
+        if self.lengths is None:
+            return self
+        if not bool(self.valid(length)[:, -count:].all()):
+            return None
+        return PaddingLayout(self.lengths - count, self.first)
 
     def to_right(self, x: Tensor) -> Tensor:
         """x (B, L, ...) with each row's padding moved behind its tokens."""
@@ -71,20 +77,27 @@ class PaddingLayout:
         return x if self.first is None else _rolled(x, -self.first)
 
     def last(self, x: Tensor, count: int) -> Tensor:
-        """Each row's last `count` tokens of x (B, L, ...), whose padding is on the right; 0 where a row has fewer."""
+        """Each row's last `count` tokens of x (B, L, ...); 0 where a row has fewer."""
         if self.lengths is None:
             return x[:, max(x.shape[1] - count, 0) :]
         index = self.lengths.to(x.device)[:, None] + torch.arange(-min(count, x.shape[1]), 0, device=x.device)
+        columns = index.clamp(min=0) if self.first is None else index.clamp(min=0) + self.first.to(x.device)[:, None]
         rows = torch.arange(x.shape[0], device=x.device)[:, None]
-        return torch.where((index >= 0)[:, :, None], x[rows, index.clamp(min=0)], 0.0)
+        return torch.where((index >= 0)[:, :, None], x[rows, columns.clamp(max=x.shape[1] - 1)], 0.0)
 
-    def targets(self, labels: Tensor) -> Tensor:
-        """The target of each column but the last, from labels (B, L): IGNORED unless it and the next are tokens."""
-        targets = labels[:, 1:]
+    def counted(self, labels: Tensor, ignored: int) -> Tensor:
+        """labels (B, L) with `ignored` where the token or the one before it is padding: no step has them as target."""
+        if self.lengths is None:
+            return labels
+        valid = self.valid(labels.shape[1]).to(labels.device)
+        after = torch.nn.functional.pad(valid, (1, -1))  # whether the column before is a token
+        return torch.where(valid & after, labels, ignored)
+
+    def counted_targets(self, targets: Tensor, ignored: int) -> Tensor:
+        """Targets that are aligned with the logits (B, L), with `ignored` where the token is padding."""
         if self.lengths is None:
             return targets
-        valid = self.valid(labels.shape[1]).to(labels.device)
-        return torch.where(valid[:, :-1] & valid[:, 1:], targets, IGNORED)
+        return torch.where(self.valid(targets.shape[1]).to(targets.device), targets, ignored)
 
 
 def _rolled(x: Tensor, shift: Tensor) -> Tensor:

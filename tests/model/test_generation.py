@@ -136,8 +136,8 @@ def test_tokens_are_taken_back(model: m.MegalodonForCausalLM) -> None:
         cache.crop(-3)
     with pytest.raises(ValueError, match="call activate_past_recording before"):
         model.new_cache(1).crop(-1)
-    with pytest.raises(ValueError, match="a padded batch cannot be taken back"):
-        model(text[:, :2], lengths=torch.tensor([1, 2]), past_key_values=cache)
+    with pytest.raises(ValueError, match="inputs_embeds cannot be taken back"):
+        model(inputs_embeds=model.get_input_embeddings()(text[:, :2]), past_key_values=cache)
 
 
 def test_rows_of_a_cache(model: m.MegalodonForCausalLM) -> None:
