@@ -20,6 +20,8 @@ class MegalodonDecoderLayer(MegalodonBlock, GradientCheckpointingLayer):
     transformers' GradientCheckpointingLayer runs `forward` through torch.utils.checkpoint then.
     """
 
+    _gradient_checkpointing_func: Any  # transformers sets it
+
     def __call__(self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None) -> Any:
         """As `MegalodonBlock.forward`.
 

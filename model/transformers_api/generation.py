@@ -71,7 +71,7 @@ class MegalodonGenerationMixin(GenerationMixin):
         if cache is not None and (assisted or generation_config.is_assistant):
             cache.activate_past_recording()
 
-    def _prepare_attention_mask_for_generation(
+    def _prepare_attention_mask_for_generation(  # type: ignore[override]  # a LongTensor there
         self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
     ) -> Tensor:
         """The mask of prompts that came without one: pad tokens before the first and behind the last other token.

@@ -36,7 +36,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "embed"
     _no_split_modules = ["MegalodonDecoderLayer", "WindowedDecoderLayer"]  # noqa: RUF012
     # Loading leaves these in float32, as `ComplexEMA` and `QuantizedLinear` do in every cast.
-    _keep_in_fp32_modules_strict = ["cema"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict: set[str] | list[str] = ["cema"]  # noqa: RUF012
     supports_gradient_checkpointing = True
 
     def __init__(self, config: MegalodonConfig, *args: Any, **kwargs: Any) -> None:
