@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, TextIteratorStreamer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TextIteratorStreamer,
+    pipeline,
+)
 
 import megalodon_export.model as m
 from megalodon_export.bundles.checkpoints import default_checkpoint
@@ -95,6 +104,75 @@ def test_assisted_generation_is_greedy(model: m.MegalodonForCausalLM, assistant:
     assert len(continued(model, prompt, max_new_tokens=20, do_sample=True, **options)) == 20
 
 
+def llama() -> LlamaForCausalLM:
+    """Another model over the same tokens."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=23, **sizes, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("prompt", ["padded", "pad token inside", "pad token at either end", "no mask"])
+@pytest.mark.parametrize("assistant", ["another", "llama", "prompt"])
+def test_assisted_generation_from_padded_prompts(model: m.MegalodonForCausalLM, prompt: str, assistant: str) -> None:
+    pad = 5
+    tokens = PROMPT.repeat(1, 3)
+    tokens[tokens == pad] = 6
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(tokens)}
+    if prompt == "padded":
+        expected = greedy(model, tokens, 20)
+        tokens = torch.nn.functional.pad(tokens, (4, 0), value=pad)
+        options = {"attention_mask": (tokens != pad).long()}
+    else:
+        tokens[0, [10, 11]] = pad
+        if prompt == "pad token at either end":
+            tokens[0, [0, -1]] = pad
+        options = {} if prompt == "no mask" else {"attention_mask": torch.ones_like(tokens)}
+        expected = greedy(model, tokens, 20)
+    if assistant == "prompt":
+        options["prompt_lookup_num_tokens"] = 3
+    else:
+        options["assistant_model"] = llama() if assistant == "llama" else make_model(torch.float32, num_layers=1)
+    assert continued(model, tokens, max_new_tokens=20, pad_token_id=pad, **options) == expected
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_as_the_assistant_of_another_model(model: m.MegalodonForCausalLM, side: str) -> None:
+    target, options = llama(), {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    tokens = PROMPT.clamp(min=1)
+    if side == "left":
+        tokens = torch.nn.functional.pad(tokens, (4, 0))
+    mask = (tokens != 0).long()
+    expected = target.generate(tokens, attention_mask=mask, **options)
+    assert torch.equal(target.generate(tokens, attention_mask=mask, assistant_model=model, **options), expected)
+
+
+def test_padded_columns_are_taken_back(model: m.MegalodonForCausalLM) -> None:
+    token_ids, mask = padded([random_tokens(n, seed=n) for n in (3, 9)], "left")
+    more = random_tokens(2, 6, seed=1)
+    with torch.no_grad():
+        cache, expected = model.new_cache(2), model.new_cache(2)
+        cache.activate_past_recording()
+        model(token_ids, attention_mask=mask, past_key_values=cache)
+        model(more, past_key_values=cache)
+        cache.crop(-8)  # six tokens, and two columns of the padded call
+        model(token_ids[:, :7], attention_mask=mask[:, :7], past_key_values=expected)
+        assert cache.get_seq_length() == expected.get_seq_length() == 7
+        assert torch.equal(cache.position, expected.position)
+        after, wanted = (model(more, past_key_values=one).logits for one in (cache, expected))
+    assert torch.allclose(after, wanted, atol=1e-5)
+
+
+def test_pad_tokens_of_prompts_without_a_mask(model: m.MegalodonForCausalLM) -> None:
+    """Those at the ends are padding, as everywhere in transformers; one between two tokens is a token."""
+    prompts = [PROMPT.clamp(min=1)[0, :6], PROMPT.clamp(min=1)[0]]
+    prompts[1][4] = 0
+    token_ids, mask = padded(prompts, "left")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(token_ids, attention_mask=mask, **options)
+    assert torch.equal(model.generate(token_ids, **options), expected)
+
+
 def test_a_returned_cache_goes_on(model: m.MegalodonForCausalLM) -> None:
     assistant = make_model(torch.float32, num_layers=1)
     for options in ({}, {"assistant_model": assistant}):
@@ -154,6 +232,14 @@ def test_rows_of_a_cache(model: m.MegalodonForCausalLM) -> None:
     [
         ({"penalty_alpha": 0.6, "top_k": 4}, ValueError, "does not generate by contrastive search"),
         ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, ValueError, "by group beam search"),
+        (
+            {"assistant_model": make_model(torch.float32), "inputs": random_tokens(2, 9)},
+            ValueError,
+            "one prompt at a time in transformers, and 2 came",
+        ),
+        ({"inputs": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, r"input_ids has shape \(1, 0\)"),
+        ({CACHE: DynamicCache()}, TypeError, r"DynamicCache.*model.new_cache\(batch\)"),
+        ({"unknown": 1}, ValueError, "not used by the model"),
         ({"dola_layers": "high"}, ValueError, "by dola generation"),
         ({"cache_implementation": "static"}, ValueError, "cache_implementation is 'static'"),
         ({"cache_implementation": "paged"}, NotImplementedError, "no pages of keys and values"),
@@ -167,7 +253,7 @@ def test_rows_of_a_cache(model: m.MegalodonForCausalLM) -> None:
 )
 def test_refused(model: m.MegalodonForCausalLM, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        model.generate(PROMPT, **{"max_new_tokens": 3, "do_sample": False, **options})
+        model.generate(**{"inputs": PROMPT, "max_new_tokens": 3, "do_sample": False, **options})
 
 
 # ---- from a folder ---------------------------------------------------------------------------------------------------
@@ -218,3 +304,35 @@ def test_text_generation_pipeline(bible: m.MegalodonForCausalLM, tokenizer: Any)
     batched = [texts[0]["generated_text"] for texts in generate(prompts, batch_size=2, **options)]
     assert batched == [generate(prompt, **options)[0]["generated_text"] for prompt in prompts]
     assert all(len(text) == 20 for text in batched)
+
+
+def test_stop_strings(bible: m.MegalodonForCausalLM, tokenizer: Any) -> None:
+    prompts = tokenizer(
+        ["In the beginning", "And the king of Babylon said unto them, "], return_tensors="pt", padding=True
+    )
+    options: dict[str, Any] = {**prompts, "do_sample": False, "max_new_tokens": 60}
+    texts = tokenizer.batch_decode(bible.generate(**options)[:, prompts.input_ids.shape[1] :])
+    found = bible.generate(**options, tokenizer=tokenizer, stop_strings=["the ", ","])
+    written = tokenizer.batch_decode(found[:, prompts.input_ids.shape[1] :], skip_special_tokens=True)
+    for text, whole in zip(written, texts, strict=True):
+        ends = [whole.index(stop) + len(stop) for stop in ("the ", ",") if stop in whole]
+        assert text == whole[: min(ends)]
+        assert len(text) < len(whole)
+
+
+def test_token_healing(bible: m.MegalodonForCausalLM, tokenizer: Any) -> None:
+    """Tokens are bytes here, so the healed prompt is the prompt."""
+    prompt = tokenizer("In the beginning", return_tensors="pt")
+    options: dict[str, Any] = {**prompt, "do_sample": False, "max_new_tokens": 10}
+    healed = bible.generate(**options, tokenizer=tokenizer, token_healing=True)
+    assert tokenizer.decode(healed[0], skip_special_tokens=True).startswith("In the beginning")
+
+
+def test_stop_strings_with_a_streamer(bible: m.MegalodonForCausalLM, tokenizer: Any) -> None:
+    prompt = tokenizer("In the beginning", return_tensors="pt")
+    options: dict[str, Any] = {**prompt, "do_sample": False, "max_new_tokens": 60, "tokenizer": tokenizer}
+    expected = bible.generate(**options, stop_strings=["the "])
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    found = bible.generate(**options, stop_strings=["the "], streamer=streamer)
+    assert torch.equal(found, expected)
+    assert "".join(streamer) == tokenizer.decode(expected[0, prompt.input_ids.shape[1] :])
