@@ -40,6 +40,22 @@ def _register_models() -> None:
 
     AutoModel.register(MegalodonConfig, MegalodonModel, exist_ok=True)
     AutoModelForCausalLM.register(MegalodonConfig, MegalodonForCausalLM, exist_ok=True)
+    _name_in_transformers(MegalodonForCausalLM, MegalodonModel)
+
+
+def _name_in_transformers(*classes: type) -> None:
+    """Let `getattr(transformers, config.architectures[0])` find the classes: `transformers serve` loads a model so.
+
+    `transformers.processing_utils` runs the package's __init__ a second time as it is imported. This makes a second
+    module, which replaces the first in sys.modules. Modules that imported transformers before hold the first.
+    """
+    import transformers.processing_utils  # noqa: F401
+
+    held = [vars(one).get("transformers") for one in list(sys.modules.values()) if isinstance(one, ModuleType)]
+    for module in [sys.modules["transformers"], *held]:
+        for one in classes:
+            if getattr(module, "__name__", None) == "transformers" and not hasattr(module, one.__name__):
+                setattr(module, one.__name__, one)
 
 
 # To be called after each of the modules that define Auto classes.

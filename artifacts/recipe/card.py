@@ -36,6 +36,9 @@ to be committed. It is trained, so the text that it writes shows whether a runti
     model = AutoModelForCausalLM.from_pretrained("artifacts/default")
     tokenizer = AutoTokenizer.from_pretrained("artifacts/default")
 
+With `trust_remote_code=True`, the first line may be left out. The chat template joins the texts of the messages by line
+breaks: this is a base model, and continues the last one.
+
 ## Model
 
 | | |

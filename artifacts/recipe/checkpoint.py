@@ -22,6 +22,7 @@ from megalodon_export.runtimes.eager import ModelRuntime
 
 MAX_BYTES = 4_000_000
 PIECE = 4096  # tokens in a call of prefill when a long stream is measured
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 def bits_per_byte(model: MegalodonForCausalLM, stream: Tensor) -> tuple[float, int]:
@@ -62,7 +63,7 @@ def save(model: MegalodonForCausalLM, folder: Path) -> None:
     name = "<|endoftext|>"
     PreTrainedTokenizerFast(
         tokenizer_object=byte_tokenizer((name,)), bos_token=name, eos_token=name, pad_token=name,
-        clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
     ).save_pretrained(staging)  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     for file in staging.iterdir():

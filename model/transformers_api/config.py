@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from ..config import PRESETS, ModelConfig, refuse_megalodon_hf
+from .remote_code import RegisteredClass, with_own_classes, write_file
 
 
-class MegalodonConfig(PreTrainedConfig, ModelConfig):  # type: ignore[misc]  # both have `from_dict`
+class MegalodonConfig(RegisteredClass, PreTrainedConfig, ModelConfig):  # type: ignore[misc]  # both have `from_dict`
     """`ModelConfig` as a PreTrainedConfig: the same fields, by keyword, and those of transformers.
 
     Raises ValueError that names every invalid value.
@@ -32,6 +35,7 @@ class MegalodonConfig(PreTrainedConfig, ModelConfig):  # type: ignore[misc]  # b
         for name, value in vars(ModelConfig(**own)).items():
             setattr(self, name, value)
         kwargs["tie_word_embeddings"] = self.head_is_embedding
+        kwargs["auto_map"] = with_own_classes(kwargs.get("auto_map"))
         super().__init__(**kwargs)
 
     def _take_aliases(self, values: dict[str, Any]) -> None:
@@ -49,6 +53,12 @@ class MegalodonConfig(PreTrainedConfig, ModelConfig):  # type: ignore[misc]  # b
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the defaults, each size under one name: what config.json holds."""
         return {name: value for name, value in super().to_diff_dict().items() if name not in self.attribute_map}
+
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As upstream, with the file that `auto_map` names beside config.json."""
+        if not Path(save_directory).is_file():  # which upstream refuses
+            write_file(Path(save_directory))
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 
 def preset(name: str, **overrides: Any) -> MegalodonConfig:

@@ -25,9 +25,10 @@ from .initialization import initialize
 from .loss import causal_lm_loss
 from .packing import PackedLayout
 from .padding import PaddingLayout
+from .remote_code import RegisteredClass
 
 
-class MegalodonPreTrainedModel(PreTrainedModel):
+class MegalodonPreTrainedModel(RegisteredClass, PreTrainedModel):
     """What the Megalodon classes share: config, initialisation, placement."""
 
     config: MegalodonConfig

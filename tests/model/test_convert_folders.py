@@ -71,7 +71,7 @@ def test_folder_has_config_generation_config_and_tokenizer(tmp_path: Path) -> No
     config = convert_megalodon_hf(src, tmp_path / "deep" / "dst")
     files = {path.name for path in (tmp_path / "deep" / "dst").iterdir()}
     assert files == {
-        *("config.json", "generation_config.json", "model.safetensors"),
+        *("config.json", "generation_config.json", "model.safetensors", "modeling_megalodon.py"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     }
     generation = GenerationConfig.from_pretrained(tmp_path / "deep" / "dst")
