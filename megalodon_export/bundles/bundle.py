@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from .contents import check_manifest
-from .files import MANIFEST, PARITY, BundleError, bundle_error, scan, sha256s
+from .files import MANIFEST, PARITY, BundleError, bundle_error, scan, sha256s, size_of
 from .manifest import SCHEMA_VERSION, Manifest
 from .sealed_files import read_sealed
 from .sealing import find_seal
@@ -26,14 +26,19 @@ def read(directory: Path | str, check: Literal["full", "sizes"] = "full") -> Man
     """Return the manifest after checking that the folder holds exactly the files it lists, unchanged.
 
     check: "full" hashes every file, "sizes" trusts contents of the right size. Call it before loading native code.
-    Raises BundleError listing up to ten problems: missing, truncated, changed, unlisted or linked files, paths that
-    leave the folder, another schema version, a manifest that cannot be read or contradicts itself.
+    Raises BundleError listing up to ten problems: missing, truncated, changed, unlisted or linked files, files that may
+    not be read, paths that leave the folder, another schema version, a manifest that cannot be read or contradicts
+    itself.
     """
     if check not in ("full", "sizes"):
         raise ValueError(f'check is {check!r}; expected "full" or "sizes"')
     root = Path(directory)
-    found = _load_json(root)
-    problems = _file_problems(root, found["files"], check == "full")
+    try:
+        found = _load_json(root)
+        problems = _file_problems(root, found["files"], check == "full")
+    except OSError as error:
+        why = f"{error.strerror} ({error.filename})"
+        raise BundleError(f"{root} cannot be read: {why}. Check its permissions.") from error
     if problems:
         raise bundle_error(f"{root} is not the bundle that was exported", problems, _RENEW)
     try:
@@ -74,20 +79,17 @@ def _load_json(root: Path) -> dict[str, Any]:
 
 def _file_problems(root: Path, listed: dict[str, Any], hash_contents: bool) -> dict[str, str]:
     """Faults of a folder's files, by their names, beside a manifest's list of files."""
-    try:
-        found, problems = scan(root)
-    except OSError as error:
-        raise BundleError(
-            f"{root} cannot be read: {error.strerror} ({error.filename}). Check its permissions."
-        ) from error
+    found, problems = scan(root)
     linked = set(problems)
-    sound: dict[str, dict[str, Any]] = {}  # entries of files whose sizes are right
+    sound: dict[str, dict[str, Any]] = {}  # entries of files that can be read and whose sizes are right
     for name, entry in listed.items():
         if flaw := _entry_flaw(name, entry):
             problems[name] = flaw
         elif name in found:
-            size = found[name].stat().st_size
-            if size != entry["size"]:
+            size = size_of(found[name])
+            if isinstance(size, OSError):
+                problems[name] = f"cannot be read: {size.strerror}"
+            elif size != entry["size"]:
                 problems[name] = f"{entry['size']} bytes expected, {size} found"
             else:
                 sound[name] = entry

@@ -5,10 +5,11 @@
 | `config.json` | `config`, and from that the cache, its dimensions, the boundary of the programs and their limits |
 | `model.safetensors` | the dtype and the number of layers |
 | `aoti/*.so` | the AOTInductor programs: each library ends with a label, see `labels.py` |
+| `prefill.onnx`, `decode.onnx` | the ONNX programs: each graph ends with a label |
 
-Facts of the manifest alone are `created`, `versions`, `files`, and the limits of ONNX graphs. The C++ library derives
-the same, compares in the same order, and reports the first difference in the same words (cpp/src/bundle/contents.cpp).
-Nothing here loads native code.
+Facts of the manifest alone are `created`, `versions` and `files`. The C++ library derives the same, compares in the
+same order, and reports the first difference in the same words (cpp/src/bundle/contents.cpp). Nothing here loads native
+code.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ..exporters.programs import NEXT_TOKENS, PREFILL, Limits, program_specs
 from ..exporters.weight_files import DTYPE_NAMES, EMBEDDING, HEAD
 from ..model import ModelConfig, cache_layout, dimension_sizes
 from .files import BundleError
-from .labels import library_names, read_labels
+from .labels import library_names, read_graph_labels, read_labels
 from .manifest import CONFIG, CONSTANTS, DTYPES, WEIGHTS, Manifest
 from .strict_json import parse_json
 
@@ -87,18 +88,6 @@ def _check_files(found: dict[str, Any]) -> None:
             raise ValueError(f"files: {name} expected, none found")
 
 
-def _onnx_programs(config: ModelConfig, dtype: str, given: Any) -> OnnxPrograms:
-    """The ONNX programs that the manifest must list: the sizes of a call, opset and versions are its own facts."""
-    try:
-        onnx = msgspec.convert(given, OnnxPrograms)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"programs.onnx: {error}") from error
-    limits = Limits.of(config, onnx.limits.max_batch, onnx.limits.max_length)
-    specs = program_specs(config, DTYPES[dtype], onnx.all_logits)
-    graphs = {name: boundary(spec) for name, spec in specs.items()}
-    return replace(onnx, target=TARGET, limits=limits, files=graph_files(), graphs=graphs)
-
-
 # ---- what the files say ----------------------------------------------------------------------------------------------
 
 
@@ -152,9 +141,22 @@ def _expected(folder: Path, config: ModelConfig, dtype: Any, found: dict[str, An
         limits = Limits.of(config, aoti.limits.max_batch, aoti.limits.max_length)
         programs, versions = Programs(aoti=replace(aoti, limits=limits)), versions | {"torch": torch}
     if "onnx" in found["programs"]:
-        programs = programs.including("onnx", _onnx_programs(config, dtype, found["programs"]["onnx"]))
+        programs = programs.including("onnx", _onnx_programs(folder, config, dtype))
     manifest = Manifest.of(config, dtype, programs, versions)
     return manifest.replace(created=found["created"], files=found["files"], seal=found["seal"])
+
+
+def _onnx_programs(folder: Path, config: ModelConfig, dtype: Any) -> OnnxPrograms:
+    """The ONNX programs of a bundle. Their labels must be of this model; their inputs and outputs follow from it."""
+    label = read_graph_labels(folder)
+    if (label.config, label.dtype) != (msgspec.to_builtins(config), dtype):
+        raise BundleError(
+            f"{folder / 'prefill.onnx'}: it was made for another {CONFIG} or other weights. Export the bundle again."
+        )
+    limits = Limits.of(config, label.limits.max_batch, label.limits.max_length)
+    specs = program_specs(config, DTYPES[dtype], label.all_logits)
+    graphs = {name: boundary(spec) for name, spec in specs.items()}
+    return OnnxPrograms(TARGET, limits, label.opset, label.all_logits, graph_files(), graphs, label.versions)
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------------

@@ -47,6 +47,15 @@ def scan(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
     return files, irregular
 
 
+def size_of(path: Path) -> int | OSError:
+    """The size of a file in bytes, or the error that keeps it from being read."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return os.fstat(file.fileno()).st_size
+    except OSError as error:
+        return error
+
+
 def sha256s(paths: Iterable[Path]) -> list[str | OSError]:
     """The sha256 of each file in hexadecimal digits, or the error that kept it from being read; one thread a file."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:

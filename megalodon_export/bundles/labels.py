@@ -1,9 +1,14 @@
-"""Labels of compiled libraries: what a manifest says about a library, at the end of the library's own file.
+"""Labels of programs: what a manifest says about a library or a graph, at the end of the program's own file.
 
 A library cannot be asked what it takes before it is loaded, and then its code runs. So the export appends a label,
 which the system's loader ignores: JSON, its length in 8 bytes (little-endian), and 16 bytes that mark it.
 
     aoti/decode_end.so = compiled code + {"origin": {...}, "stage": {"name": "decode_end", ...}} + length + MARK
+
+An ONNX graph has a label of the same form. It is the value of an entry of the model's `metadata_props`, whose bytes are
+the last ones of the file:
+
+    decode.onnx = graph + head of an entry + {"file": "decode.onnx", "config": {...}, ...} + length + MARK
 
 The C++ library reads labels too (cpp/src/bundle/label.cpp).
 """
@@ -13,15 +18,28 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
-from ..exporters.manifest_types import PACKAGE, AotiPrograms, CompiledProgram, CompiledStage, Record, Target
+from ..exporters.manifest_types import (
+    PACKAGE,
+    AotiPrograms,
+    CompiledProgram,
+    CompiledStage,
+    OnnxPrograms,
+    Record,
+    Target,
+)
 from ..exporters.programs import DECODE, DECODE_ONE, PREFILL, Limits, ProgramName
 from .files import BundleError
 from .strict_json import parse_json
 
 MARK = b"megalodon-export"
+GRAPHS: tuple[ProgramName, ...] = (PREFILL, DECODE)
+_METADATA_PROPS, _KEY, _VALUE = b"\x72", b"\x0a", b"\x12"  # fields of protobuf: 14 of ModelProto, 1 and 2 of an entry
+_PADDED_TO = 256  # bytes of a graph's JSON
 _PROGRAMS: tuple[ProgramName, ...] = (PREFILL, DECODE, DECODE_ONE)
 _STAGES = CompiledProgram.__struct_fields__
 _EXPORT_AGAIN = "Export the bundle again."
@@ -41,6 +59,21 @@ class Label(Record, frozen=True):
 
     origin: Origin
     stage: CompiledStage
+
+
+class GraphLabel(Record, frozen=True):
+    """The label of one graph: its file, the model that it was made for, and the facts that the manifest lists."""
+
+    file: str
+    config: dict[str, Any]
+    dtype: str
+    limits: Limits
+    opset: int
+    all_logits: bool
+    versions: dict[str, str]
+
+
+AnyLabel = TypeVar("AnyLabel", Label, GraphLabel)
 
 
 def library_names() -> list[str]:
@@ -69,7 +102,7 @@ def read_labels(folder: Path) -> tuple[AotiPrograms, str]:
         found = {}
         for stage in _STAGES:
             path = folder / "aoti" / f"{program}_{stage}.so"
-            label = _read_label(path)
+            label = _read_label(path, Label)
             first = first or label.origin
             if label.origin != first or (label.stage.name, label.stage.library) != (path.stem, path.name):
                 raise BundleError(f"{path}: it belongs to another bundle or another stage. {_EXPORT_AGAIN}")
@@ -79,7 +112,47 @@ def read_labels(folder: Path) -> tuple[AotiPrograms, str]:
     return AotiPrograms(first.target, first.limits, PACKAGE, first.all_logits, stages), first.torch
 
 
-def _read_label(path: Path) -> Label:
+def write_graph_labels(folder: Path, config: dict[str, Any], dtype: str, programs: OnnxPrograms) -> None:
+    """Append a label to both graphs of a bundle. `config` is the manifest's."""
+    for name in GRAPHS:
+        path = folder / f"{name}.onnx"
+        facts = programs.limits, programs.opset, programs.all_logits, programs.versions
+        data = json.dumps(msgspec.to_builtins(GraphLabel(path.name, config, dtype, *facts))).encode()
+        # ONNX's strings are UTF-8. The bytes of a length that is a multiple of 256, below 2^15, are ASCII.
+        data += b" " * (-len(data) % _PADDED_TO)
+        assert len(data) < 2**15
+        value = data + len(data).to_bytes(8, "little") + MARK
+        entry = _KEY + _sized(MARK) + _VALUE + _sized(value)
+        with path.open("ab") as file:
+            file.write(_METADATA_PROPS + _sized(entry))
+
+
+def _sized(data: bytes) -> bytes:
+    """Bytes after their number, as protobuf writes it: 7 bits a byte, the lowest first."""
+    rest, head = len(data), bytearray()
+    while rest >= 128:
+        head.append(rest % 128 | 128)
+        rest //= 128
+    return bytes([*head, rest]) + data
+
+
+def read_graph_labels(folder: Path) -> GraphLabel:
+    """The label of a bundle's graphs, which differ in the name of their file alone.
+
+    BundleError names a graph that has no label, or that of another bundle.
+    """
+    first: GraphLabel | None = None
+    for name in GRAPHS:
+        path = folder / f"{name}.onnx"
+        label = _read_label(path, GraphLabel)
+        first = first or label
+        if label != replace(first, file=path.name):
+            raise BundleError(f"{path}: it belongs to another bundle or another program. {_EXPORT_AGAIN}")
+    assert first is not None
+    return first
+
+
+def _read_label(path: Path, kind: type[AnyLabel]) -> AnyLabel:
     tail = len(MARK) + 8
     try:
         with path.open("rb") as file:
@@ -88,8 +161,8 @@ def _read_label(path: Path) -> Label:
             end = file.read()
             length = int.from_bytes(end[:8], "little")
             if end[8:] != MARK or length > size - tail:
-                raise BundleError(f"{path}: a library with a label at its end expected, none found. {_EXPORT_AGAIN}")
+                raise BundleError(f"{path}: a program with a label at its end expected, none found. {_EXPORT_AGAIN}")
             file.seek(size - tail - length)
-            return msgspec.convert(parse_json(file.read(length)), Label)
+            return msgspec.convert(parse_json(file.read(length)), kind)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: its label cannot be read ({error}). {_EXPORT_AGAIN}") from error

@@ -9,6 +9,7 @@ import torch
 from msgspec.structs import replace
 
 from ..bundles.checkpoints import load_model
+from ..bundles.labels import write_graph_labels
 from ..bundles.manifest import CONSTANTS, DTYPES, WEIGHTS, Manifest, ModelDtype
 from ..bundles.writing import staged
 from ..exporters import exporter
@@ -53,7 +54,7 @@ def export_onnx(
         limits = Limits.of(model.config, max_batch, max_length)
         write_checkpoint(model, checkpoint, staging)
         entry = _build(staging, dtype, limits, all_logits, report)
-        manifest = Manifest.of(model.config, dtype, Programs(onnx=entry), versions())
+        manifest = _labelled(staging, Manifest.of(model.config, dtype, Programs(onnx=entry), versions()))
         sealed = finish(staging, checkpoint, manifest, "onnx", report)
     report(f"wrote {destination}")
     return sealed
@@ -79,7 +80,7 @@ def add_onnx(
         _check_can_run(manifest.dtype)
         limits = Limits.of(manifest.config, max_batch, max_length)
         entry = _build(staging, manifest.dtype, limits, manifest.programs.all_logits, report)
-        return manifest.replace(programs=manifest.programs.including("onnx", entry))
+        return _labelled(staging, manifest.replace(programs=manifest.programs.including("onnx", entry)))
 
     return add_programs(folder, "onnx", build, report)
 
@@ -89,6 +90,13 @@ def _build(staging: Path, dtype: ModelDtype, limits: Limits, all_logits: bool, r
     entry: OnnxPrograms = exporter("onnx").build(staging, (WEIGHTS, CONSTANTS), dtype, limits, report, all_logits)
     let_others_read(staging, entry.files)
     return replace(entry, versions=versions())
+
+
+def _labelled(staging: Path, manifest: Manifest) -> Manifest:
+    """The manifest, once the new graphs of a staged folder say the same as it does."""
+    assert manifest.programs.onnx is not None
+    write_graph_labels(staging, manifest.to_json()["config"], manifest.dtype, manifest.programs.onnx)
+    return manifest
 
 
 def _check_can_run(dtype: ModelDtype) -> None:

@@ -155,7 +155,7 @@ def test_a_library_without_its_label_is_refused(copy: Path, name: str) -> None:
     manifest, path = bundle.read(copy), copy / "aoti" / name
     path.write_bytes(path.read_bytes()[:-1])
     seal(copy, manifest)
-    with pytest.raises(BundleError, match=rf"{name}: a library with a label at its end expected, none found"):
+    with pytest.raises(BundleError, match=rf"{name}: a program with a label at its end expected, none found"):
         bundle.read(copy, "sizes")
     shutil.copyfile(copy / "aoti/decode_layer.so", path)
     seal(copy, manifest)

@@ -79,15 +79,12 @@ void require_object(const json& owner, const std::string& key, const std::string
   require(value.is_object(), where + ": an object expected, " + brief(value) + " found");
 }
 
-void require_versions(const json& owner, const std::string& where, std::set<std::string> names) {
-  require_object(owner, "versions", where);
-  for (const auto& [name, version] : owner["versions"].items()) names.insert(name);
-  for (const std::string& name : names) require_text(owner["versions"], name, where + "." + name);
-}
-
 void check_facts(const json& manifest) {
   require_text(manifest, "created", "created");
-  require_versions(manifest, "versions", {"megalodon-export", "torch"});
+  require_object(manifest, "versions", "versions");
+  std::set<std::string> names{"megalodon-export", "torch"};
+  for (const auto& [name, version] : manifest["versions"].items()) names.insert(name);
+  for (const std::string& name : names) require_text(manifest["versions"], name, "versions." + name);
   require_object(manifest, "programs", "programs");
 }
 
@@ -185,18 +182,21 @@ void check_sizes(const fs::path& path, const json& config, const std::string& dt
   }
 }
 
-json expected_onnx(const json& given, const json& config, const std::string& dtype) {
+json expected_onnx(const fs::path& folder, const json& config, const std::string& dtype) {
+  const json label = read_graph_labels(folder);
+  if (label.value("config", json()) != config || label.value("dtype", json()) != dtype) {
+    throw bad_bundle((folder / "prefill.onnx").string() + ": it was made for another " + kConfig +
+                     " or other weights. Export the bundle again.");
+  }
   const std::string where = "programs.onnx";
-  require(given.is_object(), where + ": an object expected, " + brief(given) + " found");
-  require_versions(given, where + ".versions", {});
-  const bool all_logits = flag(given, "all_logits", where);
+  const bool all_logits = flag(label, "all_logits", where);
   return {{"target", {{"device", "cpu or cuda"}, {"architecture", "any"}}},
-          {"limits", limits_in(given, config, where)},
-          {"opset", whole(given, "opset", where)},
+          {"limits", limits_in(label, config, where)},
+          {"opset", whole(label, "opset", where)},
           {"all_logits", all_logits},
           {"files", kOnnxFiles},
           {"graphs", graphs_of(config, dtype, all_logits)},
-          {"versions", given["versions"]}};
+          {"versions", label.value("versions", json())}};
 }
 
 json expected_manifest(const fs::path& folder, const json& config, const std::string& dtype, const json& found) {
@@ -210,7 +210,7 @@ json expected_manifest(const fs::path& folder, const json& config, const std::st
     all_logits = flag(labels.programs, "all_logits", "programs.aoti");
   }
   if (found["programs"].contains("onnx")) {
-    programs["onnx"] = expected_onnx(found["programs"]["onnx"], config, dtype);
+    programs["onnx"] = expected_onnx(folder, config, dtype);
     all_logits = all_logits || programs["onnx"]["all_logits"].get<bool>();
   }
   return {{"format", "megalodon-export"},

@@ -88,6 +88,16 @@ void read_in_blocks(const std::filesystem::path& path, Use use) {
 
 }  // namespace
 
+FileSize size_of(const std::filesystem::path& path) {
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  struct stat status{};
+  const bool sized = file >= 0 && fstat(file, &status) == 0;
+  const int reason = errno;
+  if (file >= 0) close(file);
+  if (!sized) return {0, std::strerror(reason)};
+  return {static_cast<std::uint64_t>(status.st_size), ""};
+}
+
 std::string read_file(const std::filesystem::path& path) {
   std::string content;
   read_in_blocks(path, [&](const char* data, std::size_t size) { content.append(data, size); });

@@ -10,6 +10,12 @@
 
 namespace megalodon::impl {
 
+struct FileSize {
+  std::uint64_t bytes;
+  std::string why_not;  // why the file cannot be read; empty if it can
+};
+
+FileSize size_of(const std::filesystem::path& path);
 std::string read_file(const std::filesystem::path& path);
 std::string sha256_of(const std::filesystem::path& path);  // lower-case hexadecimal digits
 std::string sha256_of(std::string_view data);

@@ -1,11 +1,7 @@
 #include "bundle/folder.hpp"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
-#include <cstring>
 #include <map>
 #include <set>
 #include <thread>
@@ -42,12 +38,11 @@ FolderContent scan(const fs::path& root) {
     folders.pop_back();
     for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
       const std::string name = entry.path().lexically_relative(root).generic_string();
-      const fs::file_status status = entry.symlink_status();
-      if (fs::is_symlink(status)) {
+      if (entry.is_symlink()) {
         found.irregular[name] = "a regular file expected, a symbolic link found; copy with `cp -rL`";
-      } else if (fs::is_directory(status)) {
+      } else if (entry.is_directory()) {
         folders.push_back(entry.path());
-      } else if (fs::is_regular_file(status)) {
+      } else if (entry.is_regular_file()) {
         found.files[name] = entry.path();
       } else {
         found.irregular[name] = "a regular file expected, a device, pipe or socket found";
@@ -68,9 +63,9 @@ json load_manifest(const fs::path& root) {
     const std::string what = fs::is_symlink(status) ? "is a symbolic link" : "is missing";
     throw bad_bundle(root.string() + " is not a complete bundle: " + kManifest + " " + what + ". " + kCopyAgain);
   }
-  if (access(path.c_str(), R_OK) != 0) {
-    throw bad_bundle(path.string() + ": a JSON object expected, found something unreadable (" + std::strerror(errno) +
-                     "). " + kCopyAgain);
+  if (const auto size = size_of(path); !size.why_not.empty()) {
+    throw bad_bundle(path.string() + ": a JSON object expected, found something unreadable (" + size.why_not + "). " +
+                     kCopyAgain);
   }
   const std::string text = read_file(path);
   const Seal seal = check_seal(text);
@@ -147,7 +142,7 @@ bool may_be_unlisted(const std::string& name) {
 struct FileToHash {
   std::string name;
   fs::path path;
-  std::uintmax_t size;
+  std::uint64_t size;
   std::string sha256;   // expected
   std::string problem;  // empty if the hash is as expected
 };
@@ -160,7 +155,6 @@ void hash(std::vector<FileToHash>& files) {
     for (std::size_t i = next++; i < files.size(); i = next++) {
       FileToHash& one = files[i];
       try {
-        if (access(one.path.c_str(), R_OK) != 0) throw io_error(std::string("cannot be read: ") + std::strerror(errno));
         const std::string digest = sha256_of(one.path);
         if (digest != one.sha256) one.problem = "sha256 " + one.sha256 + " expected, " + digest + " found";
       } catch (const std::exception& error) {
@@ -185,23 +179,19 @@ Error as_error(const fs::path& root, const Problems& problems) {
 
 }  // namespace
 
-json read_bundle(const fs::path& folder, bool check_hashes) {
+json read_bundle(const fs::path& folder, bool check_hashes) try {
   json manifest = load_manifest(folder);
-  FolderContent found;
-  try {
-    found = scan(folder);
-  } catch (const fs::filesystem_error& error) {
-    throw bad_bundle(folder.string() + " cannot be read: " + error.code().message() + " (" + error.path1().string() +
-                     "). Check its permissions.");
-  }
+  const FolderContent found = scan(folder);
   Problems problems = found.irregular;
   std::vector<FileToHash> to_hash;
   for (const auto& [name, entry] : manifest["files"].items()) {
     if (std::string problem = entry_problem(name, entry); !problem.empty()) {
       problems[name] = problem;
     } else if (const auto file = found.files.find(name); file != found.files.end()) {
-      const std::uintmax_t size = fs::file_size(file->second);
-      if (entry["size"] != size) {
+      const auto [size, why_not] = size_of(file->second);
+      if (!why_not.empty()) {
+        problems[name] = "cannot be read: " + why_not;
+      } else if (entry["size"] != size) {
         problems[name] = repr(entry["size"]) + " bytes expected, " + std::to_string(size) + " found";
       } else {
         to_hash.push_back({name, file->second, size, entry["sha256"], ""});
@@ -223,6 +213,9 @@ json read_bundle(const fs::path& folder, bool check_hashes) {
   }
   if (!problems.empty()) throw as_error(folder, problems);
   return manifest;
+} catch (const fs::filesystem_error& error) {
+  throw bad_bundle(folder.string() + " cannot be read: " + error.code().message() + " (" + error.path1().string() +
+                   "). Check its permissions.");
 }
 
 }  // namespace megalodon::impl

@@ -14,6 +14,7 @@ using nlohmann::json;
 namespace fs = std::filesystem;
 
 constexpr const char *kPrograms[] = {"prefill", "decode", "decode_one"}, *kStages[] = {"begin", "layer", "end"};
+constexpr const char* kGraphs[] = {"prefill.onnx", "decode.onnx"};
 constexpr std::string_view kMark = "megalodon-export";
 constexpr const char* kExportTheBundle = "Export the bundle again.";
 
@@ -28,12 +29,20 @@ json read_label(const fs::path& path) {
     }
   }
   if (!text.ends_with(kMark) || text.size() < tail || length > text.size() - tail) {
-    throw bad_bundle(path.string() + ": a library with a label at its end expected, none found. " + kExportTheBundle);
+    throw bad_bundle(path.string() + ": a program with a label at its end expected, none found. " + kExportTheBundle);
   }
-  const json label = parse_json(text.substr(text.size() - tail - length, length), path, kExportTheBundle);
+  return parse_json(text.substr(text.size() - tail - length, length), path, kExportTheBundle);
+}
+
+Error unreadable(const fs::path& path) {
+  return bad_bundle(path.string() + ": its label cannot be read. " + kExportTheBundle);
+}
+
+json read_library_label(const fs::path& path) {
+  const json label = read_label(path);
   if (!label.is_object() || !label.contains("origin") || !label["origin"].is_object() || !label.contains("stage") ||
       !label["stage"].is_object()) {
-    throw bad_bundle(path.string() + ": its label cannot be read. " + kExportTheBundle);
+    throw unreadable(path);
   }
   return label;
 }
@@ -54,7 +63,7 @@ Labels read_labels(const fs::path& folder) {
     for (const char* stage : kStages) {
       const std::string name = std::string(program) + "_" + stage;
       const fs::path path = folder / "aoti" / (name + ".so");
-      const json label = read_label(path);
+      const json label = read_library_label(path);
       if (first.is_null()) first = label["origin"];
       if (label["origin"] != first || label["stage"].value("name", json()) != name ||
           label["stage"].value("library", json()) != name + ".so") {
@@ -71,6 +80,21 @@ Labels read_labels(const fs::path& folder) {
            {"package", "model.pt2"},
            {"stages", stages}},
           torch};
+}
+
+json read_graph_labels(const fs::path& folder) {
+  json first;
+  for (const char* name : kGraphs) {
+    const fs::path path = folder / name;
+    const json label = read_label(path);
+    if (!label.is_object()) throw unreadable(path);
+    if (first.is_null()) first = label;
+    first["file"] = name;
+    if (label != first) {
+      throw bad_bundle(path.string() + ": it belongs to another bundle or another program. " + kExportTheBundle);
+    }
+  }
+  return first;
 }
 
 }  // namespace megalodon::impl

@@ -1,5 +1,5 @@
-// Labels of compiled libraries: what a manifest says about a library, at the end of the library's own file.
-// Python writes them at export: `megalodon_export.bundles.labels`. Nothing here loads a library.
+// Labels of programs: what a manifest says about a library or an ONNX graph, at the end of the program's own file.
+// Python writes them at export: `megalodon_export.bundles.labels`. Nothing here loads a program.
 #pragma once
 
 #include <filesystem>
@@ -19,5 +19,9 @@ struct Labels {
 
 // Error MEGALODON_BAD_BUNDLE names a library that has no label, or that of another bundle.
 Labels read_labels(const std::filesystem::path& folder);
+
+// The label of a bundle's ONNX graphs, which differ in "file" alone. This library does not run them, but a manifest
+// that contradicts them is refused here too. Error MEGALODON_BAD_BUNDLE as above.
+nlohmann::json read_graph_labels(const std::filesystem::path& folder);
 
 }  // namespace megalodon::impl
