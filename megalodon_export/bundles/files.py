@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..model.disk import cannot_be_written, sync
 from .strict_json import shown, shown_lines
 
 MANIFEST = "manifest.json"
@@ -84,22 +85,12 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
-        raise type(error)(f"{path} cannot be written: {error.strerror}") from error
+        raise type(error)(cannot_be_written(path, error)) from error
     finally:
         with contextlib.suppress(OSError):  # where nothing can be written, there is nothing to remove
             temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def bundle_error(headline: str, problems: dict[str, str], advice: str) -> BundleError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
 from msgspec.structs import replace
 
 from ..bundles.checkpoints import default_device, default_dtype, load_model
@@ -15,8 +16,10 @@ from ..bundles.writing import staged
 from ..exporters import exporter
 from ..exporters.manifest_types import AotiPrograms, Programs
 from ..exporters.programs import Limits
+from ..generation.arguments import device as device_name
 from ..model import quantize
 from ..model.config import EMAForm, WeightFormat
+from ..runtimes.base import require_device
 from .steps import Report, add_programs, finish, progress, write_checkpoint
 from .versions import versions
 
@@ -44,7 +47,7 @@ def export_aoti(
     ValueError for limits or dtypes that do not exist.
     """
     report = report or progress(time.monotonic())
-    device = device or default_device()
+    device = _device(device)
     dtype = dtype or default_dtype(device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -74,7 +77,7 @@ def add_aoti(
 
     Raises what `export_aoti` raises, and BundleError if the bundle has such programs.
     """
-    report = report or progress(time.monotonic())
+    report, device = report or progress(time.monotonic()), _device(device)
 
     def build(staging: Path, manifest: Manifest) -> Manifest:
         config, programs = manifest.config, manifest.programs
@@ -87,6 +90,13 @@ def add_aoti(
         return manifest.replace(programs=programs.including("aoti", entry), versions=versions())
 
     return add_programs(folder, "aoti", build, report)
+
+
+def _device(given: str | None) -> str:
+    """The device to compile for, which this machine must have."""
+    chosen = device_name(given) or default_device()
+    require_device(torch.device(chosen))
+    return chosen
 
 
 def _build(

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import re
 import reprlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+_DEVICE = re.compile("cpu|cuda(:[0-9]{1,2})?")
 LARGEST = 2**63 - 1  # the largest count that the C++ library takes
 
 
@@ -107,6 +110,29 @@ def stop_strings(stop: object) -> tuple[str, ...]:
     if "" in stops:
         raise ValueError("an empty stop string would end every text at once; expected non-empty strings, drop it")
     return tuple(stops)
+
+
+def device(value: object) -> str | None:
+    """The name of a device, or None for the default."""
+    name = str(value) if isinstance(value, torch.device) else value
+    if name is None or (isinstance(name, str) and _DEVICE.fullmatch(name)):
+        return name
+    raise ValueError(f'device is {show(value)}, expected "cpu", "cuda", or one GPU of several: "cuda:1"')
+
+
+def path(value: object, name: str) -> Path:
+    """A path on the disk. `name` says in the error which one it is."""
+    if not isinstance(value, str | Path):
+        raise ValueError(f"{name} is {show(value)} of type {type(value).__name__}, expected a path: a str or a Path")
+    return Path(value)
+
+
+def switch(name: str, value: object) -> bool:
+    """True or False."""
+    found = plain(value)
+    if not isinstance(found, bool):
+        raise ValueError(f"{name} is {show(found)}, expected True or False")
+    return found
 
 
 def is_integer(value: object) -> TypeGuard[int]:

@@ -26,6 +26,7 @@ from .sampling import SamplerKind, SamplingParams, choose, controls, device_unif
 # On a GPU, one step of lookahead hides the host's work between two steps, and a second one its variation. A CPU runs
 # steps on the host itself, so there is nothing to hide.
 LOOKAHEAD = {"cpu": 0, "cuda": 2}
+MOST_LOOKAHEAD = 256  # rolling back would replay as many steps
 # A checkpoint is saved every 8 + lookahead steps and takes microseconds. Rolling back replays at most 7 + lookahead.
 _CHECKPOINT_INTERVAL = 8
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from ..bundles import bundle
 from ..bundles.manifest import TOKENIZER
 from ..model import ModelCache
-from ..runtimes import PlainModes, Runtime, default_runtime, open_runtime
-from .arguments import integer, is_integer, plain, show, stop_strings, text, texts, token_id, token_ids
-from .decode_loop import DecodeLoop, padded_batch
+from ..runtimes import PlainModes, Runtime, check_runtime, default_runtime, open_runtime
+from .arguments import device as device_name
+from .arguments import integer, is_integer, path, plain, show, stop_strings, switch, text, texts, token_id, token_ids
+from .decode_loop import MOST_LOOKAHEAD, DecodeLoop, padded_batch
 from .sampling import SamplingParams
 from .snapshot import Snapshot, copy_state
 from .text import TextStream
@@ -47,10 +48,14 @@ def load(folder: str | Path, runtime: str | None = None, device: str | None = No
     `check=False` skips the hashes, for a folder that was verified before. Sizes are always checked.
     BundleError for a damaged bundle, RuntimeUnavailable where its programs cannot run here.
     """
-    folder = Path(folder)
+    folder, device, check = path(folder, "the bundle"), device_name(device), switch("check", check)
+    if runtime is not None:
+        check_runtime(runtime)
     manifest = bundle.read(folder, check="full" if check else "sizes")
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER)) if (folder / TOKENIZER).is_file() else None
-    return Session(open_runtime(runtime or default_runtime(manifest), folder, manifest, device), tokenizer)
+    return Session(
+        open_runtime(default_runtime(manifest) if runtime is None else runtime, folder, manifest, device), tokenizer
+    )
 
 
 class Session:
@@ -67,6 +72,10 @@ class Session:
 
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer | None = None, lookahead: int | None = None) -> None:
         """`lookahead`: steps that the device may run before the reader asks; by default 0 on a CPU, 2 on a GPU."""
+        _require("runtime", runtime, Runtime, "a Runtime, such as that of another session")
+        if tokenizer is not None:
+            _require("tokenizer", tokenizer, Tokenizer, "a Tokenizer of the package tokenizers, or None")
+        lookahead = None if lookahead is None else integer("lookahead", lookahead, 0, MOST_LOOKAHEAD)
         self.runtime, self.tokenizer = runtime, tokenizer
         self.programs = runtime.bind(runtime.new_cache(1))
         self._lookahead = lookahead
@@ -314,6 +323,11 @@ class Session:
         except BaseException:
             self._broken = True
             raise
+
+
+def _require(name: str, value: object, kind: type, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is of type {type(value).__name__}, expected {expected}")
 
 
 def _pieces(stream: TextStream, ids: Iterator[int]) -> Iterator[str]:

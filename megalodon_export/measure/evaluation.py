@@ -22,11 +22,13 @@ from torch import Tensor
 from ..bundles import bundle
 from ..bundles.checkpoints import default_device, default_dtype, load_model
 from ..bundles.manifest import DTYPES, TOKENIZER
+from ..generation.arguments import device as device_name
 from ..generation.arguments import integer, text, token_ids, utf8
 from ..generation.session import Session
 from ..model import ModelCache, ModelConfig
 from ..model.loss import IGNORED
-from ..runtimes import BoundPrograms, Runtime, default_runtime, in_plain_modes, open_runtime
+from ..runtimes import BoundPrograms, Runtime, check_runtime, default_runtime, in_plain_modes, open_runtime
+from ..runtimes.base import require_device
 from ..runtimes.eager import ModelRuntime
 
 TRUNCATION_STRIDE = 2  # chunks a call when statistics are truncated, as in the original's inference.py
@@ -189,6 +191,9 @@ class Target:
 
         `dtype` is for checkpoints (default: float32 on a CPU, bfloat16 on CUDA); a bundle has its own.
         """
+        device = device_name(device)
+        if runtime is not None:
+            check_runtime(runtime)
         if not (folder / TOKENIZER).is_file():
             raise ValueError(f"{folder} has no {TOKENIZER} to turn text into token ids; put one there")
         tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
@@ -198,6 +203,7 @@ class Target:
                     f"{folder} is a checkpoint, which runs in eager mode; export it to run it in {runtime}"
                 )
             device = device or default_device()
+            require_device(torch.device(device))
             chosen = DTYPES[dtype or default_dtype(device)]
             return cls(ModelRuntime(load_model(folder, chosen, device)), tokenizer, "eager")
         manifest = bundle.read(folder)

@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 
 from ..bundles.manifest import Manifest
+from ..generation.arguments import device as device_name
+from ..generation.arguments import show
 from .ambient import ForkedProcess, PlainModes, in_plain_modes, opening_process
 from .base import Runtime, RuntimeUnavailable
 from .bound_programs import BoundPrograms
@@ -21,6 +23,7 @@ __all__ = [
     "PlainModes",
     "Runtime",
     "RuntimeUnavailable",
+    "check_runtime",
     "default_runtime",
     "in_plain_modes",
     "open_runtime",
@@ -34,6 +37,12 @@ def default_runtime(manifest: Manifest) -> str:
     return "onnx" if list(manifest.programs.by_runtime()) == ["onnx"] else "aoti"
 
 
+def check_runtime(name: object) -> None:
+    """ValueError unless there is a runtime of that name."""
+    if not isinstance(name, str) or name not in RUNTIMES:
+        raise ValueError(f"no runtime {show(name)}; there are {', '.join(RUNTIMES)}")
+
+
 @in_plain_modes
 def open_runtime(name: str, folder: Path, manifest: Manifest, device: str | None = None) -> Runtime:
     """Open a checked bundle in a runtime; ValueError for an unknown one, RuntimeUnavailable if it cannot run here.
@@ -41,8 +50,7 @@ def open_runtime(name: str, folder: Path, manifest: Manifest, device: str | None
     ForkedProcess in a child of a process that had opened a bundle.
     """
     opening_process()
-    if name not in RUNTIMES:
-        raise ValueError(f"no runtime {name!r}; there are {', '.join(RUNTIMES)}")
+    check_runtime(name)
     module, attribute = RUNTIMES[name].split(":")
-    runtime: Runtime = getattr(import_module(module, __package__), attribute)(folder, manifest, device)
+    runtime: Runtime = getattr(import_module(module, __package__), attribute)(folder, manifest, device_name(device))
     return runtime

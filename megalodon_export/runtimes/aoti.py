@@ -19,7 +19,7 @@ from ..exporters.target import cpu_features
 from ..exporters.torch_internals import Program, load_library
 from ..model import ModelCache
 from ..model.modeling import last_valid
-from .base import Runtime, RuntimeUnavailable
+from .base import Runtime, RuntimeUnavailable, require_device
 from .bound_programs import BoundPrograms
 
 
@@ -168,6 +168,7 @@ def _check_target(target: Target, versions: dict[str, str], device: str | None) 
     if wanted.type == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeUnavailable(f"the AOTInductor programs are for CUDA and this machine has none; {again}")
+        require_device(wanted)
         major, minor = torch.cuda.get_device_capability(wanted)
         if target.architecture != f"sm_{major}{minor}":
             raise RuntimeUnavailable(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..exporters.programs import Limits, dtype_name
+from ..generation.arguments import is_integer, show
 from ..model import ModelCache, ModelConfig, cache_layout, dimension_sizes
 from .ambient import check_process, in_plain_modes, opening_process
 from .bound_programs import BoundPrograms
@@ -15,6 +16,16 @@ from .bound_programs import BoundPrograms
 
 class RuntimeUnavailable(Exception):
     """A bundle's programs cannot run on this machine, or the bundle has none for the runtime."""
+
+
+def require_device(device: torch.device) -> None:
+    """RuntimeUnavailable unless this machine has the device, and torch can use it."""
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise RuntimeUnavailable(f"{device} needs a GPU and a torch with CUDA, and there is none here; use the CPU")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise RuntimeUnavailable(f"there is no {device}: the GPUs here are 0..{torch.cuda.device_count() - 1}")
 
 
 class Runtime(ABC):
@@ -74,6 +85,8 @@ class Runtime(ABC):
         return dict(zip((name for name, *_ in self._layout), cache.tensors(), strict=True))
 
     def _check_batch(self, batch: int) -> None:
+        if not is_integer(batch):
+            raise ValueError(f"a batch of {show(batch)} is none, expected an integer in 1..{self.limits.max_batch}")
         if not 1 <= batch <= self.limits.max_batch:
             raise ValueError(
                 f"a batch of {batch} is outside 1..{self.limits.max_batch}, which this bundle was exported for; "

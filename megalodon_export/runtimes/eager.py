@@ -20,7 +20,7 @@ from ..model.config import ModelConfig
 from ..model.constants import freeze_constants
 from ..model.modeling import MegalodonLM
 from .ambient import in_plain_modes
-from .base import Runtime
+from .base import Runtime, require_device
 from .bound_programs import BoundPrograms
 
 
@@ -68,6 +68,7 @@ class EagerRuntime(ModelRuntime):
 
     def __init__(self, folder: Path, manifest: Manifest, device: str | None = None) -> None:
         chosen = torch.device(device or default_device())
+        require_device(chosen)
         super().__init__(load_weights(manifest.config, folder / manifest.weights, chosen), model_id=manifest.model_id)
 
 

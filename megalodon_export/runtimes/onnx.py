@@ -20,7 +20,7 @@ from ..bundles.manifest import Manifest
 from ..exporters.programs import DECODE, PREFILL, ProgramName
 from ..model import ModelCache
 from ..model.modeling import last_valid
-from .base import Runtime, RuntimeUnavailable
+from .base import Runtime, RuntimeUnavailable, require_device
 from .bound_programs import BoundPrograms
 from .onnx_session import BoundGraph, bind, open_session, require_cuda, require_version, shared_weights
 
@@ -41,6 +41,7 @@ class OnnxRuntime(Runtime):
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda":
             require_cuda(chosen)
+            require_device(chosen)
             chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
         config, dtype = manifest.config, manifest.torch_dtype
         super().__init__(config, dtype, chosen, entry.limits, entry.all_logits, manifest.model_id)

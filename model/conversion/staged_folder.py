@@ -19,17 +19,16 @@ import re
 import secrets
 import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from ..disk import cannot_be_written, disk_is_full, is_full, sync
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_GIB = 2**30
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Errors of a system call that the system or the file system does not have.
 _NOT_THERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # From the Linux headers, for renameat2.
@@ -52,7 +51,7 @@ def staged_folder(destination: Path | str, check: Callable[[Path], None] = lambd
     Raises StagingError for a mount point, a full disk, a place that cannot be written or that another process writes.
     """
     target = _resolve(destination)
-    with _reporting(target, "write"):
+    with _reporting(target):
         _check(target, check)
     with _lock(target) as locked:
         if locked:
@@ -60,27 +59,16 @@ def staged_folder(destination: Path | str, check: Callable[[Path], None] = lambd
         _check(target, check)
         staging = _sibling(target, "staging")
         try:
-            with _reporting(target, "write"):
+            with _reporting(target):
                 staging.mkdir()
             with _full_disks_named(target):
                 yield staging
                 _sync_tree(staging)
             _check(target, check)
-            with _reporting(target, "replace"):
+            with _reporting(target):
                 _swap(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    if os.name == "nt":  # neither folders nor files opened for reading can be synced there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _resolve(destination: Path | str) -> Path:
@@ -88,9 +76,10 @@ def _resolve(destination: Path | str) -> Path:
         target = Path(destination).expanduser().resolve()
         os.fsencode(target).decode()
     except RuntimeError as error:  # ~NAME of nobody, or a circle of links
-        raise StagingError(f"cannot write {destination}: {error}; give the path in full.") from error
+        raise StagingError(f"{destination} cannot be written: {error}; give the path in full.") from error
     except (UnicodeError, ValueError) as error:
-        raise StagingError(f"cannot write {str(destination)!r}: its name is not UTF-8; choose another one.") from error
+        name = repr(str(destination))
+        raise StagingError(f"{name} cannot be written: its name is not UTF-8; choose another one.") from error
     return target
 
 
@@ -101,11 +90,14 @@ def _check(target: Path, check: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def _reporting(target: Path, verb: str) -> Iterator[None]:
+def _reporting(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StagingError(f"cannot {verb} {target} ({error}); choose another place.") from error
+        if is_full(error):
+            raise StagingError(disk_is_full(target, error)) from error
+        where = f" ({error.filename2 or error.filename})" if error.filename else ""
+        raise StagingError(f"{cannot_be_written(target, error)}{where}; choose another place.") from error
 
 
 @contextlib.contextmanager
@@ -114,14 +106,9 @@ def _full_disks_named(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None) not in _FULL and os.strerror(errno.ENOSPC) not in str(error):
+        if not is_full(error):
             raise
-        free = {str(place): shutil.disk_usage(place).free / _GIB for place in (target.parent, tempfile.gettempdir())}
-        places = ", ".join(f"{gib:.2f} GiB are free in {place}" for place, gib in free.items())
-        raise StagingError(
-            f"no space left to write {target}: {places}. Free some, choose another place, "
-            "or set TMPDIR to a folder on a larger disk."
-        ) from error
+        raise StagingError(disk_is_full(target, error)) from error
 
 
 # ---- the lock --------------------------------------------------------------------------------------------------------
@@ -132,7 +119,7 @@ def _lock(target: Path) -> Iterator[bool]:
     """Hold the lock on a destination; False if the file system has no locks. StagingError if somebody else holds it."""
     path = target.with_name(f".{target.name}.lock")
     missing = [folder for folder in target.parents if not folder.exists()]
-    with _reporting(target, "write"):
+    with _reporting(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, locked = _open_locked(path, target)
     try:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ..disk import cannot_be_written
 from ..transformers_api.config import MegalodonConfig
 from ..transformers_api.modeling import MegalodonForCausalLM
 from .reading import ConversionError
@@ -178,5 +179,7 @@ def _write(src: Path, dst: Path, model: MegalodonForCausalLM) -> None:
             for name in _TOKENIZER_FILES:
                 if (src / name).is_file():
                     shutil.copyfile(src / name, staging / name)
-    except (OSError, StagingError) as error:
-        raise ConversionError(f"cannot write {dst}: {error}") from error
+    except StagingError as error:
+        raise ConversionError(str(error)) from error
+    except OSError as error:
+        raise ConversionError(cannot_be_written(dst, error)) from error

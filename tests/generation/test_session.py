@@ -20,11 +20,6 @@ PROMPT = "In the beginning"
 EOS = 256
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_bundle: Path) -> dict[str, Session]:
-    return {name: megalodon_export.load(tiny_bundle, runtime=name, device="cpu") for name in ("eager", "aoti")}
-
-
 @pytest.fixture(params=["eager", "aoti", "aoti, running ahead"])
 def session(request: pytest.FixtureRequest, loaded: dict[str, Session]) -> Session:
     """A fresh session; the runtime is shared."""

@@ -30,11 +30,6 @@ PROMPT = list(b"In the beginning")
 POSITION = 70  # 6 of 64 slots are filled
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_bundle: Path) -> dict[str, Session]:
-    return {name: megalodon_export.load(tiny_bundle, runtime=name, device="cpu") for name in ("eager", "aoti")}
-
-
 @pytest.fixture(params=["eager", "aoti", "aoti, running ahead"])
 def session(request: pytest.FixtureRequest, loaded: dict[str, Session]) -> Session:
     """A session inside a chunk; one token is pending."""

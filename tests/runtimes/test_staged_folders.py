@@ -97,7 +97,7 @@ def test_a_failed_rename_restores_the_old_bundle(sound: Path, swap: str, monkeyp
     monkeypatch.setattr(Path, "rename", fail)
     if swap == "exchange":
         monkeypatch.setattr(staging_module, "_exchange", broken)
-    with pytest.raises(BundleError, match=r"cannot replace .*sound \(.*no\); choose another place"):
+    with pytest.raises(BundleError, match=r"sound cannot be written: no; choose another place"):
         write(sound, b"new")
     assert read(sound).files["aoti/programs.pt2"].size == len(PROGRAMS)
     assert siblings(sound) == []
@@ -124,12 +124,12 @@ def test_overwriting_can_be_forbidden(sound: Path) -> None:
 
 
 PLACES = {
-    "below a file": ("file/bundle", r"cannot write .*bundle \(.*File exists: .*file'\); choose another place"),
+    "below a file": ("file/bundle", r"bundle cannot be written: File exists \(.*file\); choose another place"),
     "a mount point": ("/", "/ is a mount point and cannot be replaced whole; choose a folder inside it"),
-    "not UTF-8": ("\udcff", r"cannot write '.udcff': its name is not UTF-8; choose another one"),
-    "a NUL": ("a\0b", r"cannot write 'a.x00b': its name is not UTF-8; choose another one"),
-    "nobody's home": ("~nobody-of-this-name/x", r"cannot write ~nobody.*; give the path in full"),
-    "too long": ("x" * 256, r"cannot write .*x \(.*File name too long: .*\); choose another place"),
+    "not UTF-8": ("\udcff", r"'.udcff' cannot be written: its name is not UTF-8; choose another one"),
+    "a NUL": ("a\0b", r"'a.x00b' cannot be written: its name is not UTF-8; choose another one"),
+    "nobody's home": ("~nobody-of-this-name/x", r"~nobody.* cannot be written: .*; give the path in full"),
+    "too long": ("x" * 256, r"x cannot be written: File name too long \(.*\); choose another place"),
 }
 
 
@@ -156,11 +156,12 @@ except StagingError as error:
 DISKS = {
     "read-only": (
         "mount -t tmpfs -o ro disk {0}",
-        r"cannot write {0}/new \(.*Read-only file system.*\); choose another place.",
+        r"{0}/new cannot be written: Read-only file system \(.*\); choose another place.",
     ),
     "full": (
         "mount -t tmpfs -o size=1m disk {0}",
-        "no space left to write {0}/new: 0.00 GiB are free in {0}, .* Free some, choose another place, or set TMPDIR",
+        "{0}/new cannot be written: No space left on device; 0.00 GiB are free in {0}, .* Free some, choose another "
+        "place, or set TMPDIR",
     ),
 }
 
