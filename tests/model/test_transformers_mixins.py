@@ -1,0 +1,95 @@
+"""The common tests of transformers that every model upstream has to pass, on Megalodon's classes and on Mamba2's."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from support import upstream_tests
+
+SUITE = Path(upstream_tests.__file__).with_name("upstream_suite.py")
+
+# Slow: half a minute of a process, and a download. It buys what a stock transformers user takes for granted.
+pytestmark = pytest.mark.slow
+
+# Why tests skip: what transformers says, and the reason that it does not concern Megalodon, or not here.
+SKIPS = {
+    r"requires (multiple |torch |)accelerator|requires MPS|requires CUDA": "the suite runs on a CPU",
+    r"requires Flash Attention|requires the kernels library|on flash|FlashAttention|Flash Attention": (
+        "attention is a part of the model, and is not taken from transformers' attention functions"
+    ),
+    r"support sdpa|does not support attentions|not output attentions|support output_attentions": (
+        "the same; weights of attention are not returned, as no recurrent model upstream does"
+    ),
+    r"grouped_mm|no sparse experts|output_router_logits": "the model has no mixture of experts",
+    r"RoPE": "rotary positions are those inside a chunk, and have no options",
+    r"requires deepspeed": "DeepSpeed is not installed",
+    r"not composite|No subconfigs|No sequence-to-sequence|position embeddings": "the model is one decoder for text",
+    r"No conversion found": "checkpoints have the names that the classes have",
+    r"TP plan": "tensor parallelism is not offered; docs/parallel.md has what is",
+    r"capture_outputs|Cannot capture hidden states": "hidden states are collected by the passes, not by hooks",
+    r"Not returning cache or non standard Cache": "the cache is a class of its own, under both names",
+    r"test is slow": "torch.compile in training: tests/model/test_training.py runs it",
+}
+
+
+class Report:
+    """What happened to each test of a class: its failures and why it skipped."""
+
+    def __init__(self, path: Path) -> None:
+        self.failed: dict[str, list[str]] = {}
+        self.skipped: dict[str, dict[str, list[str]]] = {}
+        self.ran: dict[str, set[str]] = {}
+        for case in ElementTree.parse(path).getroot().iter("testcase"):
+            suite, name = case.attrib["classname"].rsplit(".", 1)[-1], case.attrib["name"]
+            reasons = [child.attrib.get("message", "") for child in case if child.tag == "skipped"]
+            failures = [child.attrib.get("message", "") for child in case if child.tag in ("failure", "error")]
+            if reasons:
+                self.skipped.setdefault(suite, {})[name] = reasons
+            else:
+                self.ran.setdefault(suite, set()).add(name)
+            if failures:
+                self.failed.setdefault(suite, []).append(f"{name}: {failures[0]}")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    pytest.importorskip("parameterized", reason="transformers' tests need parameterized: pip install parameterized")
+    folder = tmp_path_factory.mktemp("upstream")
+    try:
+        upstream_tests.make_package(folder)
+    except upstream_tests.NotToBeHad as reason:
+        pytest.skip(str(reason))
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
+    command += ["-c", str(folder / "pytest.ini"), "--junitxml", str(folder / "report.xml"), str(SUITE)]
+    path = os.pathsep.join([str(folder), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode in (0, 1), run.stdout + run.stderr  # 1: tests failed
+    return Report(folder / "report.xml")
+
+
+def test_none_fails(report: Report) -> None:
+    assert report.failed.get("MegalodonTest", []) == []
+
+
+def test_every_skip_is_explained(report: Report) -> None:
+    for name, reasons in report.skipped["MegalodonTest"].items():
+        assert all(any(re.search(known, reason) for known in SKIPS) for reason in reasons), (name, reasons)
+    found = [reason for reasons in report.skipped["MegalodonTest"].values() for reason in reasons]
+    assert all(any(re.search(known, reason) for reason in found) for known in SKIPS)  # none is out of date
+
+
+def test_as_many_run_as_of_mamba2(report: Report) -> None:
+    ran, of_mamba2 = report.ran["MegalodonTest"], report.ran["Mamba2Test"]
+    assert len(ran) >= len(of_mamba2)
+    assert of_mamba2 - ran <= {"test_bc_cache_name_forward"}  # of standard caches; Mamba2 does not pass it either
+    counts = {name: len(report.ran[name]) - len(report.failed.get(name, [])) for name in report.ran}
+    print(*(f"{name}: {count} passed, {len(report.skipped[name])} skipped" for name, count in counts.items()), sep="\n")
