@@ -15,6 +15,7 @@ _COMMANDS = {
     "convert": "exporting:convert",
     "generate": "generating:generate",
     "eval": "measuring:evaluate",
+    "lm-eval": "harness:lm_eval",
     "bench": "measuring:bench",
     "verify": "inspecting:verify",
     "inspect": "inspecting:inspect",

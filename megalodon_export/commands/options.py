@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--threads", type=integer(1, 1024), help="CPU threads (default: 1 for weights under 32 MB, else all cores)"
     )
     commands = whole.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_aoti, _onnx, _convert, _generate, _eval, _verify, _inspect, _bench, _doctor):
+    for add in (_aoti, _onnx, _convert, _generate, _eval, _lm_eval, _verify, _inspect, _bench, _doctor):
         add(commands)
     return whole
 
@@ -175,6 +175,13 @@ def _eval(commands: Any) -> None:
     command.add_argument("--max-new-tokens", type=integer(1), default=512, help="for --prompts; default 512")
     _add_sampling_options(command)
     command.add_argument("--json", action="store_true", help="print one JSON object a line")
+
+
+def _lm_eval(commands: Any) -> None:
+    about = "run lm-evaluation-harness, which then knows the model megalodon; all arguments are its own"
+    # No argument begins with NUL, so that none is taken for an option of this command, not even --help.
+    command = commands.add_parser("lm-eval", help=about, add_help=False, prefix_chars="\0")
+    command.add_argument("arguments", nargs=argparse.REMAINDER)
 
 
 def _add_sampling_options(command: argparse.ArgumentParser) -> None:

@@ -77,7 +77,7 @@ def expected_text(folder: Path, prompt: str, count: int, runtime: str = "eager",
 def test_help_lists_every_command(call: Callable[..., Result]) -> None:
     status, output, errors = call("--help")
     assert (status, errors) == (0, "")
-    assert all(re.search(rf"^ +{name} ", output, re.MULTILINE) for name in COMMANDS)
+    assert all(re.search(rf"^ +{name} ", output, re.MULTILINE) for name in (*COMMANDS, "lm-eval"))
     assert "Start with `megalodon-export aoti`" in output
 
 
