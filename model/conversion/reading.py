@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConversionError(
             f"{path} does not exist; expected a checkpoint folder: config.json, consolidate_config.json and "
-            "consolidated.pth (the original), or config.json and model.safetensors (megalodon-hf)"
+            "consolidated.pth (the original), or config.json and pytorch_model.bin or model.safetensors (megalodon-hf)"
         ) from None
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
@@ -55,9 +55,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_pth(path: Path) -> dict[str, Any]:
-    """The state dict of a .pth file, memory-mapped; nothing but tensors is unpickled."""
+    """The state dict of a .pth or .bin file, memory-mapped; nothing but tensors is unpickled."""
     if not path.is_file():
-        raise ConversionError(f"{path} does not exist; consolidate_config.json promises weights there")
+        raise ConversionError(f"{path} does not exist; the checkpoint's other files promise weights there")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -73,20 +73,36 @@ def read_pth(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()}
 
 
-def read_safetensors(src: Path) -> dict[str, Any]:
-    """The tensors of model.safetensors, or of the shards that its index names."""
-    files = ["model.safetensors"]
-    if (src / "model.safetensors.index.json").is_file():
-        weight_map = read_json(src / "model.safetensors.index.json").get("weight_map")
-        if not isinstance(weight_map, dict) or any(Path(str(f)).name != f for f in weight_map.values()):
-            raise ConversionError(f"{src / 'model.safetensors.index.json'}: no weight_map to files of its own folder")
-        files = sorted(set(weight_map.values()))
-    tensors: dict[str, Any] = {}
-    for file in files:
-        try:
-            tensors.update(load_file(src / file))
-        except FileNotFoundError:
-            raise ConversionError(f"{src / file} does not exist; expected the weights as safetensors") from None
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{src / file} is damaged: {error}") from error
-    return tensors
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file."""
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError:
+        raise ConversionError(f"{path} does not exist; the index beside it promises weights there") from None
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{path} is damaged: {error}") from error
+
+
+def read_weights(src: Path) -> dict[str, Any]:
+    """The tensors of a folder that transformers wrote: one file, or the shards that an index names.
+
+    As in transformers, safetensors come before pickles, and a whole file before an index.
+    """
+    formats = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_pth}
+    for name, read in formats.items():
+        index = src / f"{name}.index.json"
+        if (src / name).exists():
+            return read(src / name)
+        if index.is_file():
+            shards = [read(src / file) for file in _shards(index)]
+            return {tensor: value for shard in shards for tensor, value in shard.items()}
+    names = " or ".join(formats)
+    raise ConversionError(f"{src} has no {names}, nor an index of shards; expected the weights in one of them")
+
+
+def _shards(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
+        raise ConversionError(f"{index}: no weight_map to files of its own folder")
+    return sorted(set(files))

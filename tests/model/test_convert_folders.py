@@ -300,6 +300,11 @@ def test_pickle_payload_is_refused(tmp_path: Path, zipped: bool) -> None:
     torch.save(state, src / "consolidated.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ConversionError, match="holds more than tensors and is refused"):
         convert_upstream(src, tmp_path / "dst")
+    other = write_checkpoint("hf_base", tmp_path / "src" / "hf")
+    (other / "model.safetensors").unlink()
+    torch.save(state, other / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ConversionError, match="holds more than tensors and is refused"):
+        convert_megalodon_hf(other, tmp_path / "dst")
     assert_nothing_written(tmp_path)
 
 
