@@ -1,6 +1,7 @@
 """Damages copies of a bundle in thousands of ways, and asks Python and the C++ library to open them.
 
-    cd tests && python -m soak.damage_bundles BUNDLE LIBRARY [--count 10000] [--light]
+    python tests/soak/damage_bundles.py BUNDLE build/libmegalodon.so --light       # 10,000 copies
+    python tests/soak/damage_bundles.py BUNDLE build/libmegalodon.so --count 50    # a sample
 
 Bits are flipped, files are cut off, grow, vanish, change places, appear, become links, pipes or folders, or cannot be
 read. Each bundle must be refused by both, in the same words, with the name of the damaged file, and nothing of it may
@@ -10,7 +11,6 @@ its own. `--light` first cuts the code out of the bundle's libraries, and seals 
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import re
@@ -22,13 +22,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder tests, for soak and support
+
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.bundle import BundleError
 from megalodon_export.bundles.parity import read_parity
 from megalodon_export.bundles.strict_json import shown
 from megalodon_export.bundles.writing import seal, update_parity
-from soak.processes import results, work
+from soak.processes import parser, results, work
 from support import native
+from support.permissions import obey_permissions
 
 BAD_BUNDLE, MANIFEST, COPY = 2, "manifest.json", "damaged"
 OTHERS_WORDS = re.compile(r"(found something unreadable) \(.*?\)(?=\. Copy)", re.DOTALL)  # a JSON parser's
@@ -103,7 +106,7 @@ def lock(path: Path, chance: random.Random) -> None:
 
 
 IN_PLACE: tuple[Damage, ...] = (flip, flip, flip, cut, grow, erase, insert)
-OTHERS: tuple[Damage, ...] = (vanish, link, replace_by_folder, replace_by_pipe)
+OTHERS: tuple[Damage, ...] = (vanish, link, replace_by_folder, replace_by_pipe, lock)
 
 
 class Damager:
@@ -129,8 +132,7 @@ class Damager:
         path = folder / name
         shutil.copy2(path, folder / "copy")  # the file itself is the bundle's own
         (folder / "copy").replace(path)
-        others = (*OTHERS, lock) if os.geteuid() else OTHERS  # root reads what is locked
-        damage = chance.choice(IN_PLACE if name == "parity.json" or chance.random() < 0.7 else others)
+        damage = chance.choice(IN_PLACE if name == "parity.json" or chance.random() < 0.7 else OTHERS)
         damage(path, chance)
         return damage.__name__, name
 
@@ -184,20 +186,17 @@ def cut_code(folder: Path, light: Path) -> None:
 
 def run(folder: Path, library: Path, count: int) -> Iterator[dict[str, Any]]:
     """What becomes of `count` damaged copies, as the items of `Damager`."""
-    return results("soak.damage_bundles", (folder.resolve(), library.resolve(), "--count", count, "--from"), count)
+    return results("soak.damage_bundles", folder, library, count)
 
 
 def main() -> int:
     """Run, and print what was found; 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("library", type=Path)
-    parser.add_argument("--count", type=int, default=10**4)
-    parser.add_argument("--light", action="store_true", help="cut the code out of the libraries first")
-    parser.add_argument("--from", type=int, dest="first", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__, "copies (default 10,000)", 10**4)
+    options.add_argument("--light", action="store_true", help="cut the code out of the libraries first")
+    args = options.parse_args()
     with tempfile.TemporaryDirectory(dir=args.bundle.parent) as scratch:
         if args.first is not None:
+            obey_permissions()
             damager = Damager(args.bundle, native.Library(args.library), Path(scratch))
             work(range(args.first, args.count), damager)
             return 0

@@ -1,16 +1,16 @@
 """Edits every place of a bundle's manifest, seals it again, and asks Python and the C++ library what they make of it.
 
-    cd tests && python -m soak.mutate_manifest BUNDLE LIBRARY [--count N]
+    python tests/soak/mutate_manifest.py BUNDLE build/libmegalodon.so              # all edits, some ten minutes
+    python tests/soak/mutate_manifest.py BUNDLE build/libmegalodon.so --count 120  # a sample
 
-BUNDLE is an export for this machine's CPU, LIBRARY libmegalodon.so. An edit deletes a value, gives it another type, a
-number at the end of a range, another name, or one key more. Both must accept it and generate the text that the bundle
-generates without it, or both must refuse it, in the same words where the words are this package's. Nothing may crash,
-hang or raise another exception. The edits run in a process of their own.
+An edit deletes a value, gives it another type, a number at the end of a range, another name, or one key more. Both must
+accept it and generate the text that the bundle generates without it, or both must refuse it, in the same words where
+the words are this package's. Python generates in every runtime of the bundle, one of which must be AOTInductor. Nothing
+may crash, hang or raise another exception. The edits run in a process of their own.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder tests, for soak and support
+
 import torch
 
 import megalodon_export
@@ -31,7 +33,7 @@ from megalodon_export.bundles import bundle
 from megalodon_export.bundles.bundle import BundleError
 from megalodon_export.bundles.sealing import sealed_json
 from megalodon_export.runtimes import RuntimeUnavailable
-from soak.processes import results, work
+from soak.processes import parser, results, work
 from support import native
 
 PROMPT, TOKENS = [5, 80, 200, 7], 12
@@ -131,13 +133,15 @@ class Judge:
         return f"Python: {python['refused']}\nC++:    {cpp['refused']}"
 
     def python(self) -> dict[str, Any]:
-        """The ids that Python generates, or its refusal."""
+        """The ids that Python generates, or its refusal. The ids by runtime, if they are not the same in all."""
         try:
-            bundle.read(self.folder)  # most edits end here
-            session = megalodon_export.load(self.folder, runtime="aoti", check=False)
+            manifest = bundle.read(self.folder)  # most edits end here
+            runtimes = {"aoti", *manifest.programs.by_runtime()}
+            sessions = {name: megalodon_export.load(self.folder, name, "cpu", check=False) for name in sorted(runtimes)}
         except (BundleError, RuntimeUnavailable) as error:
             return {"refused": str(error)}
-        return {"ids": list(session.generate_ids(PROMPT, TOKENS, eos_token_id=None))}
+        ids = {name: list(one.generate_ids(PROMPT, TOKENS, eos_token_id=None)) for name, one in sessions.items()}
+        return {"ids": ids["aoti"] if all(one == ids["aoti"] for one in ids.values()) else ids}
 
     def cpp(self) -> dict[str, Any]:
         """The ids that the C++ library generates, or its refusal."""
@@ -150,17 +154,12 @@ class Judge:
 
 def run(folder: Path, library: Path, count: int) -> Iterator[dict[str, Any]]:
     """What becomes of `count` edits, as the items of `Judge`."""
-    return results("soak.mutate_manifest", (folder.resolve(), library.resolve(), "--count", count, "--from"), count)
+    return results("soak.mutate_manifest", folder, library, count)
 
 
 def main() -> int:
     """Run, and print what was found; 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("library", type=Path)
-    parser.add_argument("--count", type=int, default=10**9, help="of all edits")
-    parser.add_argument("--from", type=int, dest="first", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser(__doc__, "edits (default: all)", 10**9).parse_args()
     everything = edits(json.loads((args.bundle / "manifest.json").read_text()))
     count = min(args.count, len(everything))
     if args.first is not None:

@@ -1,28 +1,44 @@
 """Work item by item in a process of its own, so that an item which ends or hangs the process is named.
 
 The worker prints one line of JSON for each item. If it ends early, another one goes on after the item that ended it.
+Trials of a bundle and the C++ library have the same command line, `parser`, and are called by `results`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import selectors
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parents[1]
 
 
-def results(module: str, arguments: Sequence[object], count: int, seconds: float = 120) -> Iterator[dict[str, Any]]:
-    """What `python -m MODULE ARGUMENTS FIRST` prints for each of the items FIRST..count-1, in their order.
+def parser(about: str | None, items: str, count: int) -> argparse.ArgumentParser:
+    """The command line of a trial: BUNDLE LIBRARY [--count N], and `--from`, which its worker is given.
+
+    `about` is the docstring of the module, `items` says what is counted, and `count` is the default.
+    """
+    found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("bundle", type=Path, help="an export for this machine's CPU")
+    found.add_argument("library", type=Path, help="libmegalodon.so")
+    found.add_argument("--count", type=int, default=count, help=items)
+    found.add_argument("--from", type=int, dest="first", help=argparse.SUPPRESS)
+    return found
+
+
+def results(module: str, bundle: Path, library: Path, count: int, seconds: float = 120) -> Iterator[dict[str, Any]]:
+    """What the worker `python -m MODULE BUNDLE LIBRARY --count COUNT --from 0` prints for each item, in their order.
 
     {"fault": ...} for an item at which the process ended, or about which it was silent for `seconds`.
     """
+    arguments = (bundle.resolve(), library.resolve(), "--count", count, "--from")
     done = 0
     while done < count:
         with tempfile.TemporaryFile("w+") as errors:
