@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from megalodon_export.bundles import bundle
+from megalodon_export.bundles.writing import seal
 from megalodon_export.generation.text import byte_tokenizer
 from support import native
 from support.background import Background, Command, Run, megalodon
@@ -186,6 +189,19 @@ def tiny_onnx_bundle(background: Background) -> Path:
 def short_chunk_onnx_bundle(background: Background) -> Path:
     """ONNX graphs of the model of `short_chunk_bundle`."""
     return background.result("short_chunk_onnx_bundle")
+
+
+@pytest.fixture(scope="session")
+def both_bundle(tiny_bundle: Path, tiny_onnx_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of `tiny_bundle` and of `tiny_onnx_bundle` over one copy of their weights."""
+    folder = tmp_path_factory.mktemp("both") / "bundle"
+    shutil.copytree(tiny_onnx_bundle, folder, ignore=shutil.ignore_patterns("parity.json"))
+    shutil.copytree(tiny_bundle / "aoti", folder / "aoti")
+    onnx = bundle.read(tiny_onnx_bundle).programs.onnx
+    assert onnx is not None
+    manifest = bundle.read(tiny_bundle)
+    seal(folder, manifest.replace(programs=manifest.programs.including("onnx", onnx)))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -117,14 +117,18 @@ def write_graph_labels(folder: Path, config: dict[str, Any], dtype: str, program
     for name in GRAPHS:
         path = folder / f"{name}.onnx"
         facts = programs.limits, programs.opset, programs.all_logits, programs.versions
-        data = json.dumps(msgspec.to_builtins(GraphLabel(path.name, config, dtype, *facts))).encode()
-        # ONNX's strings are UTF-8. The bytes of a length that is a multiple of 256, below 2^15, are ASCII.
-        data += b" " * (-len(data) % _PADDED_TO)
-        assert len(data) < 2**15
-        value = data + len(data).to_bytes(8, "little") + MARK
-        entry = _KEY + _sized(MARK) + _VALUE + _sized(value)
-        with path.open("ab") as file:
-            file.write(_METADATA_PROPS + _sized(entry))
+        append_graph_label(path, msgspec.to_builtins(GraphLabel(path.name, config, dtype, *facts)))
+
+
+def append_graph_label(path: Path, label: dict[str, Any]) -> None:
+    """Append a label to a graph, as an entry of its metadata."""
+    data = json.dumps(label).encode()
+    # ONNX's strings are UTF-8. The bytes of a length that is a multiple of 256, below 2^15, are ASCII.
+    data += b" " * (-len(data) % _PADDED_TO)
+    assert len(data) < 2**15
+    entry = _KEY + _sized(MARK) + _VALUE + _sized(data + len(data).to_bytes(8, "little") + MARK)
+    with path.open("ab") as file:
+        file.write(_METADATA_PROPS + _sized(entry))
 
 
 def _sized(data: bytes) -> bytes:

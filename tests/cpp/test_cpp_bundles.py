@@ -13,6 +13,7 @@ import torch
 import megalodon_export
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.bundle import BundleError
+from megalodon_export.bundles.writing import staged
 from megalodon_export.runtimes import RuntimeUnavailable
 from support import native
 from support.damaged_bundles import (
@@ -23,12 +24,14 @@ from support.damaged_bundles import (
     edit_config,
     flip,
     relabel,
+    relabel_graphs,
     truncate,
     write,
 )
-from support.manifest_lies import CONFIG_LIES, LABEL_LIES, LIES
+from support.manifest_lies import CONFIG_LIES, GRAPH_LIES, LABEL_LIES, LIES, ONNX_LIES
 
 BAD_BUNDLE, UNAVAILABLE = 2, 3
+PROMPT = list(b"In the beginning")
 
 
 @pytest.fixture
@@ -117,6 +120,20 @@ def test_libraries_that_say_the_same_nonsense_are_refused(library: native.Librar
     assert_same_refusal(library, copy)
 
 
+@pytest.mark.parametrize("name", [*ONNX_LIES, *GRAPH_LIES])
+def test_onnx_programs_are_judged_alike(library: native.Library, both_bundle: Path, tmp_path: Path, name: str) -> None:
+    """The library does not run them, but must not open what Python refuses."""
+    native.Engine(library, both_bundle)
+    copy = Path(shutil.copytree(both_bundle, tmp_path / "copy"))
+    if name in ONNX_LIES:
+        edit(copy, ONNX_LIES[name][0])
+        assert_same_refusal(library, copy)
+    if name in GRAPH_LIES:
+        copy = Path(shutil.copytree(both_bundle, tmp_path / "other"))
+        relabel_graphs(copy, GRAPH_LIES[name][0])
+        assert re.search(GRAPH_LIES[name][1], str(refusal(library, copy)))
+
+
 @pytest.mark.parametrize("name", CONFIG_LIES)
 def test_configs_that_make_no_sense_are_refused(library: native.Library, copy: Path, name: str) -> None:
     values, message = CONFIG_LIES[name]
@@ -124,6 +141,29 @@ def test_configs_that_make_no_sense_are_refused(library: native.Library, copy: P
     error = refusal(library, copy)
     assert error.status == BAD_BUNDLE
     assert re.search(message, str(error))
+
+
+def test_a_replaced_bundle_is_opened_anew(
+    library: native.Library, tiny_bundle: Path, int8_bundle: Path, tmp_path: Path
+) -> None:
+    """New programs run on new weights at the old path, and what was opened before goes on as it was."""
+    folder = tmp_path / "bundle"
+
+    def put(source: Path) -> native.Session:
+        with staged(folder) as staging:
+            shutil.copytree(source, staging, dirs_exist_ok=True)
+        return native.Session(native.Engine(library, folder))
+
+    expected = [
+        native.Session(native.Engine(library, one)).prefill(PROMPT, 257).tobytes() for one in (tiny_bundle, int8_bundle)
+    ]
+    assert expected[0] != expected[1]
+    first = put(tiny_bundle)
+    second = put(int8_bundle)
+    assert [first.prefill(PROMPT, 257).tobytes(), second.prefill(PROMPT, 257).tobytes()] == expected
+    del second
+    assert put(tiny_bundle).prefill(PROMPT, 257).tobytes() == expected[0]
+    assert put(int8_bundle).prefill(PROMPT, 257).tobytes() == expected[1]
 
 
 def test_hashes_may_be_trusted_but_not_sizes(library: native.Library, copy: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import torch._C._aoti
@@ -22,12 +23,22 @@ from safetensors.torch import load_file, save_file
 import megalodon_export
 from megalodon_export.bundles import bundle
 from megalodon_export.bundles.bundle import BundleError
+from megalodon_export.bundles.labels import GRAPHS, MARK
 from megalodon_export.bundles.verify import VerificationError, verify
 from megalodon_export.bundles.writing import seal, staged
 from megalodon_export.cli import run
 from megalodon_export.runtimes import RuntimeUnavailable
-from support.damaged_bundles import EXPORT_DAMAGE, OTHER_MACHINES, edit, edit_config, flip, relabel, truncate
-from support.manifest_lies import CONFIG_LIES, LABEL_LIES, LIES
+from support.damaged_bundles import (
+    EXPORT_DAMAGE,
+    OTHER_MACHINES,
+    edit,
+    edit_config,
+    flip,
+    relabel,
+    relabel_graphs,
+    truncate,
+)
+from support.manifest_lies import CONFIG_LIES, GRAPH_LIES, LABEL_LIES, LIES, ONNX_LIES
 from support.slow import slow_except
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,6 +171,47 @@ def test_a_library_without_its_label_is_refused(copy: Path, name: str) -> None:
     shutil.copyfile(copy / "aoti/decode_layer.so", path)
     seal(copy, manifest)
     with pytest.raises(BundleError, match=rf"{name}: it belongs to another bundle or another stage"):
+        bundle.read(copy, "sizes")
+
+
+def test_graphs_have_their_labels_in_their_metadata(both_bundle: Path) -> None:
+    for name in GRAPHS:
+        model = onnx.load(both_bundle / f"{name}.onnx", load_external_data=False)
+        (entry,) = [one for one in model.metadata_props if one.key == "megalodon-export"]
+        assert json.loads(entry.value[: -len(MARK) - 8])["file"] == f"{name}.onnx"
+        onnx.checker.check_model(both_bundle / f"{name}.onnx")
+
+
+@pytest.mark.parametrize("name", ONNX_LIES)
+def test_onnx_programs_that_make_no_sense_are_refused(both_bundle: Path, tmp_path: Path, name: str) -> None:
+    change, message = ONNX_LIES[name]
+    copy = Path(shutil.copytree(both_bundle, tmp_path / "copy"))
+    edit(copy, change)
+    with pytest.raises(BundleError, match=message):
+        bundle.read(copy, "sizes")
+
+
+@pytest.mark.parametrize("name", GRAPH_LIES)
+def test_graphs_of_another_bundle_are_refused(both_bundle: Path, tmp_path: Path, name: str) -> None:
+    change, message = GRAPH_LIES[name]
+    copy = Path(shutil.copytree(both_bundle, tmp_path / "copy"))
+    relabel_graphs(copy, change)
+    with pytest.raises(BundleError, match=message):
+        bundle.read(copy, "sizes")
+
+
+@pytest.mark.parametrize("name", ["prefill.onnx", "decode.onnx"])
+def test_a_graph_without_its_label_is_refused(both_bundle: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(both_bundle, tmp_path / "copy"))
+    manifest, path = bundle.read(copy), copy / name
+    other = {"prefill.onnx": "decode.onnx", "decode.onnx": "prefill.onnx"}[name]
+    shutil.copyfile(copy / other, path)
+    seal(copy, manifest)
+    with pytest.raises(BundleError, match=rf"{name}: it belongs to another bundle or another program"):
+        bundle.read(copy, "sizes")
+    path.write_bytes(path.read_bytes()[:-1])
+    seal(copy, manifest)
+    with pytest.raises(BundleError, match=rf"{name}: a program with a label at its end expected, none found"):
         bundle.read(copy, "sizes")
 
 

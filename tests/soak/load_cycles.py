@@ -31,7 +31,7 @@ TEXT = "In the beginning"
 PROMPT = list(TEXT.encode())
 # What allocators hold more at one time than at another, and what safetensors 0.8 itself keeps: 64 bytes a tensor.
 _NOISE = {"resident": 2**22, "mappings": 8}
-_WARM_UP = 10  # a tenth of the cycles, and two at least, come before
+_WARM_UP = 4  # a quarter of the cycles, and two at least, come before: the arenas of ONNX Runtime settle late
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,15 @@ import msgspec
 import torch
 from safetensors.torch import save_file
 
-from megalodon_export.bundles.labels import MARK, library_names, write_labels
+from megalodon_export.bundles import bundle
+from megalodon_export.bundles.labels import (
+    GRAPHS,
+    MARK,
+    append_graph_label,
+    library_names,
+    read_graph_labels,
+    write_labels,
+)
 from megalodon_export.bundles.manifest import Manifest
 from megalodon_export.bundles.sealing import sealed_json
 from megalodon_export.bundles.writing import seal, staged
@@ -247,6 +255,15 @@ def relabel(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         path.write_bytes(data[: end - int.from_bytes(data[end : end + 8], "little")])
     if manifest.programs.aoti is not None:
         write_labels(folder, manifest.programs.aoti, manifest.versions["torch"])
+    seal(folder, manifest)
+
+
+def relabel_graphs(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Give a bundle's ONNX graphs other labels behind their own, and leave what the manifest says of them."""
+    manifest, label = bundle.read(folder), msgspec.to_builtins(read_graph_labels(folder))
+    change(label)
+    for name in GRAPHS:
+        append_graph_label(folder / f"{name}.onnx", {**label, "file": f"{name}.onnx"})
     seal(folder, manifest)
 
 

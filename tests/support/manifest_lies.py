@@ -117,6 +117,51 @@ LIES: dict[str, Lie] = {
 }
 
 
+_ONNX = ("programs", "onnx")
+
+# The same for the ONNX programs of a bundle that has both kinds.
+ONNX_LIES: dict[str, Lie] = {
+    "no object": (_at("programs", onnx=3), "programs.onnx: an object expected, 3 found"),
+    "no limits": (_at(*_ONNX, limits=None), "programs.onnx.limits: an object expected, None found"),
+    "a larger batch": (_at(*_ONNX, "limits", max_batch=9), "onnx.limits.max_batch: 8 expected, 9 found"),
+    "a smaller batch": (_at(*_ONNX, "limits", max_batch=7), "onnx.limits.max_batch: 8 expected, 7 found"),
+    "a batch of text": (_at(*_ONNX, "limits", max_batch="8"), "onnx.limits.max_batch: 8 expected, '8' found"),
+    "a longer call": (_at(*_ONNX, "limits", max_length=128), "onnx.limits.max_length: 64 expected, 128 found"),
+    "a shorter call": (_at(*_ONNX, "limits", max_length=32), "onnx.limits.max_length: 64 expected, 32 found"),
+    "a smaller multiple": (_at(*_ONNX, "limits", length_multiple=1), "onnx.limits.length_multiple: 32 expected, 1"),
+    "an unknown limit": (_at(*_ONNX, "limits", granule=1), "onnx.limits.granule: nothing expected, 1 found"),
+    "another opset": (_at(*_ONNX, opset=23), "onnx.opset: 24 expected, 23 found"),
+    "all logits": (_at(*_ONNX, all_logits=True), "onnx.all_logits: False expected, True found"),
+    "versions": (_at(*_ONNX, versions={}), "onnx.versions.megalodon-export: '.*' expected, nothing found"),
+    "a version": (_at(*_ONNX, "versions", onnx="1.0"), "onnx.versions.onnx: '.*' expected, '1.0' found"),
+    "a target": (_at(*_ONNX, "target", device="cuda"), "onnx.target.device: 'cpu or cuda' expected, 'cuda' found"),
+    "no decode": (lambda m: m["programs"]["onnx"]["graphs"].pop("decode"), "onnx.graphs.decode: an object expected"),
+    "a graph elsewhere": (
+        _at(*_ONNX, "graphs", "decode", file="prefill.onnx"),
+        "onnx.graphs.decode.file: 'decode.onnx' expected, 'prefill.onnx' found",
+    ),
+    "an input": (
+        _at(*_ONNX, "graphs", "decode", "inputs", 0, name="x"),
+        r"onnx.graphs.decode.inputs\[0\].name: 'input_ids' expected, 'x' found",
+    ),
+}
+
+_GRAPHS_OF_OTHERS = r"prefill.onnx: it was made for another config.json or other weights. Export the bundle again\.$"
+# Labels of the graphs that are those of no such bundle, while the manifest is right.
+GRAPH_LIES: dict[str, Lie] = {
+    "another config": (lambda label: label["config"].update(rope_base=2e4), _GRAPHS_OF_OTHERS),
+    "no config": (lambda label: label.update(config={}), _GRAPHS_OF_OTHERS),
+    "another dtype": (lambda label: label.update(dtype="bfloat16"), _GRAPHS_OF_OTHERS),
+    "other limits": (lambda label: label["limits"].update(max_batch=4), "onnx.limits.max_batch: 4 expected, 8 found"),
+    "no limits": (
+        lambda label: label["limits"].update(max_batch=0),
+        "max_batch is 0, expected at least 1|its label cannot be read",
+    ),
+    "another opset": (lambda label: label.update(opset=23), "onnx.opset: 23 expected, 24 found"),
+    "all logits": (lambda label: label.update(all_logits=True), "onnx.all_logits: True expected, False found|boundary"),
+}
+
+
 def _input(manifest: dict[str, Any], kind: str) -> dict[str, Any]:
     """The first input of a kind of a stage."""
     found: dict[str, Any] = next(one for one in _stage(manifest)["inputs"] if one["kind"] == kind)
