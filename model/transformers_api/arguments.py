@@ -97,7 +97,7 @@ def _check_positions(positions: Tensor, layout: Layout, cache: MegalodonCache | 
         expected = (torch.arange(batch * length, device=starts.device) - starts).view(batch, length)
     elif layout.lengths is not None:
         valid = layout.valid(length)
-        expected = expected if layout.first is None else expected - layout.first[:, None]
+        expected = expected if layout.place is None else layout.place
     if cache is not None:
         expected = expected + cache.position.to(expected.device)[:, None]
     wrong = (valid & (positions != expected)).any(1)

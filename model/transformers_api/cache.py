@@ -11,6 +11,7 @@ from transformers import Cache
 
 from ..cache import ModelCache
 from ..config import ModelConfig
+from .padding import PaddingLayout
 
 Feed = Callable[[Tensor, Tensor], object]  # takes token_ids (B, L) and lengths (B), and updates the cache
 
@@ -137,13 +138,10 @@ class MegalodonCache(ModelCache, Cache):  # type: ignore[misc]  # both have `lay
                 raise ValueError(f"{count} tokens cannot be taken back, only the last {fed.shape[1]}")
             self.replace(self._before)
             if kept:
-                self._feed_again(fed[:, :kept], valid[:, :kept])
+                layout = PaddingLayout.from_valid(valid[:, :kept])
+                self._feed(layout.to_right(fed[:, :kept]), valid[:, :kept].sum(1))
             self.padding = self._columns + kept - self.position.max()
         self.forget()
-
-    def _feed_again(self, token_ids: Tensor, valid: Tensor) -> None:
-        tokens_first = (~valid).int().argsort(dim=1, stable=True)
-        self._feed(token_ids.gather(1, tokens_first), valid.sum(1))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Continue the chosen rows, (B) int64, as beam search does."""

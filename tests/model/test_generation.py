@@ -41,11 +41,13 @@ def test_greedy(model: m.MegalodonForCausalLM, options: dict[str, Any]) -> None:
     assert continued(model, PROMPT, max_new_tokens=20, **options) == greedy(model, PROMPT, 20)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_batched_prompts_are_continued_as_each_alone(model: m.MegalodonForCausalLM, side: str) -> None:
+def test_batched_prompts_are_continued_as_each_alone(model: m.MegalodonForCausalLM, side: str, use_cache: bool) -> None:
     prompts = [random_tokens(n, seed=n) for n in (3, 9, 6)]
     token_ids, mask = padded(prompts, side)
-    out = model.generate(token_ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "use_cache": use_cache}
+    out = model.generate(token_ids, attention_mask=mask, **options)
     assert out[:, 9:].tolist() == [greedy(model, prompt[None], 12) for prompt in prompts]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -116,6 +117,25 @@ def test_logits_to_keep_are_those_of_the_last_tokens(side: str) -> None:
         model(token_ids, labels=token_ids, logits_to_keep=1)
 
 
+def test_padding_between_tokens_is_as_if_not_there() -> None:
+    """Virtual tokens before a prompt that is padded on the left, as prompt tuning makes them; and anything else."""
+    model = make_model()
+    token_ids = random_tokens(3, 12)
+    mask = torch.tensor([[1] * 3 + [0] * 4 + [1] * 5, [0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0], [1] * 12])
+    out = model(token_ids, attention_mask=mask, labels=token_ids, output_hidden_states=True)
+    alone = [model(row[valid == 1][None]) for row, valid in zip(token_ids, mask, strict=True)]
+    assert relative_error(out.logits[mask == 1], torch.cat([one.logits[0] for one in alone])) < 1e-12
+    assert not out.logits[mask == 0].any()
+    counts = (mask[:, 1:] * mask[:, :-1]).bool()
+    expected = F.cross_entropy(out.logits[:, :-1][counts], token_ids[:, 1:][counts])
+    assert torch.allclose(out.loss, expected)
+    last = model(token_ids, attention_mask=mask, logits_to_keep=1).logits[:, 0]
+    assert relative_error(last, torch.stack([one.logits[0, -1] for one in alone])) < 1e-12
+    for row, one in enumerate(alone):
+        assert_same_cache(model, out.past_key_values.rows(model.config, torch.tensor([row])), one.past_key_values)
+    assert out.past_key_values.get_seq_length() == 12
+
+
 @pytest.mark.parametrize("length", [9, 1])
 def test_lengths_are_padding_on_the_right(length: int) -> None:
     model = make_model(torch.float32)
@@ -130,7 +150,6 @@ def test_lengths_are_padding_on_the_right(length: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention_mask": [[1, 1, 1, 1], [1, 0, 1, 1]]}, "padding between two tokens of row 1"),
         ({"attention_mask": [[1, 1, 1], [1, 1, 1]]}, r"attention_mask has shape \(2, 3\), expected \(2, 4\)"),
         ({"attention_mask": [[[[1, 1, 1, 1]]]]}, r"attention_mask has shape \(1, 1, 1, 4\)"),
         ({"attention_mask": [[0, 1, 1, 1]] * 2, "lengths": [3, 3]}, "give one of them"),
