@@ -27,8 +27,8 @@ def use_kernels(model: nn.Module, enabled: bool = True) -> None:
     """Run a model's inference on these kernels, or in its plain form again. They need a CUDA GPU and Triton.
 
     Passes without a cache, and training, keep the plain form. Raises ImportError without Triton. Raises TypeError for a
-    model that is not in float32 or bfloat16 (beside int8 and int4 weights), whose int4 groups are no power of two, or
-    that attends beyond its chunks.
+    model that is not in float32 or bfloat16 (beside int8 and int4 weights), whose int4 groups are no power of two, that
+    attends beyond its chunks, or whose layers have adapters.
     """
     backend = Backend()
     if enabled:
@@ -44,6 +44,10 @@ def use_kernels(model: nn.Module, enabled: bool = True) -> None:
 def _check(model: nn.Module) -> None:
     if any(getattr(module, "window", None) is not None for module in model.modules()):
         raise TypeError("the kernels attend inside chunks; leave max_cache_len and cache_unbounded out")
+    if any(hasattr(module, "base_layer") for module in model.modules()):  # as PEFT's LoRA keeps the layer it changes
+        raise TypeError(
+            "the kernels read the weights of linear layers, not adapters; merge them first: merge_and_unload()"
+        )
     packed = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m.weight.dtype == torch.uint8]
     for group in {layer.in_features // layer.scale.shape[1] for layer in packed}:
         if group & (group - 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import wraps
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +33,19 @@ class MegalodonGenerationMixin(GenerationMixin):
                 if torch.is_autocast_enabled(device):
                     modes.enter_context(torch.autocast(device, enabled=False))
             return super().generate(*args, **kwargs)
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose signature generate() reads
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers' own.
+
+        PEFT wraps this method and knows the cache by its older name alone: without it, prompt tuning puts its virtual
+        tokens before every token.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        wrapped = "prepare_inputs_for_generation" in vars(self)
+        if wrapped and CACHE in inputs:
+            inputs["past_key_values"] = inputs.pop(CACHE)
+        return inputs
 
     def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args: Any, **kwargs: Any) -> str | None:
         if generation_mode not in SUPPORTED:
