@@ -32,7 +32,7 @@ SKIPS = {
     r"requires deepspeed": "DeepSpeed is not installed",
     r"not composite|No subconfigs|No sequence-to-sequence|position embeddings": "the model is one decoder for text",
     r"No conversion found": "checkpoints have the names that the classes have",
-    r"TP plan": "tensor parallelism is not offered; docs/parallel.md has what is",
+    r"TP plan": "tensor parallelism is not offered; docs/training.md has what is",
     r"capture_outputs|Cannot capture hidden states": "hidden states are collected by the passes, not by hooks",
     r"Not returning cache or non standard Cache": "the cache is a class of its own, under both names",
     r"test is slow": "torch.compile in training: tests/model/test_training.py runs it",
