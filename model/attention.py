@@ -91,8 +91,8 @@ def _attend_in_blocks(
 ) -> Tensor:
     """`attend_prefill` in blocks of C queries, each over its own keys, and with a cache over the C keys before them."""
     length = q.shape[2]
-    q, k, v = (to_blocks(t, 2, chunk) for t in (q, k, v))  # (B, H, blocks, C, d)
-    query_time, chunk_start = (t.unflatten(-1, (-1, chunk)) for t in (plan.ring.time, plan.ring.chunk_start))
+    query_time, chunk_start = plan.ring.time, plan.ring.chunk_start
+    q, k, v = (to_blocks(t, 2, chunk, query_time.shape[0]) for t in (q, k, v))  # (B, H, blocks, C, d)
     key_time = query_time.expand(q.shape[0], -1, -1)
     if cache is not None:
         k, v = _behind(cache.key, k, 2), _behind(cache.value, v, 2)  # (B, H, blocks, 2C, d)

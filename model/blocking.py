@@ -32,13 +32,17 @@ def padding_to(length: int, size: int) -> int:
     return 0 if known(length % size == 0) else (size - length % size) % size
 
 
-def to_blocks(x: Tensor, dim: int, size: int) -> Tensor:
-    """Split dimension `dim` of length L into (ceil(L / size), size), zero-padded at the end."""
-    missing = padding_to(x.shape[dim], size)
+def to_blocks(x: Tensor, dim: int, size: int, count: int | None = None) -> Tensor:
+    """Split dimension `dim` of length L into (ceil(L / size), size), zero-padded at the end.
+
+    A caller who has that number gives it as `count`: sizes of a traced graph stay free of remainders.
+    """
+    length = x.shape[dim]
+    missing = padding_to(length, size) if count is None else count * size - length
     if not known(missing == 0):
         # Padding by 0, in a compiled graph, keeps the strides of x, so x must have those that padding would give it.
         x = F.pad(compact(x), [0, 0] * (x.dim() - dim - 1) + [0, missing])
-    return x.unflatten(dim, (x.shape[dim] // size, size))
+    return x.unflatten(dim, (x.shape[dim] // size if count is None else count, size))
 
 
 def from_blocks(x: Tensor, dim: int, length: int) -> Tensor:

@@ -7,7 +7,9 @@ The kinds are prefills of up to a chunk and of several chunks, each with and wit
 Sizes vary freely inside a kind because nothing in a layer's graph depends on them:
 
 - the plan, whose tensors follow from lengths and positions, is made outside the compiled layer;
-- a prefill is padded to whole blocks, and to two of them at least: compilers take a size of one for a constant;
+- a prefill is padded to whole blocks, and to two of them at least: compilers take a size of one for a constant. It
+  goes in as blocks, so that sizes in the graph are multiples of one number. From a length, they would be remainders
+  and quotients of each other, and working with those took four fifths of the time that a first call takes;
 - the bound of its length, which decides how many steps a prefix sum has, is one of a few numbers.
 
 A batch of one is compiled for itself, as torch.compile does with every size of one.
@@ -49,7 +51,7 @@ class CompiledBackend(Backend):
     def __init__(self, inner: Backend, **options: Any) -> None:
         self.inner = inner
         self.writes_next_tokens = inner.writes_next_tokens
-        self._prefill = torch.compile(inner.prefill_layer, **options)
+        self._prefill = torch.compile(self._prefill_blocks, **options)
         self._step = torch.compile(inner.step_layer, **options)
 
     def prefill_sizes(self, length: int, chunk: int) -> tuple[int, int]:
@@ -64,10 +66,17 @@ class CompiledBackend(Backend):
         self, layer: MegalodonBlock, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None
     ) -> Tensor:
         """A layer over new tokens: x (B, L, D) -> (B, L, D)."""
+        x = x.unflatten(1, (-1, BLOCK))
         _vary([x, *rotary], (0, 1))
         _vary_plan(plan)
         _vary(() if cache is None else cache.tensors(), (0,))
         return self._prefill(layer, x, plan, rotary, cache)
+
+    def _prefill_blocks(
+        self, layer: MegalodonBlock, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None
+    ) -> Tensor:
+        """A layer over new tokens in blocks: x (B, blocks, T, D) -> (B, L, D)."""
+        return self.inner.prefill_layer(layer, x.flatten(1, 2), plan, rotary, cache)
 
     def step_layer(
         self, layer: MegalodonBlock, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache

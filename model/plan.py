@@ -15,6 +15,7 @@ from torch import Tensor
 from .blocking import padding_to
 from .config import BLOCK
 
+MAX_SUMMED = 1024  # blocks of tokens that one triangular product sums: 8 MB of ones
 SEGMENT = 64  # tokens per segment where the EMA is scanned in time
 NEVER = 2**30  # the time of a slot that no query sees: it is empty, or holds a token of an earlier chunk
 
@@ -48,14 +49,14 @@ class TokenPlan(_Plan):
     has_tokens: Tensor  # (B, 1) bool: the row has a valid token
     seen_before: Tensor  # (B, 1, 1) float64: `position`
     seen: Tensor  # (B, L, 1) float64, at least 1
-    upper_ones: Tensor  # (2T, 2T) float64: see `upper_triangle`
+    upper_ones: Tensor  # (S, S) float64: see `upper_triangle`; S is the number of blocks, from 2T to MAX_SUMMED
     # (B): 0, 1, 2 ... After the other fields: where torch.export meets this tensor before `valid`, it loses sight of L
     # being a multiple of BLOCK, and pads and cuts at every layer (`tests/exporters/test_limits.py` would fail).
     rows: Tensor
 
     @classmethod
-    def of(cls, lengths: Tensor, position: Tensor, length: int) -> TokenPlan:
-        """Plan L = `length` columns."""
+    def of(cls, lengths: Tensor, position: Tensor, length: int, max_length: int) -> TokenPlan:
+        """Plan L = `length` columns, of which there are at most `max_length`."""
         ends = torch.arange(1, length + 1, device=lengths.device)
         return cls(
             lengths=lengths,
@@ -64,7 +65,7 @@ class TokenPlan(_Plan):
             has_tokens=lengths[:, None] > 0,
             seen_before=position[:, None, None].double(),
             seen=(position[:, None] + torch.minimum(ends, lengths[:, None]))[:, :, None].clamp(min=1).double(),
-            upper_ones=upper_triangle(lengths.device),
+            upper_ones=upper_triangle(lengths.device, min(-(-max_length // BLOCK), MAX_SUMMED)),
             rows=torch.arange(lengths.shape[0], device=lengths.device),
         )
 
@@ -82,8 +83,8 @@ class RingPlan(_Plan):
     """
 
     single: bool  # a call has at most C tokens, which attention takes as one block; otherwise as blocks of C
-    time: Tensor  # (L) int32: 0, 1, 2 ...; L is rounded up to whole chunks unless `single`
-    chunk_start: Tensor  # (B, L) int32: the time of the first token of each chunk
+    time: Tensor  # (L) int32: 0, 1, 2 ...; unless `single` in whole chunks, (chunks, C)
+    chunk_start: Tensor  # (B, L) or (B, chunks, C) int32: the time of the first token of each chunk
     slot_time: Tensor  # (B, R) int32: of the first R slots, which hold all that is visible; R <= C
     # The rings take a row's last `size` new tokens, where size is L if `single`, else C.
     index: Tensor  # (B, size): which new tokens the rings take
@@ -96,6 +97,9 @@ class RingPlan(_Plan):
         device = lengths.device
         offset = (position % ring).int()[:, None]  # valid slots
         time = torch.arange(length + (0 if single else padding_to(length, ring)), dtype=torch.int32, device=device)
+        chunk_start = (offset + time) // ring * ring - offset
+        if not single:
+            time, chunk_start = (t.unflatten(-1, (time.shape[0] // ring, ring)) for t in (time, chunk_start))
         slots = torch.arange(
             _slots_to_read(offset, ring) if single and cached else ring, dtype=torch.int32, device=device
         )
@@ -104,7 +108,7 @@ class RingPlan(_Plan):
         return cls(
             single=single,
             time=time,
-            chunk_start=(offset + time) // ring * ring - offset,
+            chunk_start=chunk_start,
             slot_time=torch.where(slots < offset, slots - offset, NEVER),
             index=index,
             slots=(position[:, None] + index) % ring,
@@ -171,19 +175,19 @@ class PrefillPlan(_Plan):
         """
         return cls(
             max_length=max_length,
-            tokens=TokenPlan.of(lengths, position, length),
+            tokens=TokenPlan.of(lengths, position, length, max_length),
             ring=RingPlan.of(lengths, position, length, ring, max_length <= ring, cached),
             ema=EMAPlan.of(lengths, max_length),
         )
 
 
-def upper_triangle(device: torch.device) -> Tensor:
-    """Ones on and above the diagonal, (2T, 2T) float64: x times it are prefix sums of up to 2T columns.
+def upper_triangle(device: torch.device, size: int = 0) -> Tensor:
+    """Ones on and above the diagonal, float64, at least two blocks of columns: x times it are prefix sums.
 
-    The size is two blocks, so that a call of up to 2,048 tokens has two levels of sums. A third level would have one
-    block or two: a size of one in a traced graph, which compilers take for a constant.
+    A call whose blocks fit into `size` columns has two levels of sums. A third level costs a compiler much: its sizes
+    are remainders of remainders.
     """
-    columns = torch.arange(2 * BLOCK, device=device)
+    columns = torch.arange(max(size, 2 * BLOCK), device=device)
     return (columns >= columns[:, None]).double()
 
 
