@@ -105,7 +105,7 @@ class MegalodonLM(TemplateLM):
         if add_bos_token:
             bos = self.target.runtime.config.bos_token_id
             token = None if bos is None else self.target.tokenizer.id_to_token(int(bos))
-            if token is None:
+            if bos is None or token is None:
                 raise ValueError("add_bos_token needs a bos_token_id in config.json that the tokenizer knows")
             start, special = f"{token} ", [(token, int(bos))]
         self.target.tokenizer.post_processor = TemplateProcessing(

@@ -176,6 +176,10 @@ SMALL_DAMAGE: dict[str, Damage] = {
     "older version": (lambda p: edit(p, lambda m: m.update(schema_version=2)), "4 expected, 2 found. Export it again"),
     "newer version": (lambda p: edit(p, lambda m: m.update(schema_version=5)), "4 expected, 5 found. Upgrade"),
     "version of many bits": (lambda p: edit(p, lambda m: m.update(schema_version=2**63 - 1)), "4 expected, 9223372"),
+    "version beyond 64 bits": (
+        lambda p: edit(p, lambda m: m.update(schema_version=2**63)),
+        "a whole number beyond 64 bits",
+    ),
     "version before seals": (
         lambda p: edit_unsealed(p, lambda m: (m.update(schema_version=3), m.pop("seal"))),
         "4 expected, 3 found. Export it again",
