@@ -50,7 +50,12 @@ Edit = tuple[Path_, Any]  # a place and its new value, or DELETED
 def edits(manifest: dict[str, Any]) -> list[Edit]:
     """Every edit of every place, in the order of the file."""
     names = sorted({value for _, value in _places(manifest, ()) if isinstance(value, str)})
-    return [(path, new) for path, value in _places(manifest, ()) for new in _variants(path, value, names)]
+    return [
+        (path, new)
+        for path, value in _places(manifest, ())
+        for new in _variants(path, value, names)
+        if new is DELETED or json.dumps(new) != json.dumps(value)
+    ]
 
 
 def _places(value: Any, path: Path_) -> Iterator[tuple[Path_, Any]]:
