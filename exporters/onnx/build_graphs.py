@@ -76,7 +76,7 @@ def build(
     move_large_constants(list(graphs.values()), folder)
     for name, graph in graphs.items():
         require(graph)
-        ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name="megalodon-export"), folder / f"{name}.onnx")
+        _save(graph, folder / f"{name}.onnx")
     return OnnxPrograms(
         target=TARGET,
         limits=limits,
@@ -85,6 +85,18 @@ def build(
         files=graph_files(),
         graphs={name: boundary(specs[name]) for name in graphs},
     )
+
+
+def _save(graph: ir.Graph, path: Path) -> None:
+    """Write a graph. Its list of types (value_info) has no initializers, which state their types themselves.
+
+    quantize_dynamic of ONNX Runtime replaces initializers by others of other shapes, and would leave their old entries.
+    """
+    proto = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, producer_name="megalodon-export"))
+    listed = [one for one in proto.graph.value_info if one.name not in graph.initializers]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(listed)
+    path.write_bytes(proto.SerializeToString())
 
 
 def build_graph(

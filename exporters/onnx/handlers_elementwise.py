@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from .graph_builder import Arange, Operand, Val
+from .graph_builder import Arange, Const, Operand, Val
 from .handlers_fft import Spectrum, multiply
 from .translator import Translator, aten, handles
 
@@ -41,7 +41,22 @@ def _binary(t: Translator, node: fx.Node, a: Any, b: Any) -> Any:
     if isinstance(a, Spectrum):
         return multiply(t, a, b)
     dtype = node.meta["val"].dtype
+    if node.target is aten.mul.Tensor and isinstance(a, Val) and isinstance(b, Const):
+        a = _of_rank(t, a, len(b.shape))
     return t.op(node, BINARY[node.target], t.operand(a, dtype), t.operand(b, dtype))
+
+
+def _of_rank(t: Translator, x: Val, rank: int) -> Val:
+    """x with sizes of 1 in front up to a rank.
+
+    A product would broadcast x without them. onnxsim takes x over its root mean square, times a constant, for an
+    RMSNormalization, and makes one that has no kernel where the constant has more dimensions than x.
+    """
+    missing = rank - len(x.shape)
+    if missing <= 0 or not x.shape:
+        return x
+    value = t.graph.op("Unsqueeze", t.graph.value(x), t.graph.constant(list(range(missing))))
+    return Val.of(value, (*[sympy.Integer(1)] * missing, *x.shape))
 
 
 @handles(*COMPARE)

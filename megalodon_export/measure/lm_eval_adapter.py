@@ -101,15 +101,16 @@ class MegalodonLM(TemplateLM):
 
     def _set_start(self, add_bos_token: bool) -> None:
         """Let the tokenizer put the beginning-of-text token before every text, or no special token."""
-        start, special = "", []
+        special: list[tuple[str, int]] = []
         if add_bos_token:
             bos = self.target.runtime.config.bos_token_id
-            token = None if bos is None else self.target.tokenizer.id_to_token(int(bos))
+            token = None if bos is None else self.target.tokenizer.id_to_token(bos)
             if bos is None or token is None:
                 raise ValueError("add_bos_token needs a bos_token_id in config.json that the tokenizer knows")
-            start, special = f"{token} ", [(token, int(bos))]
+            special = [(token, bos)]
+        start = [token for token, _ in special]
         self.target.tokenizer.post_processor = TemplateProcessing(
-            single=f"{start}$A", pair=f"{start}$A $B", special_tokens=special
+            single=[*start, "$A"], pair=[*start, "$A", "$B"], special_tokens=special
         )
 
     @property

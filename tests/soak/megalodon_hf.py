@@ -95,8 +95,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("python", help="an interpreter that has megalodon-hf and transformers 4")
     parser.add_argument("--no-defaults", action="store_true", help="leave out the 200M model of the default config")
+    parser.add_argument("--case", action="append", help="this case alone; may be repeated")
     args = parser.parse_args()
-    wanted = cases(not args.no_defaults)
+    wanted = {name: case for name, case in cases(not args.no_defaults).items() if name in (args.case or [name])}
     worst = 0.0
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)

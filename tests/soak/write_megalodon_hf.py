@@ -27,8 +27,9 @@ def write(folder: Path, case: dict[str, Any]) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("embed.weight") or name == "lm_head.weight":
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+            else:  # a matrix by a third of what it has from its initialisation
+                columns = parameter.shape[1] if parameter.dim() == 2 and "gamma" not in name else 36
+                parameter.add_(torch.randn_like(parameter) * 0.3 * columns**-0.5)
     model.to(getattr(torch, case["dtype"])).save_pretrained(folder, **case["save"])
     tied = {"config": model.config} if "tie_word_embeddings" in case["config"] else {}
     loaded = megalodon_hf.MegalodonForCausalLM.from_pretrained(folder, torch_dtype="float32", **tied).eval()
