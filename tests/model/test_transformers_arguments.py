@@ -252,6 +252,23 @@ def test_generate_returns_hidden_states(model: m.MegalodonForCausalLM) -> None:
         assert all(len(step) == 3 for step in out.hidden_states)
 
 
+# Slow: torch.compile traces a layer. It buys that packing and hidden states stay outside the compiled layers.
+@pytest.mark.slow
+def test_compiled_layers_take_them() -> None:
+    plain, compiled = make_model(num_layers=1), make_model(num_layers=1)
+    torch.compiler.reset()
+    compiled.compile(backend="eager", fullgraph=True)
+    seq_idx = (torch.arange(12) >= torch.tensor([[5], [12]])).int()
+    with torch.no_grad():
+        for options in ({"attention_mask": LEFT}, {"seq_idx": seq_idx}):
+            options = {"output_hidden_states": True, "labels": TOKENS, **options}
+            found, expected = compiled(TOKENS, **options), plain(TOKENS, **options)
+            assert torch.allclose(found.loss, expected.loss, atol=1e-12)
+            for one, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+                assert torch.allclose(one, other, atol=1e-12)
+    torch.compiler.reset()
+
+
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 
