@@ -90,6 +90,16 @@ def test_a_missing_dependency_is_not_taken_for_the_package(monkeypatch: pytest.M
         runpy.run_path(str(default_checkpoint() / FILE))
 
 
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}], ids=["plain", "trusted"])
+def test_the_file_is_not_run_where_the_package_is_imported(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Whatever it says: the Auto classes know the model then."""
+    make_model(torch.float32).save_pretrained(tmp_path)
+    (tmp_path / FILE).write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path, **options)) is m.MegalodonForCausalLM
+    assert type(AutoConfig.from_pretrained(tmp_path, **options)) is m.MegalodonConfig
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("options", [{}, {"max_cache_len": 8}], ids=["chunks", "window"])
 def test_registered_classes_are_saved_as_before(tmp_path: Path, options: dict[str, Any]) -> None:
     """transformers registers the classes that `trust_remote_code` loads; so may a user."""
