@@ -68,7 +68,7 @@ def take_layout(
         _refuse_packing(packing, "torch.compile(model) and exports; model.compile() serves them")
         return layout
     if positions is not None:
-        positions = positions.expand(tokens.shape[:2])
+        positions = _as_rows(positions, *tokens.shape[:2])
         if cache is None and layout.lengths is None and bool((positions[:, 1:] == 0).any()):
             packing["position_ids"] = positions
     packed = PackedLayout.of(tokens, packing)
@@ -85,6 +85,15 @@ def _refuse_packing(packing: dict[str, Any], reason: str) -> None:
         raise ValueError(
             f"{', '.join(given)}: packed sequences do not go with {reason}; every document is a fresh stream of tokens"
         )
+
+
+def _as_rows(positions: Tensor, batch: int, length: int) -> Tensor:
+    """position_ids of one row for all, or of every row: (B, L)."""
+    if tuple(positions.shape) not in ((length,), (1, length), (batch, length)):
+        raise ValueError(
+            f"position_ids has shape {tuple(positions.shape)}, expected ({batch}, {length}), or ({length}) for all rows"
+        )
+    return positions.expand(batch, length)
 
 
 def _check_positions(positions: Tensor, layout: Layout, cache: MegalodonCache | None) -> None:

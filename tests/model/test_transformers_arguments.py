@@ -88,6 +88,11 @@ def test_positions_of_padded_rows_and_of_a_cache_are_accepted(model: m.Megalodon
             ValueError,
             "position_ids of row 0 are .* leave position_ids out",
         ),
+        (
+            {"input_ids": TOKENS, "position_ids": torch.zeros(3, 2, 12)},
+            ValueError,
+            r"position_ids has shape \(3, 2, 12\), expected \(2, 12\), or \(12\) for all rows",
+        ),
         ({"input_ids": TOKENS, "seq_idx": TOKENS[:1]}, ValueError, r"seq_idx has shape \(1, 12\), expected \(2, 12\)"),
         ({"input_ids": TOKENS, "cu_seq_lens_q": torch.tensor([0, 5, 12])}, ValueError, "documents' ends from 0 to 24"),
         ({"input_ids": TOKENS, "cu_seq_lens_q": torch.tensor([0, 12, 12, 24])}, ValueError, "expected ends that grow"),
@@ -207,6 +212,12 @@ def test_generate_from_embeddings(model: m.MegalodonForCausalLM) -> None:
     options = {"attention_mask": LEFT, "max_new_tokens": 8, "do_sample": False}
     expected = model.generate(TOKENS, **options)[:, 12:]
     assert torch.equal(model.generate(inputs_embeds=model.get_input_embeddings()(TOKENS), **options), expected)
+
+
+def test_generate_with_position_ids(model: m.MegalodonForCausalLM) -> None:
+    options = {"attention_mask": LEFT, "max_new_tokens": 8, "do_sample": False}
+    positions = (LEFT.cumsum(1) - 1).clamp(min=0)
+    assert torch.equal(model.generate(TOKENS, position_ids=positions, **options), model.generate(TOKENS, **options))
 
 
 @pytest.mark.parametrize("from_config", [False, True])
