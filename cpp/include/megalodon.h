@@ -121,7 +121,8 @@ MEGALODON_API void megalodon_engine_free(megalodon_engine* engine);
 MEGALODON_API megalodon_status megalodon_engine_get_info(const megalodon_engine* engine, megalodon_engine_info* info);
 
 /* Tokenizes `size` bytes, which must be UTF-8. Writes up to `capacity` token ids, and to `count` how many the text has.
-   MEGALODON_UNAVAILABLE unless the bundle's tokenizer is byte-level. */
+   Equal to Python's ids. MEGALODON_UNAVAILABLE if the library cannot read the bundle's tokenizer; the message names
+   what it does not know. */
 MEGALODON_API megalodon_status megalodon_engine_encode(const megalodon_engine* engine, const char* text, size_t size,
                                                        int64_t* token_ids, size_t capacity, size_t* count);
 
@@ -234,7 +235,7 @@ MEGALODON_API megalodon_status megalodon_session_generate(megalodon_session* ses
                                                           megalodon_generate_result* result);
 
 /* Generates text after a prompt of UTF-8, as `megalodon_session_generate` does for token ids. MEGALODON_UNAVAILABLE
-   unless the bundle's tokenizer is byte-level. */
+   if the library cannot read the bundle's tokenizer. */
 MEGALODON_API megalodon_status megalodon_session_generate_text(megalodon_session* session, const char* prompt,
                                                                const megalodon_generate_options* options,
                                                                megalodon_text_callback callback, void* user,

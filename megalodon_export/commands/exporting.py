@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import msgspec
 
 from ..bundles.checkpoints import default_checkpoint, default_device
 from ..bundles.manifest import DTYPES, Manifest
+from ..bundles.sentencepiece import write_tokenizer
 from ..export.aoti import add_aoti, export_aoti
 from ..export.onnx import add_onnx, export_onnx
 from ..export.steps import progress
@@ -63,6 +65,9 @@ def convert(args: argparse.Namespace) -> None:
     """Convert another implementation's checkpoint."""
     function = convert_upstream if args.kind == "upstream" else convert_megalodon_hf
     config = function(args.source, args.destination, DTYPES[args.dtype] if args.dtype else None)
+    said = write_tokenizer(args.destination)
+    if said:
+        print(said, file=sys.stderr)
     sizes = f"{config.num_layers} layers, width {config.model_dim}, chunks of {config.chunk_size} tokens"
     print(f"{args.destination}: {sizes}")
 

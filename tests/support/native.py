@@ -20,7 +20,7 @@ CPP = ROOT / "cpp"
 # A header of each package that the build needs, and the Debian package that has it.
 HEADERS = {
     **{"nlohmann/json.hpp": "nlohmann-json3-dev", "gtest/gtest.h": "libgtest-dev", "CLI/CLI.hpp": "libcli11-dev"},
-    **{"openssl/evp.h": "libssl-dev"},
+    **{"openssl/evp.h": "libssl-dev", "pcre2.h": "libpcre2-dev"},
 }
 
 TokenCallback = ctypes.CFUNCTYPE(c_int, c_void_p, c_int64)
@@ -207,7 +207,7 @@ def missing() -> str | None:
     if compiler is None or shutil.which("cmake") is None:
         return "a C++ compiler and cmake"
     for header, package in HEADERS.items():
-        command = [compiler, "-std=c++20", "-E", "-x", "c++", "-"]
+        command = [compiler, "-std=c++20", "-DPCRE2_CODE_UNIT_WIDTH=8", "-E", "-x", "c++", "-"]
         if subprocess.run(command, input=f"#include <{header}>", text=True, capture_output=True).returncode:
             return package
     return None

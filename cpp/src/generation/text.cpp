@@ -6,11 +6,6 @@
 #include "utf8.hpp"
 
 namespace megalodon::impl {
-namespace {
-
-constexpr const char* kReplacement = "\xEF\xBF\xBD";  // U+FFFD
-
-}  // namespace
 
 // ---- stop strings ---------------------------------------------------------------------------------------------------
 
@@ -65,8 +60,8 @@ std::string TextStream::push(std::int64_t token_id) {
   require(token_id >= 0,
           "token id is " + std::to_string(token_id) + ", expected >= 0; do not push padding or ignored labels");
   if (stopped()) return "";
-  const int byte = tokenizer_.byte_of(token_id);
-  return byte < 0 ? "" : stop_.push(decode(static_cast<unsigned char>(byte)));
+  const std::string* text = tokenizer_.text_of(token_id);
+  return text == nullptr ? "" : stop_.push(decoder_.push(*text));
 }
 
 std::string TextStream::flush() {
@@ -75,33 +70,8 @@ std::string TextStream::flush() {
     return "";
   }
   flushed_ = true;
-  const std::string rest = stop_.push(incomplete_.empty() ? "" : kReplacement);
+  const std::string rest = stop_.push(decoder_.flush());
   return rest + stop_.flush();
-}
-
-std::string TextStream::decode(unsigned char byte) {
-  std::string text;
-  if (!incomplete_.empty()) {
-    const auto lead = static_cast<unsigned char>(incomplete_[0]);
-    if (utf8_continues(lead, incomplete_.size(), byte)) {
-      incomplete_ += static_cast<char>(byte);
-      if (incomplete_.size() == utf8_length(lead)) text.swap(incomplete_);
-      return text;
-    }
-    text = kReplacement;
-    incomplete_.clear();
-  }
-  switch (utf8_length(byte)) {
-    case 0:
-      text += kReplacement;
-      break;
-    case 1:
-      text += static_cast<char>(byte);
-      break;
-    default:
-      incomplete_ = static_cast<char>(byte);
-  }
-  return text;
 }
 
 }  // namespace megalodon::impl

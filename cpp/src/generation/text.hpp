@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "bundle/tokenizer.hpp"
+#include "text/tokenizer.hpp"
 
 namespace megalodon::impl {
 
@@ -31,21 +31,20 @@ class StopScanner {
   bool stopped_ = false;
 };
 
-// Decodes the token ids of one stream to UTF-8. Bytes that are not UTF-8 become U+FFFD.
+// Decodes the token ids of one stream to UTF-8. Bytes that are not UTF-8 become U+FFFD. No piece ends inside a
+// character.
 class TextStream {
  public:
   TextStream(const Tokenizer& tokenizer, std::vector<std::string> stop)
-      : tokenizer_(tokenizer), stop_(std::move(stop)) {}
+      : tokenizer_(tokenizer), decoder_(tokenizer.decoder()), stop_(std::move(stop)) {}
   std::string push(std::int64_t token_id);
   std::string flush();
   bool stopped() const { return stop_.stopped(); }
 
  private:
-  std::string decode(unsigned char byte);
-
   const Tokenizer& tokenizer_;
+  Decoder::Stream decoder_;
   StopScanner stop_;
-  std::string incomplete_;  // the bytes so far of a character that is not complete
   bool flushed_ = false;
 };
 

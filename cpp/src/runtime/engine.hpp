@@ -9,9 +9,9 @@
 #include <optional>
 #include <span>
 
-#include "bundle/tokenizer.hpp"
 #include "runtime/cache.hpp"
 #include "runtime/program.hpp"
+#include "text/tokenizer.hpp"
 
 namespace megalodon::impl {
 
