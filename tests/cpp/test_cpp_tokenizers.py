@@ -6,13 +6,22 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from megalodon_export import load
+from megalodon_export.export.aoti import export_aoti
 from megalodon_export.generation.text import TextStream
 from soak.compare_tokenizers import differences
+from support import native
+from support.small_models import make_model
 from support.tokenize import CppTokenizer
 from support.tokenizer_kinds import KINDS, byte_level, mixed_text, sentencepiece_bpe, unigram
 
+SIZES = {
+    **{"model_dim": 32, "num_heads": 2, "z_dim": 16, "value_dim": 24, "ffn_hidden_dim": 48, "cema_ndim": 4},
+    **{"norm_num_groups": 4},
+}
 Pair = tuple[Tokenizer, CppTokenizer]
 
 
@@ -125,3 +134,20 @@ def test_parts_that_are_refused_by_name(change: dict, name: str, cpp_build: Path
     assert str(refused.value).strip() == (
         f"this library does not read the bundle's tokenizer.json, which has {name}; pass token ids"
     )
+
+
+@pytest.mark.slow  # an export: the only test that generates text with another tokenizer than bytes
+def test_a_bundle_with_sentencepiece_bpe_writes_pythons_text(cpp_build: Path, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 1500, "bos_token_id": 1, "eos_token_id": 2, "num_layers": 1, "chunk_size": 8}
+    make_model(torch.float32, **(SIZES | sizes)).save_pretrained(tmp_path / "checkpoint")
+    sentencepiece_bpe().save(str(tmp_path / "checkpoint" / "tokenizer.json"))
+    export_aoti(tmp_path / "checkpoint", tmp_path / "bundle", "cpu")
+    session = load(tmp_path / "bundle")
+    prompt = "In the beginning  é日本 \U0001f600 <s>x"
+    for options in ({}, {"temperature": 0.8, "seed": 3}):
+        text = "".join(session.generate(prompt, max_new_tokens=60, **options))
+        session.reset()
+        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+        done = native.cli(cpp_build, tmp_path / "bundle", "--prompt", prompt, "--max-new-tokens", 60, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout in (text, text + "\n")
