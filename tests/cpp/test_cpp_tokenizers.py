@@ -15,7 +15,7 @@ from megalodon_export.generation.text import TextStream
 from soak.compare_tokenizers import differences
 from support import native
 from support.small_models import make_model
-from support.tokenize import CppTokenizer
+from support.tokenizer_program import CppTokenizer
 from support.tokenizer_kinds import KINDS, byte_level, mixed_text, sentencepiece_bpe, unigram
 
 SIZES = {

@@ -144,7 +144,13 @@ def programs(page: Path) -> str:
     return "\n".join(block for block in blocks("python", page) if not any(text in block for text in COMPILED))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks("python", p)], ids=lambda page: page.name)
+# The page on transformers is slow: it compiles.
+FAST_PROGRAMS = [p for p in PAGES if blocks("python", p) and p.name != "transformers.md"]
+
+
+@pytest.mark.parametrize(
+    "page", slow_except([p for p in PAGES if blocks("python", p)], *FAST_PROGRAMS), ids=lambda page: page.name
+)
 def test_programs_run(shell: Callable[[str], str], workplace: Path, page: Path) -> None:
     for block in blocks("python", page):
         ast.parse(block)

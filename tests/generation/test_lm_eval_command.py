@@ -64,7 +64,7 @@ def make() -> Make:
 @pytest.mark.parametrize(
     "words",
     [
-        ["--apply_chat_template"],
+        pytest.param(["--apply_chat_template"], marks=pytest.mark.slow),
         pytest.param(["run", "--model", "megalodon"], marks=pytest.mark.slow),
         pytest.param(["run", "--batch_size", "auto", "--device", "cpu"], marks=pytest.mark.slow),
     ],

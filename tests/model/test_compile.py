@@ -59,7 +59,7 @@ def assert_compiled_is_eager(
 @pytest.mark.parametrize(
     ("batches", "bound", "form"),
     [
-        ((3, 2, 7, 1), SMALL["chunk_size"], "blocked"),
+        pytest.param((3, 2, 7, 1), SMALL["chunk_size"], "blocked", marks=pytest.mark.slow),
         pytest.param((3, 2, 7, 1), 70, "blocked", marks=pytest.mark.slow),
         pytest.param((2, 5, 1), 70, "fft", marks=pytest.mark.slow),
     ],

@@ -39,7 +39,7 @@ class World:
 
 
 WORLDS = [
-    pytest.param(World("gloo", "cpu", 3), id="gloo"),
+    pytest.param(World("gloo", "cpu", 3), id="gloo", marks=pytest.mark.slow),  # it takes 20 s to start them
     pytest.param(World("nccl", "cuda", 2), id="nccl", marks=pytest.mark.cuda),
 ]
 

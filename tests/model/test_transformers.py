@@ -56,7 +56,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "padded"])
+@pytest.mark.parametrize("mask", [pytest.param(None, marks=pytest.mark.slow), LEFT], ids=["whole", "padded"])
 def test_forward_is_one_graph(mask: torch.Tensor | None) -> None:
     model = make_model(torch.float32, num_layers=1)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -157,6 +157,7 @@ def assert_runs_as_eager(model: m.MegalodonForCausalLM, exported: Any, token_ids
         assert torch.allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dynamo_exporter_takes_any_batch_and_padding(exporters: Any) -> None:
     model = make_model(torch.float32, num_layers=1, chunk_size=64)
     model.config.use_cache = False
@@ -179,6 +180,7 @@ def test_dynamo_exporter_for_generation(exporters: Any, tmp_path: Path) -> None:
     assert_runs_as_eager(model, exported.runners["decode"], random_tokens(1, 1), 9)
 
 
+@pytest.mark.slow
 def test_onnx_exporter(exporters: Any) -> None:
     model = make_model(torch.float32, num_layers=1)
     inputs = {"input_ids": TOKENS, "cache": model.new_cache(2)}

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megalodon_export.generation.arguments import utf8
-from support.tokenize import CppTokenizer
+from support.tokenizer_program import CppTokenizer
 from support.tokenizer_kinds import KINDS, mixed_text
 
 SIZE = 4000  # characters of a text
