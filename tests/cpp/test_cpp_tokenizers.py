@@ -15,8 +15,8 @@ from megalodon_export.generation.text import TextStream
 from soak.compare_tokenizers import differences
 from support import native
 from support.small_models import make_model
-from support.tokenizer_program import CppTokenizer
 from support.tokenizer_kinds import KINDS, byte_level, mixed_text, sentencepiece_bpe, unigram
+from support.tokenizer_program import CppTokenizer
 
 SIZES = {
     **{"model_dim": 32, "num_heads": 2, "z_dim": 16, "value_dim": 24, "ffn_hidden_dim": 48, "cema_ndim": 4},

@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megalodon_export.generation.arguments import utf8
-from support.tokenizer_program import CppTokenizer
 from support.tokenizer_kinds import KINDS, mixed_text
+from support.tokenizer_program import CppTokenizer
 
 SIZE = 4000  # characters of a text
 
