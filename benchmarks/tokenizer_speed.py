@@ -27,8 +27,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from support.tokenize import CppTokenizer
 from support.tokenizer_kinds import LLAMA3, mixed_text
+from support.tokenizer_program import CppTokenizer
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 32_000

@@ -42,6 +42,7 @@ class Background:
         self._thread = ThreadPoolExecutor(1)
         self._jobs: dict[str, Future[Any]] = {}
         self._running: list[subprocess.Popen[str]] = []
+        self._environment = dict(os.environ)  # a test may change it while a job starts a process
 
     def start(self, name: str, job: Job, *arguments: Any) -> None:
         """Queue a job, which is called with `run` and the arguments."""
@@ -57,7 +58,7 @@ class Background:
             files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2 * len(commands))]
             outputs, errors = files[: len(commands)], files[len(commands) :]
             for command, output, error in zip(commands, outputs, errors, strict=True):
-                environment = {**os.environ, **command.environment}
+                environment = {**self._environment, **command.environment}
                 self._running.append(
                     subprocess.Popen(
                         [str(word) for word in command.words],
