@@ -61,7 +61,7 @@ def loaded(make: Callable[[onnx.ModelProto], onnx.ModelProto]) -> Callable[[Path
 
 
 def pre_process(**options: Any) -> Callable[[Path, Path], None]:
-    """What ONNX Runtime's documentation does before it quantises."""
+    """Prepare a graph as ONNX Runtime's documentation advises before quantisation."""
     module = import_module("onnxruntime.quantization.shape_inference")
     return lambda source, target: module.quant_pre_process(source, target, **options)
 

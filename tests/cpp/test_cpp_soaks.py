@@ -11,7 +11,8 @@ def test_edited_manifests(both_bundle: Path, cpp_build: Path) -> None:
     found = list(mutate_manifest.run(both_bundle, cpp_build / "libmegalodon.so", 120))
     assert [one for one in found if one["fault"]] == []
     accepted = {one["place"][0] for one in found if "refused" not in one["python"]}
-    assert accepted <= {"created", "versions"}  # they change nothing that matters; a small sample may have none
+    assert accepted <= {"created", "versions"}  # they change nothing that matters
+    assert accepted
     assert len(found) == 120
 
 

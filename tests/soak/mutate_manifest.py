@@ -48,14 +48,20 @@ Edit = tuple[Path_, Any]  # a place and its new value, or DELETED
 
 
 def edits(manifest: dict[str, Any]) -> list[Edit]:
-    """Every edit of every place, in the order of the file."""
+    """Every edit of every place but the seal, which is made again after each edit, in the order of the file."""
+    manifest = {key: value for key, value in manifest.items() if key != "seal"}
     names = sorted({value for _, value in _places(manifest, ()) if isinstance(value, str)})
     return [
         (path, new)
         for path, value in _places(manifest, ())
         for new in _variants(path, value, names)
-        if new is DELETED or json.dumps(new) != json.dumps(value)
+        if new is DELETED or (json.dumps(new) != json.dumps(value) and not _same_number(new, value))
     ]
+
+
+def _same_number(one: Any, other: Any) -> bool:
+    """Whether both are the same number, as 0 and 0.0 are."""
+    return {type(one), type(other)} <= {int, float} and one == other
 
 
 def _places(value: Any, path: Path_) -> Iterator[tuple[Path_, Any]]:
@@ -102,10 +108,15 @@ def apply(manifest: dict[str, Any], edit: Edit) -> dict[str, Any]:
 
 
 def sample(everything: list[Edit], count: int) -> list[Edit]:
-    """`count` of the edits: all of the first levels, then others by chance, always the same."""
+    """`count` of the edits by chance, always the same: from the keys of the first level in turn, while each lasts."""
     chance = random.Random(16)
     chance.shuffle(everything)
-    return sorted(everything, key=lambda edit: len(edit[0]) > 2 and "stages" in edit[0])[:count]
+    turns: Counter[str | int] = Counter()
+    ranked = []
+    for edit in everything:
+        ranked.append((turns[edit[0][0]], edit))
+        turns[edit[0][0]] += 1
+    return [edit for _, edit in sorted(ranked, key=lambda one: one[0])[:count]]
 
 
 # ---- what both make of an edit ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ T field(const nlohmann::json& owner, const char* name) {
   }
 }
 
-// The same for a field that may be missing or null.
+// The value of a field, or `otherwise` if it is missing or null. Throws NotSupported for another type.
 template <class T>
 T field_or(const nlohmann::json& owner, const char* name, T otherwise) {
   return owner.contains(name) && !owner[name].is_null() ? field<T>(owner, name) : otherwise;

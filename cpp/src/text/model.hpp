@@ -15,7 +15,7 @@ using TokenIds = std::vector<std::int64_t>;
 
 class Model {
  public:
-  // What a model reuses from word to word. One thread uses it at a time.
+  // Buffers and results that a model reuses from word to word. One thread uses a Memory at a time.
   struct Memory {
     virtual ~Memory() = default;
   };

@@ -19,8 +19,8 @@ bool is_syllable(char32_t c) { return c - kSyllables < kSyllableCount; }
 
 using Decompositions = std::unordered_map<char32_t, std::u32string>;
 
-// What a form must look at. Characters without a bit for the form stay as they are, and no character before them
-// composes with them.
+// Why a normal form may change a character or its neighbours, as bits. A character without a bit for a form stays as it
+// is, and no character before it composes with it.
 enum Role : std::uint8_t { kCanonicalChange = 1, kCompatibleChange = 2, kNotComposed = 4, kMark = 8, kSecond = 16 };
 
 struct Tables {

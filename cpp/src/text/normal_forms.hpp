@@ -23,7 +23,7 @@ struct ChangedCharacter {
 // The normal form of a text that is UTF-8. The work and the memory are linear in the text.
 std::string normal_form(std::string_view text, NormalForm form);
 
-// The same, with the change of every character.
+// The characters of `normal_form(text, form)`, each with its change.
 std::vector<ChangedCharacter> changes_to_normal_form(std::string_view text, NormalForm form);
 
 }  // namespace megalodon::impl

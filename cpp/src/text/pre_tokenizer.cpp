@@ -13,7 +13,7 @@ using Match = PreTokenizer::Match;
 
 constexpr const char* kGpt2 = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
-// What becomes of the matches of a splitter.
+// How a splitter treats its matches: they are dropped, or become pieces alone or with their neighbours.
 enum class Behavior { removed, isolated, merged_with_previous, merged_with_next, contiguous };
 
 Behavior behavior_of(const json& file, const char* otherwise = nullptr) {

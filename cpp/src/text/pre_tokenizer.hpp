@@ -39,7 +39,7 @@ class PreTokenizer {
     Span span;
     bool is_match;
   };
-  // What a step reuses from text to text.
+  // Buffers that a step reuses from text to text.
   struct Memory {
     std::optional<Expression::Search> search;
     std::string text;

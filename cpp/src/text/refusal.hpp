@@ -6,7 +6,7 @@
 
 namespace megalodon::impl {
 
-// What is not supported, by name, e.g. "the normalizer BertNormalizer".
+// A part of a tokenizer that is not supported. The message is its name, e.g. "the normalizer BertNormalizer".
 class NotSupported : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
