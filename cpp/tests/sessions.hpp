@@ -1,4 +1,4 @@
-// What tests of sessions share. The environment variable MEGALODON_TEST_BUNDLE names the bundle.
+// Helpers that tests of sessions share. The environment variable MEGALODON_TEST_BUNDLE names the bundle.
 #pragma once
 
 #include <gtest/gtest.h>

@@ -57,7 +57,7 @@ def flag_sets() -> list[set[str]]:
 
 
 def normalized(normalizer: normalizers.Normalizer) -> dict[str, str]:
-    """What a normalizer makes of each character that it changes."""
+    """Each character that a normalizer changes, with the text that it becomes."""
     texts = normalizer.normalize_str("\0".join(CHARACTERS[1:])).split("\0")
     return {c: text for c, text in zip(CHARACTERS[1:], texts, strict=True) if c != text}
 

@@ -1,4 +1,4 @@
-"""What transformers passes to `forward`: which arguments are used, which are left alone, and which are refused."""
+"""The arguments that transformers passes to `forward`: some are used, some left alone, some refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .padding import PaddingLayout
 
 Layout = PaddingLayout | PackedLayout
 
-# What transformers passes to every model, and says nothing that this one could use: generate() hands on the tokenizer
+# Arguments that transformers passes to every model, and that this one has no use for: generate() hands on the tokenizer
 # of `stop_strings`, tokenizers make token_type_ids, and a collator of packed sequences the lengths of its documents.
 _LEFT_ALONE = (
     *("tokenizer", "assistant_tokenizer", "token_type_ids", "max_length_q", "max_length_k", "cache_position"),
@@ -124,7 +124,7 @@ def _short(values: Tensor) -> str:
 
 
 def refuse_others(arguments: dict[str, Any]) -> None:
-    """TypeError for arguments that mean something here, or nothing anywhere."""
+    """TypeError for arguments that this model does not have; ValueError for `is_causal` False."""
     if arguments.get("is_causal") is False:
         raise ValueError("is_causal is False, and Megalodon is causal: each token sees those before it alone")
     known = (*_LEFT_ALONE, "is_causal")

@@ -37,7 +37,10 @@ class MegalodonDecoderLayer(MegalodonBlock, GradientCheckpointingLayer):
     def forward(  # type: ignore[override]
         self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None, *copied: Tensor
     ) -> Tensor | tuple[Tensor, ...]:
-        """As `MegalodonBlock.forward`. With the tensors of a copied cache, which stay as they are, new ones follow."""
+        """As `MegalodonBlock.forward`.
+
+        `copied` are the tensors of a cache. They stay as they are, and new ones are returned behind the result.
+        """
         if not copied:
             return super().forward(x, plan, rotary, cache)
         cache = LayerCache(*copied).clone()

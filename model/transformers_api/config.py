@@ -51,7 +51,7 @@ class MegalodonConfig(RegisteredClass, PreTrainedConfig, ModelConfig):  # type: 
         return {**super().to_dict(), **{alias: getattr(self, name) for alias, name in self.attribute_map.items()}}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, each size under one name: what config.json holds."""
+        """The fields that differ from the defaults, each size under one name. config.json holds them."""
         return {name: value for name, value in super().to_diff_dict().items() if name not in self.attribute_map}
 
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a saved folder carries so that transformers loads it where nobody has imported this package.
+"""A saved folder carries what transformers needs to load it where nobody has imported this package.
 
     config.json              "auto_map": {"AutoConfig": "modeling_megalodon.MegalodonConfig", ...}
     modeling_megalodon.py    imports these classes from the package
@@ -44,7 +44,7 @@ class RegisteredClass:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """As upstream for classes of other packages. Those of this package are in every saved folder's `auto_map`.
+        """Register a class of another package, as upstream. Those of this package are in every `auto_map` already.
 
         transformers calls this for a class that it loaded by `auto_map`. It would then save the module of the class,
         which is a part of this package and runs nowhere else.

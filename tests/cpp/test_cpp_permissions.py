@@ -18,7 +18,7 @@ FILES = (
     *("config.json", "model.safetensors", "constants.safetensors", "tokenizer.json", "README.md"),
     *("aoti/model.pt2", "aoti/decode_layer.so", "prefill.onnx", "onnx_constants.safetensors"),
 )
-# What is locked: the place, the permissions that it keeps, and what is said.
+# Each case: the place that is locked, the permissions that it keeps, and the words of the refusal.
 _NOT_READ = "{root} cannot be read: Permission denied ({root}{place}). Check its permissions."
 PLACES = {
     "manifest": (
@@ -82,7 +82,7 @@ def asked(both_bundle: Path, cpp_build: Path) -> Iterator[subprocess.Popen[str]]
 
 
 def answers(process: subprocess.Popen[str], folder: Path) -> list[tuple[str, str]]:
-    """What is said of a bundle: three runtimes with hashes, three without, C++ with and without, the parity report."""
+    """The answers about a bundle: three runtimes and C++, each with hashes and without, and the parity report."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(f"{folder}\n")

@@ -84,7 +84,7 @@ def test_a_character_without_a_token_is_refused_as_in_python(cpp_build: Path, tm
             cpp.encode("ab")
 
 
-# What tokenizers in use have, or may have, and this library would not match exactly.
+# Parts that tokenizers in use have, or may have, and that this library would not match exactly.
 REFUSED = [
     *(r"^a", r"a$", r"\bword", r"\Aa", r"(?i)a", r"(?i:é)", r"(?i:fi)", r"(?i:\p{L})", r"(?i:\w)", r"(?i:(?:f)i)"),
     *(

@@ -19,7 +19,7 @@ GRAPHS: tuple[ProgramName, ...] = ("prefill", "decode")
 
 
 def logits(path: Path) -> Any:
-    """What a graph gives for random bytes from an empty cache."""
+    """The outputs of a graph for random bytes from an empty cache."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     feeds, random = {}, np.random.default_rng(0)
     for one in session.get_inputs():

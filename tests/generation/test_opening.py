@@ -1,4 +1,4 @@
-"""What callers give to `load`, `Session` and the exports: one sentence for what is wrong, before anything is opened."""
+"""Wrong arguments of `load`, `Session` and the exports: one sentence each, before anything is opened."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_a_head_of_output_size_is_the_embedding_all_the_same(tmp_path: Path, out
 
 @pytest.mark.parametrize("tie", [None, False])
 def test_a_head_of_its_own_is_kept(tmp_path: Path, tie: bool | None) -> None:
-    """Of another shape than the embedding; the config need not say so."""
+    """The head has another shape than the embedding; the config need not say so."""
     more = {} if tie is None else {"tie_word_embeddings": tie}
     src = write_bin(tmp_path / "src", head=torch.ones(5, 48), output_size=5, **more)
     config = convert_megalodon_hf(src, tmp_path / "dst")

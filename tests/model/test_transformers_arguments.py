@@ -1,4 +1,4 @@
-"""What callers of transformers' models pass to `forward` and find in its outputs and its config."""
+"""Arguments that callers of transformers' models pass to `forward`, and the outputs and fields that they look for."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ COUNTS = [70, 3, 1, 40, 33, 2]
 
 
 def packed(name: str) -> dict[str, Tensor]:
-    """What says that a row holds documents of COUNTS tokens."""
+    """The arguments that say that a row holds documents of COUNTS tokens."""
     counts = torch.tensor(COUNTS)
     return {
         "position_ids": {"position_ids": torch.cat([torch.arange(count) for count in COUNTS])[None]},

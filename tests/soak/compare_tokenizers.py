@@ -32,7 +32,7 @@ SIZE = 4000  # characters of a text
 
 
 def differences(python: Tokenizer, cpp: CppTokenizer, seed: int, size: int = SIZE) -> Iterator[str]:
-    """What differs for one text."""
+    """The differences for one text."""
     rng = random.Random(seed)
     text = mixed_text(seed, rng.choice((1, 10, 100, size)))
     ids, count = python.encode(text).ids, python.get_vocab_size()
@@ -49,7 +49,7 @@ def differences(python: Tokenizer, cpp: CppTokenizer, seed: int, size: int = SIZ
 
 
 def refusal(cpp: CppTokenizer, text: bytes) -> str:
-    """What the C++ library says of a text; nothing if it reads it."""
+    """The refusal of a text by the C++ library; empty if it reads the text."""
     try:
         cpp.encode(text)
     except ValueError as error:
@@ -58,7 +58,7 @@ def refusal(cpp: CppTokenizer, text: bytes) -> str:
 
 
 def python_refusal(text: bytes) -> str:
-    """What a session says of a text."""
+    """The refusal of a text by a session."""
     try:
         utf8(text, "the text")
     except ValueError as error:

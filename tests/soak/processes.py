@@ -34,7 +34,7 @@ def parser(about: str | None, items: str, count: int) -> argparse.ArgumentParser
 
 
 def results(module: str, bundle: Path, library: Path, count: int, seconds: float = 120) -> Iterator[dict[str, Any]]:
-    """What the worker `python -m MODULE BUNDLE LIBRARY --count COUNT --from 0` prints for each item, in their order.
+    """Each item that the worker `python -m MODULE BUNDLE LIBRARY --count COUNT --from 0` prints, in their order.
 
     {"fault": ...} for an item at which the process ended, or about which it was silent for `seconds`.
     """

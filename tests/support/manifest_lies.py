@@ -119,7 +119,7 @@ LIES: dict[str, Lie] = {
 
 _ONNX = ("programs", "onnx")
 
-# The same for the ONNX programs of a bundle that has both kinds.
+# Lies about the ONNX programs of a bundle that has both kinds of programs.
 ONNX_LIES: dict[str, Lie] = {
     "no object": (_at("programs", onnx=3), "programs.onnx: an object expected, 3 found"),
     "no limits": (_at(*_ONNX, limits=None), "programs.onnx.limits: an object expected, None found"),

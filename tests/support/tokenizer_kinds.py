@@ -115,7 +115,7 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def corpus() -> list[str]:
-    """What the tokenizers are trained on."""
+    """The texts that the tokenizers are trained on."""
     text = mixed_text(0, 60_000)
     return [text[i : i + 500] for i in range(0, len(text), 500)]
 
@@ -181,7 +181,7 @@ def words_bpe(*steps: pre_tokenizers.PreTokenizer, normalizer: object = None) ->
 
 
 def with_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The same with added tokens of every kind."""
+    """The tokenizer, with added tokens of every kind."""
     tokenizer.add_special_tokens(
         [AddedToken("[MASK]", lstrip=True, normalized=False), AddedToken("<pad>", rstrip=True)]
     )
@@ -200,7 +200,7 @@ def with_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def ignoring_merges(tokenizer: Tokenizer) -> Tokenizer:
-    """The same with a third of its merges gone, so that some words are tokens that no merges lead to."""
+    """The tokenizer without a third of its merges, so that some words are tokens that no merges lead to."""
     file = _file(tokenizer)
     file["model"]["merges"] = [merge for i, merge in enumerate(file["model"]["merges"]) if i % 3]
     file["model"]["ignore_merges"] = True

@@ -77,7 +77,7 @@ class Mamba2Tester(ModelTester):
 
 
 class Mamba2Test(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
-    """What Mamba2 runs, and passes or not: the number of its tests is the measure."""
+    """The tests that Mamba2 runs: Megalodon has to run as many."""
 
     all_model_classes = (Mamba2Model, Mamba2ForCausalLM)
     has_attentions = False

@@ -17,7 +17,7 @@ import transformers
 
 PACKAGE = "transformers_tests"  # not "tests", which could be this project's
 SOURCE = "MEGALODON_TRANSFORMERS_SOURCE"
-# What the files of `tests/` import from its folders.
+# Folders that the files of `tests/` import from.
 EMPTY = {
     "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
