@@ -165,6 +165,7 @@ def test_ci_runs_the_test_command() -> None:
     assert command in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.slow  # it adds ONNX graphs to the default bundle
 def test_the_bundle_page_names_what_is_in_a_bundle(workplace: Path) -> None:
     bundle = workplace / "artifacts" / "default-aoti-cpu"
     listing = blocks("text", DOCS / "bundle.md")[0]

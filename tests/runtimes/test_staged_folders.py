@@ -20,6 +20,7 @@ from megalodon_export.model.conversion import staged_folder as staging_module
 from megalodon_export.model.conversion.staged_folder import StagingError, staged_folder
 from support.damaged_bundles import PROGRAMS, seal_small, write
 from support.namespaces import as_process_one, in_mounts
+from support.slow import slow_except
 
 
 def siblings(destination: Path) -> list[str]:
@@ -166,7 +167,7 @@ DISKS = {
 }
 
 
-@pytest.mark.parametrize("kind", DISKS)
+@pytest.mark.parametrize("kind", slow_except(DISKS, "read-only"))
 def test_disks_that_take_no_more(tmp_path: Path, kind: str) -> None:
     mount, message = (text.format(tmp_path) for text in DISKS[kind])
     command = in_mounts(mount, sys.executable, "-c", FILL, tmp_path / "new")
