@@ -225,10 +225,11 @@ def cli(build: Path, *arguments: object, prompt: str = "", **options: Any) -> su
     """`megalodon-cli ARGUMENTS`. In the arguments and the prompt, "\\udcff" stands for a byte 0xff."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [str(build / "megalodon-cli"), *map(str, arguments)]
-    pipes: dict[str, Any] = {"input": prompt, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.run(
-        command, encoding="utf-8", errors="surrogateescape", env=environment, timeout=60, check=False, **pipes
-    )
+    given = {"input": prompt.encode(errors="surrogateescape"), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, env=environment, timeout=60, check=False, **given | options)
+    # Decoded here: subprocess would make line feeds of the carriage returns that a model may write.
+    out, err = (None if one is None else one.decode(errors="surrogateescape") for one in (done.stdout, done.stderr))
+    return subprocess.CompletedProcess(command, done.returncode, out, err)
 
 
 def build_commands(folder: Path) -> list[list[object]]:
