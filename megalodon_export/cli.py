@@ -14,6 +14,7 @@ _COMMANDS = {
     "onnx": "exporting:onnx",
     "convert": "exporting:convert",
     "generate": "generating:generate",
+    "serve": "serving:serve",
     "eval": "measuring:evaluate",
     "lm-eval": "harness:lm_eval",
     "bench": "measuring:bench",

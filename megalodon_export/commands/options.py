@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--threads", type=integer(1, 1024), help="CPU threads (default: 1 for weights under 32 MB, else all cores)"
     )
     commands = whole.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_aoti, _onnx, _convert, _generate, _eval, _lm_eval, _verify, _inspect, _bench, _doctor):
+    for add in (_aoti, _onnx, _convert, _generate, _serve, _eval, _lm_eval, _verify, _inspect, _bench, _doctor):
         add(commands)
     return whole
 
@@ -146,6 +146,51 @@ def _generate(commands: Any) -> None:
         "--stop", action="append", default=[], help="end before this string; may be given more than once"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
+
+
+def _serve(commands: Any) -> None:
+    command = _command(commands, "serve", "answer OpenAI's clients over HTTP; needs the extra `serve`")
+    command.add_argument(
+        "bundle", type=Path, nargs="?", help="a bundle's folder (default: the default model's in artifacts, exported)"
+    )
+    command.add_argument("--runtime", help="aoti, onnx or eager (default: what the bundle has, aoti first)")
+    command.add_argument("--device", help="default: the device that the programs were compiled for")
+    command.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
+    command.add_argument("--port", type=integer(0, 65535), default=8000, help="0 takes a free one (default 8000)")
+    command.add_argument("--name", help="the model's name in the API (default: the bundle's folder)")
+    command.add_argument("--chat-template", type=Path, metavar="FILE", help="default: the tokenizer's")
+    command.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that are accepted, one a line")
+    command.add_argument(
+        "--cors-origin", action="append", default=[], metavar="URL", help="a web page's origin that may send requests"
+    )
+    command.add_argument("--log-json", action="store_true", help="write the log as JSON lines")
+    _add_serving_sizes(command)
+
+
+def _add_serving_sizes(command: argparse.ArgumentParser) -> None:
+    """The limits of `serve`, and how much it keeps."""
+    whole: dict[str, tuple[int, int, int | None, str]] = {
+        "--streams": (1, 2**16, 32, "streams that run at the same time"),
+        "--queue": (0, 2**20, 256, "requests that wait; more are answered with 429"),
+        "--prefill-tokens": (1, 2**20, 256, "tokens of prompts that are fed between two steps"),
+        "--max-tokens": (1, 2**31 - 1, 4096, "most tokens that a request may ask for"),
+        "--max-prompt-tokens": (0, 2**31 - 1, 0, "most tokens of a prompt; 0 for any number"),
+        "--max-body": (1, 2**20, 16, "MiB of a request"),
+        "--timeout": (1, 10**7, 3600, "seconds for a whole request"),
+        "--drain-seconds": (0, 10**6, 30, "seconds that running requests have to end after SIGTERM"),
+        "--state-memory": (0, 2**30, None, "MiB of host memory for states (default: a quarter of what is free)"),
+        "--device-state-memory": (0, 2**30, None, "MiB of GPU memory for states (default: an eighth)"),
+        "--state-disk": (0, 2**40, 8192, "MiB in --state-dir for stored responses, and as many for prefixes"),
+    }
+    for option, (least, most, default, about) in whole.items():
+        shown = "" if default is None else f" (default {default})"
+        command.add_argument(option, type=integer(least, most), default=default, help=about + shown)
+    command.add_argument(
+        "--state-dir", type=Path, metavar="DIR", help="keep responses here over restarts (default: in memory)"
+    )
+    command.add_argument(
+        "--response-days", type=number(0, 36500, "0..36500"), default=30.0, help="until a stored response expires"
+    )
 
 
 def _eval(commands: Any) -> None:

@@ -156,7 +156,7 @@ def byte_tokenizer(special_tokens: Sequence[str] = ("<|endoftext|>",)) -> Tokeni
 
     Raises ValueError if a special token is empty, repeated, or one of the 256 symbols that stand for bytes.
     """
-    symbols = _byte_symbols()
+    symbols = byte_symbols()
     for token in special_tokens:
         if not token or token in symbols or list(special_tokens).count(token) > 1:
             raise ValueError(f"special token {token!r}: expected distinct names of two or more characters, rename it")
@@ -167,7 +167,7 @@ def byte_tokenizer(special_tokens: Sequence[str] = ("<|endoftext|>",)) -> Tokeni
     return tokenizer
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """The printable character that stands for each byte: GPT-2's `bytes_to_unicode`, which `ByteLevel` has built in."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     replacements = iter(range(256, 512))

@@ -90,6 +90,7 @@ class Engine:
             self._prefiller = Prefiller(runtime, self._tree, self.interval, min(options.piece, self.interval))
         self._prompts: deque[Prompt] = deque()
         self._running: list[_Running] = []
+        self._news: list[Stream] = []  # whose readers are to be told
         self._chooser: Chooser | None = None
         self._queue: deque[tuple[Request, list[Stream]]] = deque()
         self._changed = threading.Condition()
@@ -171,7 +172,9 @@ class Engine:
                 while self._wait():
                     self._admit()
                     self._feed_prompts()
+                    self._tell()
                     self._step()
+                    self._tell()
             self._fail_all("the server is shutting down")
         except BaseException as error:  # a fault of this program: nothing more can be answered
             _LOG.exception("the engine has stopped")
@@ -211,6 +214,7 @@ class Engine:
             prompt = self._prompts[0]
             try:
                 fed = self._prefiller.feed(prompt)
+                self._observer.fed(fed)
                 if prompt.is_fed:
                     self._join(prompt)
                 elif self._prefiller.may_pause(prompt):
@@ -220,13 +224,13 @@ class Engine:
                 self._leave(prompt, f"the prompt could not be fed: {error}")
                 return
             budget -= max(fed, 1)
-            self._observer.fed(fed)
 
     def _join(self, prompt: Prompt) -> None:
         """Choose the first tokens of a prompt's streams, and let the streams run."""
         state, failed = self._prefiller.take(prompt), False
         self._prompts.remove(prompt)
         self._prompting -= len(prompt.streams)
+        self._observer.begun(len(prompt.tokens), prompt.cached_tokens)
         self._observe_aborted([stream for stream in prompt.streams if stream.cancelled])
         for stream in prompt.streams:
             if stream.cancelled:
@@ -295,16 +299,18 @@ class Engine:
             reason = stream.accept(token)
         except Exception as fault:
             self._close(running)
-            stream.fail(f"the stream could not go on: {fault}")
+            # A grammar may lead to where no token may follow, and a bias may be all that a model cannot follow.
+            blame = stream.constraint is not None or bool(stream.request.rules.bias)
+            stream.fail(f"the stream could not go on: {fault}", is_refusal=blame)
             self._observer.ended(stream, "error")
-            stream.tell()
+            self._news.append(stream)
             return "error"
         running.pending = token.id
         self._observer.chosen(stream, before)
         if reason is not None:
             self._end(running, reason, state)
         else:
-            stream.tell()
+            self._news.append(stream)
         return reason
 
     def _end(self, running: _Running, reason: str, state: Callable[[], StreamState]) -> None:
@@ -318,7 +324,13 @@ class Engine:
             pending = stream.generated[-1]
         stream.finish(reason, copy if wanted else None, pending)
         self._observer.ended(stream, reason)
-        stream.tell()
+        self._news.append(stream)
+
+    def _tell(self) -> None:
+        """Wake the readers of streams with news, when the rows of those that are over are free."""
+        for stream in self._news:
+            stream.tell()
+        self._news = []
 
     def _close(self, running: _Running) -> None:
         if running.cursor is not None:
@@ -346,7 +358,7 @@ class Engine:
             self._observer.ended(stream, "abort" if error is None else "error")
             if error is not None:
                 stream.fail(error)
-                stream.tell()
+                self._news.append(stream)
 
     def _observe_aborted(self, streams: list[Stream]) -> None:
         for stream in streams:
@@ -357,7 +369,7 @@ class Engine:
             self._close(running)
             running.stream.fail(error)
             self._observer.ended(running.stream, "error")
-            running.stream.tell()
+            self._news.append(running.stream)
         self._running, self._chooser = [], None
         self._rows.clear()
 
@@ -370,4 +382,5 @@ class Engine:
         for _, streams in queued:
             for stream in streams:
                 stream.fail(error)
-                stream.tell()
+                self._news.append(stream)
+        self._tell()

@@ -14,6 +14,9 @@ class Observer:
     def stepped(self, rows: int, seconds: float) -> None:
         """A step has fed one token to each of `rows` streams."""
 
+    def begun(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """A prompt is in the state of its streams; `cached_tokens` of it did not have to be fed."""
+
     def chosen(self, stream: Stream, before: float) -> None:
         """A stream has got a token. `before` is when it got the one before, 0 for none."""
 

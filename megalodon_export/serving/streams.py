@@ -89,17 +89,19 @@ class Token:
 class Update:
     """What is new in a stream since the last update. `text` may lag behind `tokens` by an incomplete character.
 
+    tokens: all that were generated, and so the token that ended the stream as well
     cached_tokens: the tokens of the prompt that were not fed, because a state after them was kept
     prompt: the tokens of the prompt with logprobs, where they were asked for
     finish_reason: "stop" or "length" in the last update
     state, pending: the stream's end, where the request asked for it
-    error: why the stream failed, in the last update
+    error: why the stream failed, in the last update; is_refusal: that the request is to blame, not the server
     """
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
+    is_refusal: bool = False
     cached_tokens: int = 0
     prompt: list[Token] = field(default_factory=list)
     state: StreamState | None = None
@@ -170,8 +172,7 @@ class Stream:
         text = "" if is_end or self._text is None else self._text.push(token.id)
         with self._lock:
             self._new.text += text
-            if not is_end:
-                self._new.tokens.append(token)
+            self._new.tokens.append(token)
         if is_end or (self._text is not None and self._text.stopped):
             return "stop"
         if self.constraint is not None and self.constraint.is_over:
@@ -186,10 +187,10 @@ class Stream:
             self._new.finish_reason, self._new.state, self._new.pending = reason, state, pending
         self.times.finished = time.monotonic()
 
-    def fail(self, error: str) -> None:
-        """The stream has ended by a fault."""
+    def fail(self, error: str, is_refusal: bool = False) -> None:
+        """The stream has ended by a fault, of the server or of its request."""
         with self._lock:
-            self._new.error = error
+            self._new.error, self._new.is_refusal = error, is_refusal
         self.times.finished = time.monotonic()
 
     def tell(self) -> None:

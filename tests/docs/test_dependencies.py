@@ -44,7 +44,9 @@ PACKAGE = imported("model", "exporters", "megalodon_export")
 
 
 def test_the_package_imports_what_is_declared() -> None:
-    optional = OPTIONAL["quantize"] | OPTIONAL["lm-eval"] | {"triton"}  # a torch for CUDA brings Triton
+    optional = (
+        OPTIONAL["quantize"] | OPTIONAL["lm-eval"] | OPTIONAL["serve"] | {"triton"}
+    )  # a torch for CUDA brings Triton
     assert REQUIRED | optional == PACKAGE | IMPLIED
 
 

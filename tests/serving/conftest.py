@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from megalodon_export.bundles.checkpoints import load_model
 from megalodon_export.exporters.programs import Limits
 from megalodon_export.runtimes import Runtime
 from megalodon_export.runtimes.eager import ModelRuntime
+from megalodon_export.serving.app import make_app
 from megalodon_export.serving.engine import Engine, EngineOptions
+from megalodon_export.serving.keys import Keys
+from megalodon_export.serving.metrics import Metrics
+from megalodon_export.serving.response_store import ResponseStore
+from megalodon_export.serving.service import Service, ServiceLimits
+from support.serving import Client, listening
 
 
 @pytest.fixture(scope="package")
@@ -61,3 +68,45 @@ def opened(tiny_bundle: Path, tiny_onnx_bundle: Path) -> dict[str, Session]:
         "aoti": megalodon_export.load(tiny_bundle, device="cpu"),
         "onnx": megalodon_export.load(tiny_onnx_bundle, device="cpu"),
     }
+
+
+@pytest.fixture(scope="package")
+def serve(runtime: Runtime, tokenizer: Tokenizer) -> Iterator[Callable[..., Client]]:
+    """Starts servers in this process, each at a port of its own; they end with the tests."""
+    with contextlib.ExitStack() as stack:
+
+        def start(keys: Keys | None = None, responses: ResponseStore | None = None, **options: Any) -> Client:
+            limits = ServiceLimits(**options.pop("limits", {}))
+            metrics = Metrics("small")
+            engine = Engine(runtime, tokenizer, EngineOptions(**{"streams": 8, **options}), metrics)
+            stack.callback(engine.close)
+            stored = ResponseStore() if responses is None else responses
+            service = Service(engine, tokenizer, "small", limits=limits, responses=stored)
+            metrics.watch(engine, service.responses)
+            app = make_app(service, metrics, keys, ["https://page.example"])
+            return stack.enter_context(listening(app))
+
+        yield start
+
+
+@pytest.fixture(scope="package")
+def client(serve: Callable[..., Client]) -> Client:
+    """A server without keys."""
+    return serve()
+
+
+@pytest.fixture(scope="package")
+def small_limits(serve: Callable[..., Client]) -> Client:
+    """A server of one stream, a queue of one, and low limits."""
+    limits = {"body_bytes": 60_000, "prompt_tokens": 100, "body_seconds": 0.5}
+    return serve(streams=1, queue=1, limits=limits)
+
+
+@pytest.fixture
+def expected(alone: Callable[..., list[int]], tokenizer: Tokenizer) -> Callable[..., str]:
+    """The text that a session alone writes, which ignores the end of the sequence."""
+
+    def generate(prompt: str, count: int, **sampling: Any) -> str:
+        return str(tokenizer.decode(alone(tokenizer.encode(prompt).ids, count, **sampling)))
+
+    return generate

@@ -154,7 +154,7 @@ def test_an_end_token_and_a_stop_string(engine: Make, alone: Alone) -> None:
     expected = alone(prompt, 40, temperature=1.0, seed=1)
     end = expected[10]
     (answer,) = answers(one, prompt, 40, temperature=1.0, seed=1, eos_token_id=end)
-    assert (answer.ids, answer.reason) == (expected[: expected.index(end)], "stop")
+    assert (answer.ids, answer.reason) == (expected[: expected.index(end) + 1], "stop")
     (whole,) = answers(one, prompt, 40, temperature=1.0, seed=1)
     stop = whole.text[5:7]
     (answer,) = answers(one, prompt, 40, temperature=1.0, seed=1, stop=(stop,))

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
+import re
+import subprocess
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
 
 from megalodon_export.generation.sampling import SamplingParams
 from megalodon_export.serving.engine import Engine
 from megalodon_export.serving.streams import Request, Stream, Token, Update
+from support.service import Service
 
 TIMEOUT = 60  # seconds, for what takes far less unless something hangs
 
@@ -76,3 +88,69 @@ def ids(engine: Engine, prompt: list[int], count: int = 8, **fields: Any) -> lis
     """The tokens of a request of one stream."""
     (answer,) = answers(engine, prompt, count, **fields)
     return answer.ids
+
+
+class Client(Service):
+    """Requests to a server at a port, with an API key or without."""
+
+    def __init__(self, port: int, key: str | None = None) -> None:
+        self.port, self.headers = port, {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    def get(self, path: str, status: int = 200) -> Any:
+        """The JSON of an answer with this status."""
+        return self._json("GET", path, None, status)
+
+    def delete(self, path: str, status: int = 200) -> Any:
+        """The JSON of an answer with this status."""
+        return self._json("DELETE", path, None, status)
+
+    def post(self, path: str, status: int = 200, **fields: Any) -> Any:
+        """The JSON of an answer with this status."""
+        return self._json("POST", path, json.dumps(fields).encode(), status)
+
+    def download(self, path: str) -> bytes:
+        """The bytes of an answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
+        with contextlib.closing(connection):
+            connection.request("GET", path, headers=self.headers)
+            response = connection.getresponse()
+            assert response.status == 200
+            return response.read()
+
+    def events(self, path: str, **fields: Any) -> list[Any]:
+        """All events of a streamed answer: their data as JSON, or "[DONE]"."""
+        body = json.dumps({"stream": True, **fields}).encode()
+        status, text, headers = self.request("POST", path, body, **self.headers)
+        assert status == 200, text
+        assert headers["Content-Type"].startswith("text/event-stream")
+        data = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
+        return [one if one == "[DONE]" else json.loads(one) for one in data]
+
+    def _json(self, method: str, path: str, body: bytes | None, status: int) -> Any:
+        found, text, _ = self.request(method, path, body, **self.headers)
+        assert found == status, text
+        return json.loads(text)
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[Client]:
+    """A server of an application, in a thread."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield Client(server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(TIMEOUT)
+
+
+def port_of(process: subprocess.Popen[str]) -> int:
+    """The port that a server says it listens on."""
+    assert process.stdout is not None
+    found = re.search(r"^listening on http://127\.0\.0\.1:(\d+)$", process.stdout.readline())
+    assert found, f"the server ended with status {process.wait(TIMEOUT)}"
+    return int(found[1])
