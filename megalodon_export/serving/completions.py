@@ -119,8 +119,8 @@ class _Completion:
         for token in tokens:
             offsets.append(offset)
             offset += len(text_of(token.id))
-            own = {text_of(token.id): token.logprob}
-            tops.append(None if token.logprob is None else {text_of(i): value for i, value in token.top} | own)
+            top = dict((*token.top, (token.id, token.logprob)))
+            tops.append(None if token.logprob is None else {text_of(one): value for one, value in top.items()})
         return {
             "tokens": [text_of(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],

@@ -265,9 +265,9 @@ class Engine:
                 self._chooser = Chooser(streams, self.runtime.device, self.runtime.config.logits_size)
             logits = self._rows.step([one.pending for one in self._running])
             tokens, errors = self._chooser.choose(logits)
-        except Exception as error:
+        except Exception as fault:
             _LOG.exception("a step failed")
-            self._fail_running(f"a step failed: {error}")
+            self._fail_running(f"a step failed: {fault}")
             return
         self._observer.stepped(len(self._running), time.monotonic() - started)
         over = []

@@ -80,8 +80,10 @@ class Metrics(Observer):
             self._decode.observe(times.last_token - times.first_token)
 
     def _histogram(self, name: str, about: str, buckets: Iterable[float], family: str = "vllm") -> Histogram:
-        labels = {"labelnames": ["model_name"], "registry": self.registry, "buckets": tuple(buckets)}
-        return Histogram(f"{family}:{name}", f"Seconds {about}.", **labels).labels(self._model)
+        made = Histogram(
+            f"{family}:{name}", f"Seconds {about}.", ["model_name"], registry=self.registry, buckets=tuple(buckets)
+        )
+        return made.labels(self._model)
 
     def _counter(self, name: str, about: str, family: str = "vllm") -> Counter:
         about = f"{about[0].upper()}{about[1:]}."

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ def serve(options: ServerOptions) -> None:
         raise ValueError(f"{options.folder} has no {TOKENIZER}, which a server needs to read and write text")
     template = ChatTemplate.of_bundle(options.folder, options.chat_template)
     with contextlib.ExitStack() as stack:
+        taken = stack.enter_context(_bound(options.host, options.port))
         if options.state_dir is not None:
             stack.enter_context(_locked(options.state_dir))
         runtime = open_runtime(options.runtime or default_runtime(manifest), options.folder, manifest, options.device)
@@ -81,28 +83,24 @@ def serve(options: ServerOptions) -> None:
         app = make_app(service, metrics, keys, options.origins, log=True)
         config = uvicorn.Config(
             app,
-            host=options.host,
-            port=options.port,
             log_config=None,
             access_log=False,
             lifespan="off",
             server_header=False,
             timeout_graceful_shutdown=options.drain_seconds,
         )
-        _Server(config).run()
+        _Server(config).run(sockets=[taken])
 
 
 class _Server(uvicorn.Server):
     """Says where it listens, and ends with status 0 when a signal has ended it."""
 
-    async def startup(self, sockets: list | None = None) -> None:  # type: ignore[type-arg]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
-        if self.should_exit or not self.servers:
-            raise OSError(f"cannot listen on {self.config.host}:{self.config.port}; is the port in use?")
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"listening on http://{shown}:{port}", flush=True)
+        for one in sockets or []:
+            host, port = one.getsockname()[:2]
+            print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -114,6 +112,19 @@ class _Server(uvicorn.Server):
         finally:
             for kind, handler in zip(kinds, before, strict=True):
                 signal.signal(kind, handler)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket of an address; OSError, before anything is opened, for one that is not free."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise OSError(f"{host}:{port} cannot be listened on: {error.strerror}; choose another --port") from error
+    return made
 
 
 def _engine(runtime: Runtime, tokenizer: Tokenizer, options: ServerOptions, metrics: Metrics) -> Engine:

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 
 from megalodon_export import Session, Snapshot
 from megalodon_export.runtimes import Runtime
-from megalodon_export.serving.keys import Keys
 from megalodon_export.serving.response_store import ResponseStore
 from support.serving import Client
 
@@ -128,7 +127,7 @@ def test_a_damaged_state_is_refused(client: Client, runtime: Runtime, damage: by
 
 @pytest.fixture(scope="module")
 def two_keys(serve: Callable[..., Client]) -> Client:
-    return serve(keys=Keys(["first key", "second key"]))
+    return serve(keys=["first key", "second key"])
 
 
 def test_keys(two_keys: Client) -> None:

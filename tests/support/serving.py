@@ -8,14 +8,8 @@ import json
 import re
 import subprocess
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-
-import uvicorn
-from fastapi import FastAPI
 
 from megalodon_export.generation.sampling import SamplingParams
 from megalodon_export.serving.engine import Engine
@@ -130,22 +124,6 @@ class Client(Service):
         found, text, _ = self.request(method, path, body, **self.headers)
         assert found == status, text
         return json.loads(text)
-
-
-@contextmanager
-def listening(app: FastAPI) -> Iterator[Client]:
-    """A server of an application, in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield Client(server.servers[0].sockets[0].getsockname()[1])
-    finally:
-        server.should_exit = True
-        thread.join(TIMEOUT)
 
 
 def port_of(process: subprocess.Popen[str]) -> int:
