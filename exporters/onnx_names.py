@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+
+from msgspec import structs
 
 from .manifest_types import Graph, GraphTensor, Target
-from .programs import DECODE, PREFILL, ProgramSpec, TensorSpec
+from .programs import DECODE, NEXT_TOKENS, PREFILL, ProgramSpec, TensorSpec
 
+KERNELS_FILE, KERNEL_LIBRARY = "onnx_kernels.bin", "onnx_kernels.so"
 CONSTANTS = "onnx_constants.safetensors"
 TARGET = Target("cpu or cuda", "any")
 
@@ -28,6 +32,28 @@ def _short(name: str) -> str:
 def graph_files() -> tuple[str, ...]:
     """Every file that the graphs need but the bundle's weights."""
     return (*(f"{name}.onnx" for name in (PREFILL, DECODE)), CONSTANTS)
+
+
+def kernel_graph_file(name: str) -> str:
+    """The file of a graph with kernels."""
+    return f"{name}_kernels.onnx"
+
+
+def kernel_files() -> tuple[str, ...]:
+    """Every file that the graphs with kernels need but the bundle's weights."""
+    return (*map(kernel_graph_file, (PREFILL, DECODE)), KERNELS_FILE, KERNEL_LIBRARY)
+
+
+def with_next_tokens(spec: ProgramSpec) -> ProgramSpec:
+    """A program as its graph with kernels has it: decode returns the most probable tokens, too."""
+    if spec.name != DECODE:
+        return spec
+    return replace(spec, outputs=(*spec.outputs, TensorSpec(NEXT_TOKENS, ("2", "B"), "int64")))
+
+
+def kernel_boundary(spec: ProgramSpec) -> Graph:
+    """`boundary` of a graph with kernels."""
+    return structs.replace(boundary(with_next_tokens(spec)), file=kernel_graph_file(spec.name))
 
 
 def boundary(spec: ProgramSpec) -> Graph:

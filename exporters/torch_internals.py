@@ -91,6 +91,38 @@ def is_found_in_values(size: SymInt) -> bool:
     return bool(has_free_unbacked_symbols(size))
 
 
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+
+def operator_function(target: Any) -> Callable[..., Any]:
+    """The Python function behind an operator made by `torch.library.triton_op`.
+
+    Without it, the launches of an operator could not be recorded: calling the operator itself hands its function other
+    tensor objects than the caller's.
+    """
+    from torch._library.custom_ops import OPDEFS
+
+    function: Callable[..., Any] = OPDEFS[target._schema.name]._init_fn
+    return function
+
+
+def operators(namespace: str) -> list[Any]:
+    """The operators of a namespace that are made by `torch.library.triton_op` or `custom_op`, as graphs call them."""
+    from torch._library.custom_ops import OPDEFS
+
+    return [one._opoverload for name, one in sorted(OPDEFS.items()) if name.startswith(f"{namespace}::")]
+
+
+def argument_names(target: Any) -> list[str]:
+    """The names of an operator's arguments, in order."""
+    return [one.name for one in target._schema.arguments]
+
+
+def written_arguments(target: Any) -> set[str]:
+    """The names of an operator's arguments that it changes in place."""
+    return {one.name for one in target._schema.arguments if one.alias_info is not None and one.alias_info.is_write}
+
+
 # ---- Inductor --------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import sympy
@@ -29,6 +30,7 @@ from ..programs import (
     DECODE,
     END,
     LAYER,
+    NEXT_TOKENS,
     PREFILL,
     Limits,
     ProgramName,
@@ -41,7 +43,7 @@ from ..stages import Stage, export_stages, one_layer_model
 from ..weight_files import EMBEDDING, HEAD
 from . import handlers_elementwise, handlers_indexing, handlers_products  # noqa: F401 - register their handlers
 from .cuda_placement import require
-from .graph_builder import BATCH, MULTIPLES, OPSET, Const, Expr, GraphBuilder, Operand
+from .graph_builder import BATCH, MULTIPLES, OPSET, Blank, Const, Expr, GraphBuilder
 from .translator import Translator
 from .weight_files import ExternalWeights, move_large_constants
 
@@ -76,7 +78,7 @@ def build(
     move_large_constants(list(graphs.values()), folder)
     for name, graph in graphs.items():
         require(graph)
-        _save(graph, folder / f"{name}.onnx")
+        save_graph(graph, folder / f"{name}.onnx")
     return OnnxPrograms(
         target=TARGET,
         limits=limits,
@@ -87,7 +89,7 @@ def build(
     )
 
 
-def _save(graph: ir.Graph, path: Path) -> None:
+def save_graph(graph: ir.Graph, path: Path) -> None:
     """Write a graph. Its list of types (value_info) has no initializers, which state their types themselves.
 
     quantize_dynamic of ONNX Runtime replaces initializers by others of other shapes, and would leave their old entries.
@@ -105,11 +107,15 @@ def build_graph(
     config: MegalodonConfig,
     weights: ExternalWeights,
     limits: Limits,
+    shared: dict[Any, Any] | None = None,
 ) -> ir.Graph:
-    """A program's stages as one graph, the layer's once for each layer, with no node too many or twice."""
+    """A program's stages as one graph, the layer's once for each layer, with no node too many or twice.
+
+    `shared` gets what the translation leaves there for its caller.
+    """
     sizes = static_sizes(config)
     largest = {BATCH: limits.max_batch, MULTIPLES: limits.max_length // limits.length_multiple}
-    graph = GraphBuilder(limits.length_multiple, largest, weights.external)
+    graph = GraphBuilder(limits.length_multiple, largest, weights.external, shared)
     # Sizes that can have one value only, tracing takes for numbers.
     if limits.max_length == limits.length_multiple:
         graph.length = sympy.Integer(limits.length_multiple)
@@ -119,9 +125,11 @@ def build_graph(
     def dims(one: TensorSpec) -> list[Expr]:
         return [letters[d] if d in letters else sympy.Integer(d) for d in one.dims]
 
-    tensors: dict[str, Operand] = {
+    tensors: dict[str, Any] = {
         one.name: graph.input(past_name(one.name), dims(one), getattr(torch, one.dtype)) for one in spec.inputs
     }
+    # The traced program takes this tensor to write into it. In a graph it is an output alone.
+    tensors |= {one.name: Blank(tuple(dims(one))) for one in spec.outputs if one.name == NEXT_TOKENS}
     constant = cache(lambda name: Const(weights.tensor(name), name))
 
     # A tied head is an initializer of its own, at the same place: tools that rewrite a matrix expect one user of it.
@@ -129,7 +137,7 @@ def build_graph(
         def weight(name: str) -> str:
             return HEAD if stage is stages[END] and name == EMBEDDING else name
 
-        def operand(one: StageInput) -> Operand:
+        def operand(one: StageInput) -> Any:
             name = numbered(one.name, layer)
             return constant(weight(name)) if one.kind == "weight" else tensors[name]
 

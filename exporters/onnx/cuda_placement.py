@@ -8,12 +8,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+KERNELS_DOMAIN = "megalodon"  # of nodes that launch kernels of ours
 TABLE = Path(__file__).with_name("cuda_kernels.json")
 _DTYPES = {
     **{ir.DataType.FLOAT: "f32", ir.DataType.FLOAT16: "f16", ir.DataType.BFLOAT16: "bf16", ir.DataType.DOUBLE: "f64"},
@@ -46,6 +48,8 @@ def not_on_cuda(graph: ir.Graph) -> list[str]:
 
 
 def _kernel_problem(node: ir.Node, opsets: dict[str, int]) -> str | None:
+    if node.domain == KERNELS_DOMAIN:
+        return None  # the kernel's code is in the bundle
     if node.domain:
         return f"an operation of another domain, {node.domain}.{node.op_type}"
     name, opset = node.op_type, opsets[""]
@@ -82,21 +86,35 @@ def _size_problem(node: ir.Node) -> str | None:
 
 
 def unsafe_in_place(graph: ir.Graph) -> list[str]:
-    """Readers of a cache tensor that might run after the TensorScatter that overwrites it; empty if there are none.
+    """Readers of a cache tensor that might run after the node that overwrites it; empty if there are none.
 
-    ONNX Runtime does not know that the scatter's input and output are one buffer: only the order of the graph protects
-    what is read from the old one, so every reader must be something that the scatter waits for.
+    ONNX Runtime does not know that the node's input and output are one buffer: only the order of the graph protects
+    what is read from the old one, so every reader must be something that the node waits for.
     """
     found = []
-    for scatter in (node for node in graph if node.op_type == "TensorScatter"):
-        ring = scatter.inputs[0]
-        assert ring is not None
-        if not ring.is_graph_input() or not scatter.outputs[0].is_graph_output():
-            found.append(f"{scatter.name} does not take the graph's to the graph's own tensor")
-        waits_for = _before(scatter)
-        late = [user.name for user, _ in ring.uses() if user is not scatter and user not in waits_for]
-        found += [f"{name} may read {ring.name} after {scatter.name} has written to it" for name in late]
+    for writer, old, new in _written_in_place(graph):
+        if not old.is_graph_input() or not new.is_graph_output():
+            found.append(f"{writer.name} does not take the graph's to the graph's own tensor")
+        waits_for = _before(writer)
+        late = [user.name for user, _ in old.uses() if user is not writer and user not in waits_for]
+        found += [f"{name} may read {old.name} after {writer.name} has written to it" for name in late]
     return found
+
+
+def _written_in_place(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, ir.Value]]:
+    """Nodes whose output may be the buffer of an input, with both values."""
+    for node in graph:
+        if node.op_type == "TensorScatter":
+            pairs = [(0, 0)]
+        elif node.domain == KERNELS_DOMAIN:
+            outputs = [line.split() for line in node.attributes["program"].as_string().splitlines() if line[:6] == "output"]
+            pairs = [(int(words[-1]), i) for i, words in enumerate(outputs) if words[-2] == "="]
+        else:
+            continue
+        for old, new in pairs:
+            value = node.inputs[old]
+            assert value is not None
+            yield node, value, node.outputs[new]
 
 
 def _before(node: ir.Node) -> set[ir.Node]:

@@ -83,6 +83,13 @@ class Arange(Computed):
         return (sympy.expand(self.stop - self.start),)
 
 
+@dataclass(frozen=True, eq=False)
+class Blank(Computed):
+    """A tensor without contents, which a node writes whole: an output of the graph that the traced program takes."""
+
+    shape: Dims
+
+
 Operand: TypeAlias = Val | Const | Arange
 
 
@@ -90,19 +97,24 @@ class GraphBuilder:
     """Nodes, initializers and sizes of one graph. `weight` gives the external tensor of a named constant."""
 
     def __init__(
-        self, length_multiple: int, largest: dict[Any, int], weight: Callable[[str], ir.ExternalTensor]
+        self,
+        length_multiple: int,
+        largest: dict[Any, int],
+        weight: Callable[[str], ir.ExternalTensor],
+        shared: dict[Any, Any] | None = None,
     ) -> None:
-        """`largest` values of the symbols."""
+        """`largest` values of the symbols. `shared` may be the caller's own, who finds there what nodes have in common."""
         self.length = length_multiple * MULTIPLES  # L
         self.nodes: list[ir.Node] = []
         self.inputs: dict[str, ir.Value] = {}
         self.initializers: dict[str, ir.Value] = {}
-        self._length_multiple, self._largest, self._weight = length_multiple, largest, weight
+        self.length_multiple, self._largest, self._weight = length_multiple, largest, weight
         self._constants: dict[Any, ir.Value] = {}
         self._made: dict[Const | Arange, ir.Value] = {}
         self._kept: list[Const] = []  # a Const is known by its identity, so it must not go
         self._sources: dict[Expr, tuple[ir.Value, int]] = {}
-        self._shared: dict[Any, ir.Value] = {}
+        self._shared: dict[Any, Any] = {} if shared is None else shared
+        self._added = 0
 
     # ---- nodes and values
 
@@ -116,6 +128,16 @@ class GraphBuilder:
         node = ir.node(kind, inputs, attributes, outputs=outputs, name=f"{kind}_{len(self.nodes)}")
         self.nodes.append(node)
         return outputs[0] if count == 1 else tuple(outputs)
+
+    def add(self, node: ir.Node) -> None:
+        """Add a node of another domain, with outputs of its own."""
+        node.name = f"{node.op_type}_{len(self.nodes)}"
+        self.nodes.append(node)
+
+    def new_name(self, kind: str) -> str:
+        """A name for an output of a node that `add` takes."""
+        self._added += 1
+        return f"{kind.lower()}_output_{self._added}"
 
     def input(self, name: str, dims: Sequence[Expr], dtype: torch.dtype) -> Val:
         """Add an input of the graph; sizes found nowhere else are taken from it."""
@@ -138,8 +160,8 @@ class GraphBuilder:
             self._constants[key] = self._initializer(torch.tensor(value, dtype=dtype))
         return self._constants[key]
 
-    def shared(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
-        """The value that `make` gives, made once per key."""
+    def shared(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, a value as a rule, made once per key."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
@@ -219,10 +241,10 @@ class GraphBuilder:
         """A tensor that has a dimension of a size, and its axis: an input reshaped, or joined vectors."""
         terms = dim.as_coefficients_dict()
         factor = terms.get(MULTIPLES, 0)
-        if set(terms) == {MULTIPLES} and self._length_multiple % factor == 0:
+        if set(terms) == {MULTIPLES} and self.length_multiple % factor == 0:
             value, axis = self._sources[self.length]
             assert axis == 1
-            return self.op("Reshape", value, self.constant([0, -1, self._length_multiple // int(factor)])), 1
+            return self.op("Reshape", value, self.constant([0, -1, self.length_multiple // int(factor)])), 1
         parts: list[ir.Value] = []
         for symbol, count in terms.items():
             if not (count.is_Integer and count > 0):
@@ -230,7 +252,7 @@ class GraphBuilder:
             if symbol == 1:
                 parts.append(self.value(Const(torch.arange(int(count)))))
                 continue
-            step = max(d for d in range(1, int(count) + 1) if count % d == 0 and self._length_multiple % d == 0)
+            step = max(d for d in range(1, int(count) + 1) if count % d == 0 and self.length_multiple % d == 0)
             unit = step * symbol if symbol == MULTIPLES else symbol
             parts += [self._first(unit, self.size(unit))] * (int(count) // (step if symbol == MULTIPLES else 1))
         return self.op("Concat", *parts, axis=0), 0
@@ -269,6 +291,6 @@ class GraphBuilder:
             results,
             nodes=self.nodes,
             initializers=list(self.initializers.values()),
-            opset_imports={"": OPSET},
+            opset_imports={"": OPSET} | {node.domain: 1 for node in self.nodes if node.domain},
             name=name,
         )

@@ -63,7 +63,7 @@ class Translator:
                 self.symbols.setdefault(symbol, sympy.expand((dim - rest) / factor))
 
     def run(self) -> dict[str, Any]:
-        """The stage's outputs by name, and its cache tensors as they are afterwards."""
+        """The stage's outputs by name, and its arguments and cache tensors as they are afterwards."""
         for node in self.stage.graph.graph.nodes:
             if node.op == "call_function" and node.target not in _NO_MEANING:
                 self.env[node] = self._call(node)
@@ -71,7 +71,11 @@ class Translator:
                 self.env[node] = self.size(node.meta.get("val"))
         (results,) = self.stage.graph.graph.output_node().args
         outputs = {name: self.env[node] for name, node in zip(self.stage.outputs, results, strict=True)}  # type: ignore
-        kept = {one.name: self.env[self.inputs[one.name]] for one in self.stage.inputs if one.kind == "cache"}
+        kept = {
+            one.name: self.env[self.inputs[one.name]]
+            for one in self.stage.inputs
+            if one.kind in ("argument", "cache")
+        }
         return outputs | kept
 
     def _call(self, node: fx.Node) -> Any:

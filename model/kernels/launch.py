@@ -19,7 +19,9 @@ or call `launch_dependents_if_gemv`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -36,6 +38,22 @@ _MAX_GEMV_BATCH = tl.constexpr(MAX_GEMV_BATCH)  # kernels read globals that are 
 # wrap_triton, which accepts compiled kernels only.
 INTERPRETED = triton.knobs.runtime.interpret
 
+Record = Callable[[Any, tuple[Any, ...], tuple[Any, ...], dict[str, Any]], None]
+_record: ContextVar[Record | None] = ContextVar("record", default=None)
+
+
+@contextmanager
+def recorded_launches(record: Record) -> Iterator[None]:
+    """Call `record(function, grid, tensors, sizes)` for every launch, and launch nothing.
+
+    Tensors may be on any device, and may be fake: what would be launched follows from shapes and dtypes. PDL is on.
+    """
+    token = _record.set(record)
+    try:
+        yield
+    finally:
+        _record.reset(token)
+
 
 def launch(function: Any, grid: tuple[Any, ...]) -> Callable[..., None]:
     """The launcher of a @triton.jit function on a grid: `launch(function, grid)(*tensors, **sizes)`.
@@ -44,6 +62,9 @@ def launch(function: Any, grid: tuple[Any, ...]) -> Callable[..., None]:
     """
     if any(isinstance(size, int) and size == 0 for size in grid):
         return lambda *tensors, **sizes: None
+    record = _record.get()
+    if record is not None:
+        return lambda *tensors, **sizes: record(function, grid, tensors, sizes)
     # wrap_triton makes the launch a node of a traced graph. Without it, torch.export and AOTInductor would see the
     # kernel's outputs as tensors that nothing writes.
     launcher: Callable[..., None] = (function if INTERPRETED else wrap_triton(function))[grid]
@@ -52,6 +73,8 @@ def launch(function: Any, grid: tuple[Any, ...]) -> Callable[..., None]:
 
 def supports_pdl(x: Tensor) -> bool:
     """Whether a tensor's device has programmatic dependent launch (NVIDIA, sm_90 and later)."""
+    if _record.get() is not None:
+        return True
     return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
