@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-EXPORTERS = {"aoti": ".aoti", "onnx": ".onnx.build_graphs"}
+EXPORTERS = {"aoti": ".aoti", "onnx": ".onnx.build_graphs", "onnx_kernels": ".onnx_kernels.build"}
 
 
 def exporter(name: str) -> ModuleType:

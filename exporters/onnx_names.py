@@ -10,6 +10,7 @@ from msgspec import structs
 from .manifest_types import Graph, GraphTensor, Target
 from .programs import DECODE, NEXT_TOKENS, PREFILL, ProgramSpec, TensorSpec
 
+GPU_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")  # that kernels are compiled for
 KERNELS_FILE, KERNEL_LIBRARY = "onnx_kernels.bin", "onnx_kernels.so"
 CONSTANTS = "onnx_constants.safetensors"
 TARGET = Target("cpu or cuda", "any")

@@ -43,16 +43,19 @@ def build(
 ) -> dict[str, Kernel]:
     """Write both graphs, their kernels and the operator library into `folder`; returns the kernels by name.
 
-    `files` hold the weights. ValueError for an unknown architecture, LibraryError without a C++ compiler.
+    `files` hold the weights. ValueError for an unknown architecture or a model that the kernels do not run, CompileError without a C++ compiler.
     """
     if INTERPRETED:
         raise ValueError("TRITON_INTERPRET is set, and interpreted kernels have no machine code; unset it")
+    config = MegalodonConfig.from_pretrained(folder)
     wanted = check_architectures(architectures)
     build_library(folder / KERNEL_LIBRARY, library_flags)
-    config = MegalodonConfig.from_pretrained(folder)
     weights = ExternalWeights(folder, files)
     model = one_layer_model(folder, "cpu", dtype)
-    use_kernels(model)
+    try:
+        use_kernels(model)
+    except TypeError as error:
+        raise ValueError(f"--kernels: {error}") from error
     specs = program_specs(config, getattr(torch, dtype), all_logits)
     kernels: dict[str, Kernel] = {}
     names: tuple[ProgramName, ...] = (PREFILL, DECODE)

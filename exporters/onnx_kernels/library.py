@@ -7,12 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from ..workers import CompileError
+
 SOURCES = Path(__file__).with_name("operators")
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-s")
-
-
-class LibraryError(Exception):
-    """The operator library cannot be built; the text says why, and what to do."""
 
 
 def sources() -> Path:
@@ -22,12 +20,12 @@ def sources() -> Path:
 
 
 def build_library(destination: Path, flags: tuple[str, ...] = ()) -> None:
-    """Compile the operator library with $CXX or g++ or clang++; LibraryError if there is none, or if it fails."""
+    """Compile the operator library with $CXX or g++ or clang++; CompileError if there is none, or if it fails."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
     if compiler is None:
-        raise LibraryError("the operator library needs a C++17 compiler, and there is none; install g++, or set CXX")
+        raise CompileError("the operator library needs a C++17 compiler, and there is none; install g++, or set CXX")
     files = sorted(map(str, sources().glob("*.cpp")))
     command = [*compiler.split(), *_FLAGS, *flags, *files, "-o", str(destination), "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise LibraryError(f"{compiler} does not build the operator library: {done.stderr.strip()[-2000:]}")
+        raise CompileError(f"{compiler} does not build the operator library: {done.stderr.strip()[-2000:]}")

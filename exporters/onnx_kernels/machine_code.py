@@ -27,9 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...model.kernels import PDL_CONSTEXPR
+from ..onnx_names import GPU_ARCHITECTURES
 from .recording import Kernel
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 PTX = "ptx"
 _FIRST_WITH_PDL = 90
 # The most shared memory that a block may have, in bytes (CUDA C++ Programming Guide, technical specifications).
@@ -54,11 +54,11 @@ class Code:
 
 def check_architectures(names: Sequence[str]) -> tuple[str, ...]:
     """The names in ascending order; ValueError for one that is unknown, or for none."""
-    unknown = [name for name in names if name not in ARCHITECTURES]
+    unknown = [name for name in names if name not in GPU_ARCHITECTURES]
     if unknown or not names:
         found = f"{unknown[0]!r} is none" if unknown else "none is given"
-        raise ValueError(f"kernels are compiled for architectures of {', '.join(ARCHITECTURES)}; {found}")
-    return tuple(name for name in ARCHITECTURES if name in names)
+        raise ValueError(f"kernels are compiled for architectures of {', '.join(GPU_ARCHITECTURES)}; {found}")
+    return tuple(name for name in GPU_ARCHITECTURES if name in names)
 
 
 def compile_kernel(kernel: Kernel, architecture: str) -> list[Code]:

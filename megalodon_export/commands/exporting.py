@@ -17,6 +17,7 @@ from ..bundles.sentencepiece import write_tokenizer
 from ..export.aoti import add_aoti, export_aoti
 from ..export.onnx import add_onnx, export_onnx
 from ..export.steps import progress
+from ..exporters.onnx_names import GPU_ARCHITECTURES
 from ..model.conversion import convert_megalodon_hf, convert_upstream
 from .threads import set_threads
 
@@ -51,14 +52,22 @@ def aoti(args: argparse.Namespace) -> None:
 def onnx(args: argparse.Namespace) -> None:
     """Export as ONNX graphs."""
     report = progress(time.monotonic())
+    kernels = _architectures(args.kernels)
     if args.add:
         _refuse_with_add(args)
         set_threads(args, args.add)
-        return _print_exported(args, args.add, add_onnx(args.add, args.max_batch, args.max_length, report))
+        return _print_exported(args, args.add, add_onnx(args.add, args.max_batch, args.max_length, report, kernels))
     checkpoint, name = _checkpoint(args)
     destination = args.out or Path("artifacts") / f"{name}-onnx"
-    options = args.dtype, args.max_batch, args.max_length, args.all_logits, report, args.ema_prefill
+    options = args.dtype, args.max_batch, args.max_length, args.all_logits, report, args.ema_prefill, kernels
     _print_exported(args, destination, export_onnx(checkpoint, destination, *options))
+
+
+def _architectures(given: str | None) -> tuple[str, ...]:
+    """The architectures that `--kernels` names; none without it."""
+    if given is None:
+        return ()
+    return GPU_ARCHITECTURES if given == "all" else tuple(given.split(","))
 
 
 def convert(args: argparse.Namespace) -> None:

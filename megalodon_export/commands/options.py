@@ -99,6 +99,14 @@ def _onnx(commands: Any) -> None:
     _add_export_options(command)
     command.add_argument("--out", type=Path, help="the bundle's folder (default: artifacts/NAME-onnx)")
     command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32")
+    command.add_argument(
+        "--kernels",
+        nargs="?",
+        const="all",
+        metavar="ARCHITECTURES",
+        help="write graphs with GPU kernels for ONNX Runtime on CUDA as well, which needs no GPU: for these "
+        "architectures, such as sm_90,sm_100 (default: all that are known)",
+    )
 
 
 def _add_export_options(command: argparse.ArgumentParser) -> None:

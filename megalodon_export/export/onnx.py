@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,20 +34,22 @@ def export_onnx(
     all_logits: bool = False,
     report: Report | None = None,
     ema_prefill: EMAForm | None = None,
+    kernels: Sequence[str] = (),
 ) -> Manifest:
     """Export a checkpoint's graphs for ONNX Runtime to a bundle folder, and verify them; returns its manifest.
 
     `dtype` "float32" (default), "float16" (weights, keys and values alone) or "bfloat16", which ONNX Runtime has on
     CUDA only, so that it is exported and verified only there. `ema_prefill` is the form in which prefill evaluates the
-    EMA (default: the config's). An existing bundle at `destination` is replaced at the end, or stays as it is if
-    anything fails: CheckpointError, BundleError, PlacementError, VerificationError, ValueError for limits or dtypes
-    that do not exist.
+    EMA (default: the config's). `kernels` names GPU architectures, such as "sm_90": graphs with kernels for them are
+    written beside the plain ones, which needs Triton and a C++ compiler, and no GPU. An existing bundle at `destination` is replaced at the end, or stays as it is if
+    anything fails: CheckpointError, BundleError, CompileError, PlacementError, VerificationError, ValueError for limits,
+    dtypes or architectures that do not exist.
     """
     report = report or progress(time.monotonic())
     dtype = dtype or "float32"
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}, expected float32, float16 or bfloat16")
-    _check_can_run(dtype)
+    _check_can_run(dtype, kernels)
     with staged(destination) as staging:
         report(f"loading {checkpoint}")
         stored = torch.float32 if dtype == "float16" else DTYPES[dtype]
@@ -54,8 +59,10 @@ def export_onnx(
         limits = Limits.of(model.config, max_batch, max_length)
         write_checkpoint(model, checkpoint, staging)
         entry = _build(staging, dtype, limits, all_logits, report)
+        if kernels:
+            _build_kernels(staging, dtype, limits, kernels, all_logits, report)
         manifest = _labelled(staging, Manifest.of(model.config, dtype, Programs(onnx=entry), versions()))
-        sealed = finish(staging, checkpoint, manifest, "onnx", report)
+        sealed = finish(staging, checkpoint, manifest, "onnx", report, verified=_can_verify(dtype))
     report(f"wrote {destination}")
     return sealed
 
@@ -68,7 +75,11 @@ def halve(model: MegalodonForCausalLM) -> None:
 
 
 def add_onnx(
-    folder: Path, max_batch: int = 64, max_length: int | None = None, report: Report | None = None
+    folder: Path,
+    max_batch: int = 64,
+    max_length: int | None = None,
+    report: Report | None = None,
+    kernels: Sequence[str] = (),
 ) -> Manifest:
     """Add ONNX programs to a bundle, beside those that it has; returns its manifest.
 
@@ -77,12 +88,14 @@ def add_onnx(
     report = report or progress(time.monotonic())
 
     def build(staging: Path, manifest: Manifest) -> Manifest:
-        _check_can_run(manifest.dtype)
+        _check_can_run(manifest.dtype, kernels)
         limits = Limits.of(manifest.config, max_batch, max_length)
         entry = _build(staging, manifest.dtype, limits, manifest.programs.all_logits, report)
+        if kernels:
+            _build_kernels(staging, manifest.dtype, limits, kernels, manifest.programs.all_logits, report)
         return _labelled(staging, manifest.replace(programs=manifest.programs.including("onnx", entry)))
 
-    return add_programs(folder, "onnx", build, report)
+    return add_programs(folder, "onnx", build, report, lambda manifest: _can_verify(manifest.dtype))
 
 
 def _build(staging: Path, dtype: ModelDtype, limits: Limits, all_logits: bool, report: Report) -> OnnxPrograms:
@@ -99,9 +112,34 @@ def _labelled(staging: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _check_can_run(dtype: ModelDtype) -> None:
+def _build_kernels(
+    staging: Path, dtype: ModelDtype, limits: Limits, kernels: Sequence[str], all_logits: bool, report: Report
+) -> None:
+    """Write the graphs with kernels beside the plain graphs in a staged folder."""
+    build = exporter("onnx_kernels").build
+    build(staging, (WEIGHTS, CONSTANTS), dtype, limits, tuple(kernels), report, all_logits)
+
+
+def _can_verify(dtype: ModelDtype) -> bool:
+    """Whether this machine runs graphs of a dtype: bfloat16 is for CUDA alone."""
+    return dtype != "bfloat16" or torch.cuda.is_available()
+
+
+def _check_can_run(dtype: ModelDtype, kernels: Sequence[str]) -> None:
     require_version()
-    if dtype == "bfloat16" and not torch.cuda.is_available():
+    if kernels:
+        _check_kernels(dtype, kernels)
+    elif not _can_verify(dtype):
         raise ValueError(
-            "bfloat16 graphs run on CUDA only, and this machine has none to verify them on; export float32 or float16"
+            "bfloat16 graphs run on CUDA only, and this machine has none to verify them on; export float32 or float16, "
+            "or make graphs with kernels, to be verified on a GPU: --kernels"
         )
+
+
+def _check_kernels(dtype: ModelDtype, kernels: Sequence[str]) -> None:
+    """ValueError, before anything is written, for what graphs with kernels cannot be made of or with."""
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"the kernels compute in float32 and bfloat16, not in {dtype}; leave out --kernels")
+    if find_spec("triton") is None:
+        raise ValueError("--kernels needs Triton, which comes with a CUDA build of torch, or: pip install triton")
+    import_module("..exporters.onnx_kernels.machine_code", __package__).check_architectures(kernels)

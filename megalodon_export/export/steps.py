@@ -49,13 +49,17 @@ def let_others_read(folder: Path, files: tuple[str, ...]) -> None:
         shutil.copymode(folder / "config.json", folder / name)
 
 
-def finish(staging: Path, source: Path, manifest: Manifest, kind: str, report: Report) -> Manifest:
+def finish(
+    staging: Path, source: Path, manifest: Manifest, kind: str, report: Report, verified: bool = True
+) -> Manifest:
     """Verify the new programs of a staged bundle, then write its card, its manifest and what was measured.
 
-    `source` is the checkpoint, or the bundle that the programs of `kind` are added to.
+    `source` is the checkpoint, or the bundle that the programs of `kind` are added to. `verified=False` leaves the
+    check to `megalodon-export verify` on a machine that can run them.
     """
-    report("checking the programs against the model in eager mode")
-    parity = verify_folder(staging, manifest, [kind], report=report)
+    note = "checking the programs against the model in eager mode"
+    report(note if verified else "no check of the programs, which run on CUDA alone: verify the bundle on a GPU")
+    parity = verify_folder(staging, manifest, [kind] if verified else [], report=report)
     others = manifest.programs.by_runtime().keys() - {kind}
     if others and (earlier := read_parity(source, bundle.read(source, check="sizes"))):
         # Keep what was measured of the programs that were there before.
@@ -67,8 +71,16 @@ def finish(staging: Path, source: Path, manifest: Manifest, kind: str, report: R
     return sealed
 
 
-def add_programs(folder: Path, kind: str, build: Callable[[Path, Manifest], Manifest], report: Report) -> Manifest:
+def add_programs(
+    folder: Path,
+    kind: str,
+    build: Callable[[Path, Manifest], Manifest],
+    report: Report,
+    can_verify: Callable[[Manifest], bool] = lambda manifest: True,
+) -> Manifest:
     """Add programs to a bundle. `build` makes them in a copy, which replaces the bundle once they are verified.
+
+    Where this machine cannot run them, `can_verify` says so; they are then added without that.
 
     BundleError if the bundle is damaged or has programs of this kind.
     """
@@ -83,6 +95,6 @@ def add_programs(folder: Path, kind: str, build: Callable[[Path, Manifest], Mani
         for name in manifest.files:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, staging / name)
-        sealed = finish(staging, folder, build(staging, manifest), kind, report)
+        sealed = finish(staging, folder, build(staging, manifest), kind, report, can_verify(manifest))
     report(f"added {kind} programs to {folder}")
     return sealed

@@ -17,22 +17,32 @@ import torch  # before onnxruntime, which finds CUDA's libraries among those tha
 from torch import Tensor
 
 from ..bundles.manifest import Manifest
-from ..exporters.programs import DECODE, PREFILL, ProgramName
+from ..exporters.onnx_names import KERNEL_LIBRARY
+from ..exporters.programs import DECODE, NEXT_TOKENS, PREFILL, ProgramName
 from ..model import ModelCache
 from ..model.modeling import last_valid
 from .base import Runtime, RuntimeUnavailable, require_device
 from .bound_programs import BoundPrograms
+from .onnx_kernels import captured_in_place, kernel_graphs, suit
 from .onnx_session import BoundGraph, bind, open_session, require_cuda, require_version, shared_weights
 
 
 class OnnxRuntime(Runtime):
-    """Runs `prefill.onnx` and `decode.onnx`."""
+    """Runs `prefill.onnx` and `decode.onnx`, or on CUDA the graphs with kernels, where the bundle has them."""
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str | None = None, prepack: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        device: str | None = None,
+        prepack: bool = False,
+        kernels: bool | None = None,
+    ) -> None:
         """`prepack` (CPU): each graph's session keeps a copy of the weights in an order that suits its matrix products.
 
-        Without it, both sessions read the weights from one mapped file. RuntimeUnavailable if a node would not run on
-        the device.
+        Without it, both sessions read the weights from one mapped file. `kernels`: whether to run the graphs with
+        kernels (default: on a GPU for which they are, if they are there). RuntimeUnavailable if a node would not run
+        on the device.
         """
         entry = manifest.programs.onnx
         if entry is None:
@@ -45,17 +55,21 @@ class OnnxRuntime(Runtime):
             chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
         config, dtype = manifest.config, manifest.torch_dtype
         super().__init__(config, dtype, chosen, entry.limits, entry.all_logits, manifest.model_id)
-        self.entries = entry.graphs
+        self.kernels = suit(folder, manifest, chosen) if kernels is None else kernels
+        self.entries = kernel_graphs(manifest) if self.kernels else entry.graphs
         paths = {name: folder / one.file for name, one in self.entries.items()}
-        weights = shared_weights(list(paths.values()), chosen) if chosen.type == "cuda" else {}
+        on_gpu = chosen.type == "cuda"
+        weights = shared_weights(list(paths.values()), chosen) if on_gpu or self.kernels else {}
+        library = folder / KERNEL_LIBRARY if self.kernels else None
+        stream = torch.cuda.Stream(chosen) if on_gpu and self.kernels else None
         self.sessions = {
-            name: open_session(path, chosen, weights.get(path, {}), prepack, capture=name == DECODE)
+            name: open_session(path, chosen, weights.get(path, {}), prepack, name == DECODE, library, stream)
             for name, path in paths.items()
         }
         self.graph_numbers = itertools.count(1)  # each names one captured decode step
 
     def _bind(self, cache: ModelCache, capture: bool) -> BoundPrograms:
-        return BoundOnnxPrograms(self, cache, capture)
+        return (BoundKernelGraphs if self.kernels else BoundOnnxPrograms)(self, cache, capture)
 
 
 class BoundOnnxPrograms(BoundPrograms):
@@ -108,3 +122,48 @@ class BoundOnnxPrograms(BoundPrograms):
         session, entry = self.runtime.sessions[program], self.runtime.entries[program]
         binding = bind(session, entry, arguments | past, {"logits": logits} | present)
         return BoundGraph(session, binding, number, logits, states, new_states)
+
+
+class BoundKernelGraphs(BoundOnnxPrograms):
+    """The graphs with kernels over one cache. A decode step updates all of it in place, and chooses the next tokens."""
+
+    def __init__(self, runtime: OnnxRuntime, cache: ModelCache, capture: bool) -> None:
+        super().__init__(runtime, cache, capture)
+        self._capture = capture
+        self._next_tokens = torch.zeros(2, cache.batch, dtype=torch.int64, device=runtime.device)
+        self._steps: dict[tuple[int, int], tuple[BoundGraph, Tensor, Tensor]] = {}  # by the addresses of both tensors
+
+    def run_decode(self, token_ids: Tensor) -> Tensor:
+        """Logits (B, V)."""
+        self._token_ids.copy_(token_ids)
+        return self._step(self._token_ids, self._next_tokens).logits.clone()
+
+    def run_greedy(self, token_ids: Tensor, next_tokens: Tensor) -> None:
+        """The graph itself writes `next_tokens`, and reads `token_ids` there if they are its first row."""
+        if token_ids.data_ptr() != next_tokens.data_ptr():
+            self._token_ids.copy_(token_ids)
+            token_ids = self._token_ids
+        self._step(token_ids, next_tokens)
+
+    def _step(self, token_ids: Tensor, next_tokens: Tensor) -> BoundGraph:
+        """One step on tensors whose addresses are captured at the first call with them."""
+        key = token_ids.data_ptr(), next_tokens.data_ptr()
+        if key not in self._steps:
+            number = next(self.runtime.graph_numbers) if self._capture else None
+            graph = self._bind_step(token_ids, next_tokens, number)
+            weakref.finalize(self, graph.session.release, number).atexit = False
+            self._steps[key] = graph, token_ids, next_tokens  # the binding does not keep tensors alive
+            if number is not None:
+                captured_in_place(graph.run, self.cache, [token_ids, next_tokens])
+        graph, *_ = self._steps[key]
+        graph.run()
+        return graph
+
+    def _bind_step(self, token_ids: Tensor, next_tokens: Tensor, number: int | None) -> BoundGraph:
+        size = self.cache.batch, self.runtime.config.logits_size
+        logits = torch.empty(size, dtype=torch.float32, device=self.runtime.device)
+        cache = self.runtime.named_tensors(self.cache)
+        session, entry = self.runtime.sessions[DECODE], self.runtime.entries[DECODE]
+        outputs = {"logits": logits, NEXT_TOKENS: next_tokens} | cache
+        binding = bind(session, entry, {"token_ids": token_ids} | cache, outputs)
+        return BoundGraph(session, binding, number, logits, [], [])

@@ -26,18 +26,40 @@ _MAX_NAMED = 10  # nodes in an error
 class OnnxSession:
     """A graph on a device. On CUDA it can be captured in several CUDA graphs, which `run` tells apart by number."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, device: torch.device, weights: list[Any]) -> None:
-        self.onnx, self.device = session, device
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        device: torch.device,
+        weights: list[Any],
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        """`stream`: the CUDA stream that the session was given; None where ONNX Runtime has one of its own."""
+        self.onnx, self.device, self._stream = session, device, stream
         self._weights = weights  # the session reads them and does not own them
+        self._options: dict[int | None, onnxruntime.RunOptions] = {}
 
     def run(self, binding: onnxruntime.IOBinding, graph: int | None = None) -> None:
-        """Run on bound tensors, and wait for the end. `graph`: capture under this number, or replay what it names."""
-        options = None
-        if self.device.type == "cuda":
-            options = onnxruntime.RunOptions()
-            options.add_run_config_entry("gpu_graph_id", str(-1 if graph is None else graph))
-            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a CUDA stream of its own
+        """Run on bound tensors. `graph`: capture under this number, or replay what it names.
+
+        It waits for the end, except on a CUDA stream that is known: torch's current one then waits for it.
+        """
+        if self.device.type != "cuda":
+            return self.onnx.run_with_iobinding(binding, None)
+        options = self._options.setdefault(graph, self._run_options(graph))
+        current = torch.cuda.current_stream(self.device)
+        if self._stream is None:
+            current.synchronize()
+            return self.onnx.run_with_iobinding(binding, options)
+        self._stream.wait_stream(current)
         self.onnx.run_with_iobinding(binding, options)
+        current.wait_stream(self._stream)
+
+    def _run_options(self, graph: int | None) -> onnxruntime.RunOptions:
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(-1 if graph is None else graph))
+        if self._stream is not None:
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return options
 
     def release(self, graph: int | None) -> None:
         """Free the CUDA graph that was captured under a number."""
@@ -67,33 +89,44 @@ def require_cuda(device: torch.device) -> None:
 
 
 def open_session(
-    path: Path, device: torch.device, weights: dict[str, onnxruntime.OrtValue], prepack: bool, capture: bool
+    path: Path,
+    device: torch.device,
+    weights: dict[str, onnxruntime.OrtValue],
+    prepack: bool,
+    capture: bool,
+    library: Path | None = None,
+    stream: torch.cuda.Stream | None = None,
 ) -> OnnxSession:
     """Open a graph with every node on the device. `weights`, by their names in the graph, are used without a copy.
 
+    `library` has the graph's custom operators. On CUDA the graph runs on `stream`, or on one of ONNX Runtime's own.
     RuntimeUnavailable if nodes would run elsewhere; the error names them.
     """
-    if device.type == "cpu":
-        options = _options()
-        if not prepack:  # by default every session copies the weights into an order of its own
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        return OnnxSession(_open(path, options, [CPU]), device, [])
-    options = _options()
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    options = _options(library)
     for name, value in weights.items():
         options.add_initializer(name, value)
+    if device.type == "cpu":
+        if not prepack:  # by default every session copies the weights into an order of its own
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return OnnxSession(_open(path, options, [CPU]), device, list(weights.values()))
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     cuda = {"device_id": str(device.index), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
     if capture:  # not for prefill: it has nodes on the host, which compute with sizes, and cannot be captured
         cuda["enable_cuda_graph"] = "1"
+    if stream is not None:
+        cuda["user_compute_stream"] = str(stream.cuda_stream)
     try:
         session = _open(path, options, [(CUDA, cuda)])
     except Exception as error:  # ONNX Runtime's error classes have no public names
-        raise RuntimeUnavailable(f"{path.name} does not run on CUDA alone: {error}{_elsewhere(path)}") from error
-    return OnnxSession(session, device, list(weights.values()))
+        elsewhere = "" if library else _elsewhere(path)
+        raise RuntimeUnavailable(f"{path.name} does not run on CUDA alone: {error}{elsewhere}") from error
+    return OnnxSession(session, device, list(weights.values()), stream)
 
 
-def _options() -> onnxruntime.SessionOptions:
+def _options(library: Path | None = None) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     return options
