@@ -36,6 +36,9 @@ from megalodon_export.model.ema import ComplexEMA
 from megalodon_export.runtimes import RUNTIMES, BoundPrograms, Runtime, open_runtime
 from megalodon_export.runtimes.aoti import AotiRuntime
 from megalodon_export.runtimes.eager import BoundModelPrograms, ModelRuntime
+from megalodon_export.runtimes.onnx import OnnxRuntime
+
+PLAIN_GRAPHS = "onnx-plain"  # ONNX graphs of standard operations, where "onnx" on CUDA runs those with kernels
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ def open_engine(name: str, subject: Subject) -> Runtime:
         return compile_from_config(subject)
     if name == "eager" and subject.folder is None:
         return ModelRuntime(random_model(subject))
+    if name == PLAIN_GRAPHS and subject.folder is not None:
+        return OnnxRuntime(subject.folder, bundle.read(subject.folder, check="sizes"), subject.device, kernels=False)
     if name not in RUNTIMES or subject.folder is None:
         raise ValueError(f"no runtime {name!r} to measure; there are {', '.join([*RUNTIMES, 'compile', 'kernels'])}")
     return open_runtime(name, subject.folder, bundle.read(subject.folder, check="sizes"), subject.device)
@@ -106,12 +111,19 @@ def make_bundle(subject: Subject, destination: Path, runtimes: Sequence[str]) ->
     with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
         random_model(subject).save_pretrained(scratch)
         if "aoti" not in runtimes:
-            export_onnx(Path(scratch), destination, subject.dtype, subject.max_batch)
+            export_onnx(Path(scratch), destination, subject.dtype, subject.max_batch, kernels=gpu_of(subject))
             return
         target = destination, subject.device, subject.dtype, subject.max_batch
         export_aoti(Path(scratch), *target, weight_format=subject.weight_format)
-    if "onnx" in runtimes:
-        add_onnx(destination, subject.max_batch)
+    if {"onnx", PLAIN_GRAPHS} & set(runtimes):
+        add_onnx(destination, subject.max_batch, kernels=gpu_of(subject))
+
+
+def gpu_of(subject: Subject) -> tuple[str, ...]:
+    """The architecture for which ONNX graphs with kernels are made: this GPU's."""
+    if not subject.device.startswith("cuda"):
+        return ()
+    return ("sm_{}{}".format(*torch.cuda.get_device_capability(subject.device)),)
 
 
 class CompiledRuntime(ModelRuntime):

@@ -91,6 +91,44 @@ def is_found_in_values(size: SymInt) -> bool:
     return bool(has_free_unbacked_symbols(size))
 
 
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+
+def triton_version() -> str:
+    """The version of the installed Triton."""
+    import triton
+
+    return str(triton.__version__)
+
+
+def compile_triton(
+    function: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: Sequence[str],
+    capability: int,
+    options: Mapping[str, Any],
+) -> tuple[Any, bytes, str]:
+    """Compile a @triton.jit function for a GPU that need not be here: metadata, machine code and PTX.
+
+    `types` of all parameters, "constexpr" for those in `constants`; `aligned` are multiples of 16; `capability` is 90
+    for sm_90. Triton's own launcher compiles for the GPU that is there alone.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    place = {name: (index,) for index, name in enumerate(types)}
+    source = ASTSource(
+        function,
+        dict(types),
+        {place[name]: value for name, value in constants.items()},
+        {place[name]: [["tt.divisibility", 16]] for name in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
+    return compiled.metadata, compiled.asm["cubin"], compiled.asm["ptx"]
+
+
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 

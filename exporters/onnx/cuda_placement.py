@@ -107,7 +107,9 @@ def _written_in_place(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, ir.V
         if node.op_type == "TensorScatter":
             pairs = [(0, 0)]
         elif node.domain == KERNELS_DOMAIN:
-            outputs = [line.split() for line in node.attributes["program"].as_string().splitlines() if line[:6] == "output"]
+            outputs = [
+                line.split() for line in node.attributes["program"].as_string().splitlines() if line[:6] == "output"
+            ]
             pairs = [(int(words[-1]), i) for i, words in enumerate(outputs) if words[-2] == "="]
         else:
             continue

@@ -72,9 +72,7 @@ class Translator:
         (results,) = self.stage.graph.graph.output_node().args
         outputs = {name: self.env[node] for name, node in zip(self.stage.outputs, results, strict=True)}  # type: ignore
         kept = {
-            one.name: self.env[self.inputs[one.name]]
-            for one in self.stage.inputs
-            if one.kind in ("argument", "cache")
+            one.name: self.env[self.inputs[one.name]] for one in self.stage.inputs if one.kind in ("argument", "cache")
         }
         return outputs | kept
 

@@ -1,6 +1,6 @@
 """Sizes in terms of a graph's symbols, in reverse Polish notation: the operator library evaluates them at each run.
 
-    264 // B  ->  "264,B,//"          B, the multiples of L, and whole numbers; + * // % min max
+264 // B  ->  "264,B,//"          B, the multiples of L, and whole numbers; + * // % min max
 """
 
 from __future__ import annotations
@@ -57,5 +57,3 @@ def is_multiple_of_16(expression: sympy.Expr) -> bool:
 def is_number(expression: sympy.Expr, number: int) -> bool:
     """Whether a size is this number, whatever its symbols are."""
     return bool(expression.is_Integer) and int(expression) == number
-
-

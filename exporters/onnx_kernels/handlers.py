@@ -15,11 +15,12 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import fx
 
 from ...model.kernels import backend  # noqa: F401 - defines the operators
-from ..onnx.graph_builder import MULTIPLES, Blank, Val
+from ..onnx.graph_builder import BATCH, MULTIPLES, Blank, Val
 from ..onnx.translator import Translator, handles
+from ..programs import DECODE
 from ..torch_internals import operators
 from .operation import OperationText
-from .recording import Kernel, Launch, record
+from .recording import Kernel, Launch, record, with_case
 
 DOMAIN, OPERATOR = "megalodon", "Launch"
 KERNELS = "kernels"  # key of a graph's `shared`
@@ -33,7 +34,14 @@ def recorded_kernels(t: Any) -> dict[str, Kernel]:
 
 def _launch(t: Translator, node: fx.Node, *args: Any) -> Any:
     fakes = fx.node.map_arg(node.args, lambda n: n.meta["val"])
-    operation = record(node.target, fakes, lambda size: sympy.sympify(t.size(size)))
+
+    def size(traced: Any) -> sympy.Expr:
+        return sympy.sympify(t.size(traced))
+
+    operation = record(node.target, fakes, size)
+    if t.stage.name.startswith(DECODE):
+        one_row = record(node.target, fakes, lambda traced: size(traced).subs(BATCH, 1))
+        operation = with_case(operation, one_row, BATCH)
     nodes: dict[int, fx.Node] = {}
     operands: dict[int, Any] = {}
     for source, fake, operand in zip(node.args, fakes, args, strict=True):

@@ -20,14 +20,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from ...model.kernels import PDL_CONSTEXPR
 from ..onnx_names import GPU_ARCHITECTURES
+from ..torch_internals import compile_triton, triton_version
 from .recording import Kernel
 
 PTX = "ptx"
@@ -68,25 +64,19 @@ def compile_kernel(kernel: Kernel, architecture: str) -> list[Code]:
     """
     number = int(architecture.removeprefix("sm_"))
     pdl = number >= _FIRST_WITH_PDL
-    place = {name: (index,) for index, (name, _) in enumerate(kernel.types)}
     constants = dict(kernel.constants)
     if PDL_CONSTEXPR in constants:
         constants[PDL_CONSTEXPR] = pdl
-    source = ASTSource(
-        kernel.function,
-        dict(kernel.types),
-        {place[name]: value for name, value in constants.items()},
-        {place[name]: [["tt.divisibility", 16]] for name in kernel.aligned},
+    about, machine_code, ptx = compile_triton(
+        kernel.function, dict(kernel.types), constants, kernel.aligned, number, dict(kernel.options)
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", number, 32), options=dict(kernel.options))
-    about: Any = compiled.metadata
     if getattr(about, "global_scratch_size", 0) or tuple(getattr(about, "cluster_dims", (1, 1, 1))) != (1, 1, 1):
         raise ValueError(f"{kernel.name} needs scratch memory or clusters, which the operator library does not give")
     most = _SHARED_MEMORY[number]
     if about.shared > most:
         raise ValueError(f"{kernel.name} needs {about.shared} bytes of shared memory, {architecture} has {most}")
-    facts = int(about.shared), 32 * int(about.num_warps), _pointers(kernel, compiled.asm["ptx"])
-    codes = [(architecture, compiled.asm["cubin"]), (PTX, compiled.asm["ptx"].encode() + b"\0")]
+    facts = int(about.shared), 32 * int(about.num_warps), _pointers(kernel, ptx)
+    codes = [(architecture, machine_code), (PTX, ptx.encode() + b"\0")]
     return [Code(kernel.name, about.name, name, code, *facts, pdl) for name, code in codes]
 
 
@@ -95,7 +85,7 @@ def _pointers(kernel: Kernel, ptx: str) -> int:
     declared = sum(kind != "constexpr" for _, kind in kernel.types)
     found = ptx[ptx.index(".entry") : ptx.index("{", ptx.index(".entry"))].count(".param")
     if found not in (declared, declared + 1, declared + _TRITONS_POINTERS):
-        raise ValueError(f"Triton {triton.__version__} gives {kernel.name} {found} parameters, {declared} are declared")
+        raise ValueError(f"Triton {triton_version()} gives {kernel.name} {found} parameters, {declared} are declared")
     return found - declared
 
 
@@ -109,7 +99,7 @@ def compile_kernels(
         results = list(pool.map(lambda one: compile_kernel(*one), wanted))
     codes = [code for result in results for code in result]
     kept = codes[: 2 * len(unique)] + [code for code in codes[2 * len(unique) :] if code.architecture != PTX]
-    report(f"{len(unique)} kernels compiled for {', '.join(architectures)} by Triton {triton.__version__}")
+    report(f"{len(unique)} kernels compiled for {', '.join(architectures)} by Triton {triton_version()}")
     return kept
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -92,7 +92,9 @@ class Operation:
         for place, one in enumerate(self.tensors):
             if one is tensor:
                 return place
-        raise ValueError(f"{self.name} launches a kernel on a tensor {tuple(tensor.shape)} that it neither got nor made by empty or clone")
+        raise ValueError(
+            f"{self.name} launches a kernel on a tensor {tuple(tensor.shape)} that it neither got nor made by empty or clone"
+        )
 
 
 def record(target: Any, arguments: Sequence[Any], size: Size) -> Operation:
@@ -143,9 +145,16 @@ class _Tensors(TorchDispatchMode):
 
 
 def _launch(
-    operation: Operation, function: Any, grid: tuple[Any, ...], given: tuple[Any, ...], sizes: dict[str, Any], size: Size
+    operation: Operation,
+    function: Any,
+    grid: tuple[Any, ...],
+    given: tuple[Any, ...],
+    sizes: dict[str, Any],
+    size: Size,
 ) -> Launch:
-    values = dict(zip(function.arg_names, given, strict=False)) | {n: sizes[n] for n in function.arg_names if n in sizes}
+    values = dict(zip(function.arg_names, given, strict=False)) | {
+        n: sizes[n] for n in function.arg_names if n in sizes
+    }
     types, constants, aligned, arguments = [], [], [], []
     for parameter in function.params:
         name, value = parameter.name, values[parameter.name]
@@ -175,3 +184,30 @@ def _argument(operation: Operation, value: Any, size: Size) -> tuple[str, Argume
         kind = "i64" if number.is_Integer and not -(2**31) <= int(number) < 2**31 else "i32"
         return kind, Argument(kind, number), is_multiple_of_16(number)
     return "constexpr", Argument("constexpr", value), False
+
+
+def with_case(general: Operation, special: Operation, symbol: sympy.Symbol) -> Operation:
+    """An operation that launches the kernels of `special` where a symbol is 1, and those of `general` elsewhere.
+
+    Both are recordings of one call, `special` with 1 for the symbol. A kernel whose parameters are constants is faster.
+    The grid of a launch that does not apply is empty.
+    """
+    steps: list[Copy | Launch] = []
+    for one, other in zip(general.steps, special.steps, strict=True):
+        if (
+            isinstance(one, Copy)
+            or isinstance(other, Copy)
+            or one.kernel.name == other.kernel.name
+            or any(is_number(size, 0) for size in other.grid)
+        ):
+            steps.append(one)
+        else:
+            steps.append(_guarded(other, sympy.Max(0, 2 - symbol)))
+            steps.append(_guarded(one, sympy.Min(1, symbol - 1)))
+    return replace(general, steps=steps)
+
+
+def _guarded(launch: Launch, applies: sympy.Expr) -> Launch:
+    """A launch whose grid is multiplied by 1 or 0."""
+    first, *rest = launch.grid
+    return replace(launch, grid=(sympy.Mul(first, applies, evaluate=False), *rest))

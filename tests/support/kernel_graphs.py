@@ -114,10 +114,9 @@ def run_graph(session: onnxruntime.InferenceSession, inputs: dict[str, Any], in_
 
 def main(folder: Path) -> None:
     """Print the largest differences of prefill and decode from the plain model."""
-    from support import triton_interpreter  # noqa: F401 - before the kernels
-
     from megalodon_export.exporters.onnx_names import past_name, present_name
     from megalodon_export.model import MegalodonForCausalLM, cache_layout
+    from support import triton_interpreter  # noqa: F401 - before the kernels
 
     driver = FakeDriver(folder, interpret=True)
     model = MegalodonForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -134,7 +133,9 @@ def main(folder: Path) -> None:
                 prefill = step in (0, 2)
                 arguments = {"input_ids": ids, "lengths": lengths} if prefill else {"input_ids": ids[:, step].clone()}
                 past = {past_name(n): t for n, t in zip(names, other.tensors(), strict=True)}
-                found = run_graph(sessions["prefill" if prefill else "decode"], arguments | past, in_place and not prefill)
+                found = run_graph(
+                    sessions["prefill" if prefill else "decode"], arguments | past, in_place and not prefill
+                )
                 if driver.error is not None:
                     raise driver.error
                 with torch.no_grad():
