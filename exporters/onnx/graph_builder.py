@@ -103,7 +103,7 @@ class GraphBuilder:
         weight: Callable[[str], ir.ExternalTensor],
         shared: dict[Any, Any] | None = None,
     ) -> None:
-        """`largest` values of the symbols. `shared` may be the caller's own, who finds there what nodes have in common."""
+        """`largest` values of the symbols. `shared`: a dict of the caller's, in which to keep what nodes share."""
         self.length = length_multiple * MULTIPLES  # L
         self.nodes: list[ir.Node] = []
         self.inputs: dict[str, ir.Value] = {}

@@ -43,7 +43,8 @@ def build(
 ) -> dict[str, Kernel]:
     """Write both graphs, their kernels and the operator library into `folder`; returns the kernels by name.
 
-    `files` hold the weights. ValueError for an unknown architecture or a model that the kernels do not run, CompileError without a C++ compiler.
+    `files` hold the weights. ValueError for an unknown architecture or a model that the kernels do not run,
+    CompileError without a C++ compiler.
     """
     if INTERPRETED:
         raise ValueError("TRITON_INTERPRET is set, and interpreted kernels have no machine code; unset it")

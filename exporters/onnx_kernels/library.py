@@ -1,4 +1,4 @@
-"""The operator library: built from `cpp/operators` by the C++ compiler, or the one that a caller has built elsewhere."""
+"""The operator library: built from `cpp/operators` by a C++ compiler alone."""
 
 from __future__ import annotations
 

@@ -93,7 +93,8 @@ class Operation:
             if one is tensor:
                 return place
         raise ValueError(
-            f"{self.name} launches a kernel on a tensor {tuple(tensor.shape)} that it neither got nor made by empty or clone"
+            f"{self.name} launches a kernel on a tensor {tuple(tensor.shape)}, which it neither got nor made by empty "
+            "or clone"
         )
 
 

@@ -39,11 +39,12 @@ def export_onnx(
     """Export a checkpoint's graphs for ONNX Runtime to a bundle folder, and verify them; returns its manifest.
 
     `dtype` "float32" (default), "float16" (weights, keys and values alone) or "bfloat16", which ONNX Runtime has on
-    CUDA only, so that it is exported and verified only there. `ema_prefill` is the form in which prefill evaluates the
-    EMA (default: the config's). `kernels` names GPU architectures, such as "sm_90": graphs with kernels for them are
-    written beside the plain ones, which needs Triton and a C++ compiler, and no GPU. An existing bundle at `destination` is replaced at the end, or stays as it is if
-    anything fails: CheckpointError, BundleError, CompileError, PlacementError, VerificationError, ValueError for limits,
-    dtypes or architectures that do not exist.
+    CUDA only, so that it is verified only there. `ema_prefill` is the form in which prefill evaluates the EMA (default:
+    the config's). `kernels` names GPU architectures, such as "sm_90": graphs with kernels for them are written beside
+    the plain ones. That needs Triton and a C++ compiler, and no GPU.
+    An existing bundle at `destination` is replaced at the end, or stays as it is if anything fails: CheckpointError,
+    BundleError, CompileError, PlacementError, VerificationError, ValueError for limits, dtypes or architectures that do
+    not exist.
     """
     report = report or progress(time.monotonic())
     dtype = dtype or "float32"
