@@ -89,7 +89,8 @@ class _Completion:
             self._usage.add(index, update)
             part = Choice(update.text, update.tokens, update.prompt, update.finish_reason)
             first = index not in begun
-            if not (part.text or part.reason or (part.tokens and self._fields.logprobs is not None)):
+            told = self._fields.logprobs is not None or self._fields.return_token_ids
+            if not (part.text or part.reason or (part.tokens and told)):
                 continue
             begun.add(index)
             choice = self._choice(index, part, first, offsets.get(index, 0))
@@ -111,7 +112,12 @@ class _Completion:
             text = self._service.tokenizer.decode(prompt, skip_special_tokens=False) + text
             tokens = [*(choice.prompt or map(Token, prompt)), *tokens]
         logprobs = None if self._fields.logprobs is None else self._logprobs(tokens, offset)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.reason}
+        made = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.reason}
+        if self._fields.return_token_ids:
+            made["token_ids"] = [token.id for token in choice.tokens]
+            if first:
+                made["prompt_token_ids"] = self._prompts[index // self._n]
+        return made
 
     def _logprobs(self, tokens: list[Token], offset: int) -> dict[str, Any]:
         """The legacy form: lists beside each other. The token itself is always among the top ones."""

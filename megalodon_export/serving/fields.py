@@ -88,6 +88,7 @@ class CompletionFields(ChoiceFields, kw_only=True):
 
     prompt: str | list[Any]
     echo: bool | None = None
+    return_token_ids: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
 

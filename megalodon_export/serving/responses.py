@@ -142,14 +142,17 @@ class _Response:
         body = self._body(status, [self._message(choice.text, status)])
         if choice.state is None:
             return body
-        runtime = self._service.engine.runtime
-        snapshot = choice.state.snapshot(runtime.config, choice.pending, runtime.model_id)
         try:
-            await asyncio.to_thread(self._service.responses.save, self._id, self._owner, body, snapshot)
+            await asyncio.to_thread(self._store, body, choice.state, choice.pending)
         except OSError as error:
             _LOG.warning("a response could not be stored: %s", error)
             body["store"] = False
         return body
+
+    def _store(self, body: dict[str, Any], state: StreamState, pending: int | None) -> None:
+        runtime = self._service.engine.runtime
+        snapshot = state.snapshot(runtime.config, pending, runtime.model_id)
+        self._service.responses.save(self._id, self._owner, body, snapshot)
 
     def _message(self, text: str, status: str) -> dict[str, Any]:
         head = {"id": self._item, "type": "message", "role": "assistant", "status": status}

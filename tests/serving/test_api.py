@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -227,9 +228,28 @@ def test_output_follows_a_schema(client: Client) -> None:
     ],
 )
 def test_output_follows_an_expression(client: Client, outputs: dict[str, Any], pattern: str) -> None:
-    import re
-
     answer = client.complete(prompt=TEXT, n=4, max_tokens=40, structured_outputs=outputs)
     for choice in answer["choices"]:
         assert re.fullmatch(pattern, choice["text"])
         assert choice["finish_reason"] == "stop"
+
+
+def test_token_ids_are_returned(client: Client, alone: Any) -> None:
+    """A text can be taken up again at any token, even where its bytes are no text."""
+    fields = {"max_tokens": 20, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    (choice,) = client.complete(prompt=TEXT, **fields)["choices"]
+    assert choice["prompt_token_ids"] == [*TEXT.encode()]
+    assert choice["token_ids"] == alone([*TEXT.encode()], 20)
+    streamed = client.events("/v1/completions", prompt=TEXT, **fields)[:-1]
+    assert [one for chunk in streamed for one in chunk["choices"][0]["token_ids"]] == choice["token_ids"]
+    again = client.complete(prompt=choice["prompt_token_ids"] + choice["token_ids"][:9], **{**fields, "max_tokens": 11})
+    assert again["choices"][0]["token_ids"] == choice["token_ids"][9:]
+
+
+def test_the_page_needs_nothing_from_outside(client: Client) -> None:
+    status, page, headers = client.request("GET", "/")
+    assert status == 200
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", page)
+    for used in re.findall(r'\$\("(\w+)"\)', page):
+        assert f'id="{used}"' in page
