@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..cache import ModelCache
+from ..cache import FinalCache, LayerCache, ModelCache
 from ..config import ModelConfig
 from .padding import PaddingLayout
 
@@ -29,11 +29,15 @@ class MegalodonCache(ModelCache, Cache):  # type: ignore[misc]  # both have `lay
     layer_class_to_replicate = None
     offloading = False
     record_past = False
-    padding: int | Tensor = 0
+    padding: Tensor  # () int64, from the start: an exported graph takes it and returns it, like the other tensors
     _before: list[Tensor] | None = None  # the state at the last `crop`
     _columns: int  # the columns seen until then
     _fed: list[tuple[Tensor, Tensor]]  # the columns fed since, (B, L), and which of them are tokens
     _feed: Feed
+
+    def __init__(self, layers: list[LayerCache], final: FinalCache) -> None:
+        super().__init__(layers, final)
+        self.padding = final.position.new_zeros(())
 
     def clone(self, config: ModelConfig) -> Self:
         """An independent copy."""
@@ -42,13 +46,13 @@ class MegalodonCache(ModelCache, Cache):  # type: ignore[misc]  # both have `lay
     def reset(self) -> None:
         """Make every row a fresh stream, in place."""
         super().reset()
-        self.padding = 0
+        self.padding = torch.zeros_like(self.padding)
         self.forget()
 
     def copy_(self, other: ModelCache) -> None:
         """Take over the contents of another cache of the same shapes, in place."""
         super().copy_(other)
-        self.padding = getattr(other, "padding", 0)
+        self.padding = getattr(other, "padding", torch.zeros_like(self.padding))
         self.forget()
 
     def rows(self, config: ModelConfig, index: Tensor) -> Self:
@@ -60,6 +64,11 @@ class MegalodonCache(ModelCache, Cache):  # type: ignore[misc]  # both have `lay
         return other
 
     # ---- for forward -----------------------------------------------------------------------------------------------
+
+    def fix_sizes(self) -> None:
+        """Make every size but the batch a constant of the graph that torch.export traces, as they are of the model."""
+        for tensor in self.tensors():
+            tuple(map(int, tensor.shape[1:]))
 
     def check_batch(self, batch: int) -> None:
         """ValueError unless it has as many rows as the tokens that are fed."""

@@ -103,6 +103,8 @@ class MegalodonModel(Megalodon, MegalodonPreTrainedModel):  # type: ignore[misc]
         The arguments are those of `MegalodonForCausalLM.forward`, which passes its `layout`.
         """
         tokens, cache = one_input(input_ids, inputs_embeds), one_cache(past_key_values, cache)
+        if cache is not None and torch.compiler.is_exporting():
+            cache.fix_sizes()
         if layout is None:
             layout = take_layout(tokens, attention_mask, lengths, cache, kwargs)
             refuse_others(kwargs)

@@ -170,14 +170,36 @@ def test_dynamo_exporter_takes_any_batch_and_padding(exporters: Any) -> None:
     assert torch.allclose(actual, model(token_ids, attention_mask=mask).logits, atol=1e-5)
 
 
-def test_dynamo_exporter_for_generation(exporters: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dynamic"),
+    [
+        ("Dynamo", False),
+        pytest.param("Onnx", False, marks=pytest.mark.slow),  # what these add to Dynamo's is the translation to ONNX
+        pytest.param("Onnx", True, marks=pytest.mark.slow),
+    ],
+)
+def test_exported_stages_continue_padded_prompts(exporters: Any, backend: str, dynamic: bool) -> None:
     model = make_model(torch.float32, num_layers=1)
-    exported = exporters.DynamoExporter().export_for_generation(
-        model, {"input_ids": random_tokens(1, 8)}, exporters.DynamoConfig()
-    )
+    batch = 3 if dynamic else 2
+    mask = torch.ones(batch, 8, dtype=torch.int64)
+    mask[0, :3] = mask[1:, :1] = 0
+    config = getattr(exporters, f"{backend}Config")(dynamic=dynamic)
+    inputs = {"input_ids": random_tokens(2, 8), "attention_mask": mask[:2]}
+    exported = getattr(exporters, f"{backend}Exporter")().export_for_generation(model, inputs, config)
     assert set(exported.runners) == {"prefill", "decode"}
-    assert_runs_as_eager(model, exported.runners["prefill"], random_tokens(1, 8, seed=1), 0)
-    assert_runs_as_eager(model, exported.runners["decode"], random_tokens(1, 1), 9)
+    prompts, after = random_tokens(batch, 8, seed=1), random_tokens(batch, 1, seed=2)
+    cache, eager = model.new_cache(batch), model.new_cache(batch)
+    with torch.no_grad():
+        for stage, token_ids in (("prefill", prompts), ("decode", after)):
+            out = exported.runners[stage](input_ids=token_ids, attention_mask=mask, cache=cache)
+            expected = model(token_ids, attention_mask=mask, past_key_values=eager).logits[:, -1]
+            assert torch.allclose(out.logits[:, -1], expected, atol=1e-5)
+            cache, mask = out.cache, torch.nn.functional.pad(mask, (0, 1), value=1)
+    assert cache.get_seq_length() == eager.get_seq_length() == 9
+    unpadded = exported.runners["prefill"](
+        input_ids=prompts, attention_mask=torch.ones_like(prompts), cache=model.new_cache(batch)
+    )
+    assert vars(unpadded.cache).keys() == vars(model.new_cache(batch)).keys()  # names in a graph are of these
 
 
 @pytest.mark.slow

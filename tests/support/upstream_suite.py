@@ -7,24 +7,44 @@ path. The hub is not needed. mypy and default test runs do not see the file: wit
 from __future__ import annotations
 
 import inspect
+import os
+import string
 import unittest
 import unittest.mock
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from transformers import Mamba2Config, Mamba2ForCausalLM, Mamba2Model
+from tests.generation.test_utils import GenerationTesterMixin
+from tests.test_configuration_common import ConfigTester
+from tests.test_modeling_common import ModelTesterMixin, ids_tensor
+from tests.test_pipeline_mixin import PipelineTesterMixin
+from tests.test_training_mixin import TrainingTesterMixin
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import Mamba2Config, Mamba2ForCausalLM, Mamba2Model, PreTrainedTokenizerFast
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
-from transformers_tests.generation.test_utils import GenerationTesterMixin
-from transformers_tests.test_configuration_common import ConfigTester
-from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor
-from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 from megalodon_export.model import MegalodonConfig, MegalodonForCausalLM, MegalodonModel
 
 # The suite asks these tables what a class is for; a model that lies upstream is in them.
 modeling_auto.MODEL_MAPPING_NAMES["megalodon"] = "MegalodonModel"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["megalodon"] = "MegalodonForCausalLM"
+TINY = Path(os.environ["TRANSFORMERS_TINY_MODEL_PATH"])  # where the mixin for pipelines looks for models
+
+
+def tokenizer_of_characters() -> PreTrainedTokenizerFast:
+    """A token for each printable character."""
+    tokens = ["<unk>", "<s>", *string.printable[:95]]
+    model = models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", pad_token="<unk>", model_input_names=names
+    )
 
 
 class ModelTester:
@@ -34,16 +54,14 @@ class ModelTester:
     batch_size, seq_length, vocab_size, hidden_size, num_hidden_layers = 3, 7, 99, 32, 2
     base_model_class: Any
     causal_lm_class: Any
+    get_config: Callable[[ModelTester], Any]
 
-    def __init__(self, parent: unittest.TestCase) -> None:
+    def __init__(self, parent: unittest.TestCase | None = None) -> None:
         self.parent = parent
         self.common = {
             **{"vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "num_hidden_layers": 2},
             **{f"{name}_token_id": self.vocab_size - 1 for name in ("bos", "eos", "pad")},
         }
-
-    def get_config(self) -> Any:
-        raise NotImplementedError
 
     def prepare_config_and_inputs(self) -> tuple[Any, ...]:
         input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
@@ -76,31 +94,87 @@ class Mamba2Tester(ModelTester):
         return Mamba2Config(**self.common, **sizes)
 
 
-class Mamba2Test(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
+class CommonTests(ModelTesterMixin, TrainingTesterMixin, PipelineTesterMixin):
+    """What both models run."""
+
+    has_attentions = False  # as the recurrent models upstream say of themselves
+    tester_class: type[ModelTester]
+    config_names: tuple[str, ...] = ("hidden_size", "num_hidden_layers", "vocab_size")
+    config_values: ClassVar[dict[str, int]]  # one that is not the default
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        tester = cls.tester_class
+        cls.all_model_classes = (tester.base_model_class, tester.causal_lm_class)
+        cls.pipeline_model_mapping = {
+            "feature-extraction": tester.base_model_class, "text-generation": tester.causal_lm_class
+        }  # fmt: skip
+        for model_class in cls.all_model_classes:
+            config = tester().get_config()
+            folder = TINY / config.model_type / model_class.__name__
+            model_class(config).save_pretrained(folder)
+            tokenizer_of_characters().save_pretrained(folder)
+
+    def setUp(self) -> None:
+        self.model_tester = self.tester_class(self)
+        config_class = type(self.model_tester.get_config())
+        names = list(self.config_names)
+        self.config_tester = ConfigTester(self, config_class, common_properties=names, **self.config_values)
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+    def run_pipeline_test(self, task: str, *args: Any, **kwargs: Any) -> None:
+        # Without torchvision, the test for features cannot look up whether the model is one for images.
+        table = "tests.pipelines.test_pipelines_feature_extraction.IMAGE_PROCESSOR_MAPPING"
+        with unittest.mock.patch(table, {}):
+            super().run_pipeline_test(task, *args, **kwargs)
+
+
+class Mamba2Test(CommonTests, GenerationTesterMixin, unittest.TestCase):
     """The tests that Mamba2 runs: Megalodon has to run as many."""
 
-    all_model_classes = (Mamba2Model, Mamba2ForCausalLM)
-    has_attentions = False
+    tester_class = Mamba2Tester
+    config_values: ClassVar[dict[str, int]] = {"n_groups": 4}
 
-    def setUp(self) -> None:
-        self.model_tester: ModelTester = Mamba2Tester(self)
-        self.config_tester = ConfigTester(self, config_class=Mamba2Config, common_properties=["hidden_size"])
+    # The shapes of its states, for the mixin for generation.
 
-    def test_config(self) -> None:
-        self.config_tester.run_common_tests()
+    def _get_conv_state_shape(self, batch_size: int, config: Any) -> tuple[int, ...]:
+        channels = config.expand * config.hidden_size + 2 * config.n_groups * config.state_size
+        return batch_size, channels, config.conv_kernel
+
+    def _get_recurrent_state_shape(self, batch_size: int, config: Any) -> tuple[int, ...]:
+        return batch_size, config.num_heads, config.head_dim, config.state_size
 
 
-class MegalodonTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
-    all_model_classes = (MegalodonModel, MegalodonForCausalLM)
-    has_attentions = False  # as the recurrent models upstream say of themselves
+class GenerationTests(GenerationTesterMixin):
+    """The mixin for generation, which leaves two tests out for reasons that do not hold here."""
 
-    def setUp(self) -> None:
-        self.model_tester: ModelTester = MegalodonTester(self)
-        names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
-        self.config_tester = ConfigTester(self, config_class=MegalodonConfig, common_properties=names, model_dim=32)
+    def test_left_padding_compatibility(self) -> None:
+        # It runs for models with attentions alone; what it asks for is promised here.
+        with unittest.mock.patch.object(type(self), "has_attentions", True):
+            super().test_left_padding_compatibility()
 
-    def test_config(self) -> None:
-        self.config_tester.run_common_tests()
+    def test_recurrent_layers_mask_padding_on_continued_forward(self) -> None:
+        # It runs for models whose config lists such layers.
+        prepare = self.model_tester.prepare_config_and_inputs_for_common
+
+        def with_layer_types() -> tuple[Any, dict[str, Any]]:
+            config, inputs = prepare()
+            config.layer_types = ["hybrid"] * config.num_hidden_layers
+            return config, inputs
+
+        with unittest.mock.patch.object(self.model_tester, "prepare_config_and_inputs_for_common", with_layer_types):
+            super().test_recurrent_layers_mask_padding_on_continued_forward()
+
+
+HAS_GENERATION = hasattr(GenerationTesterMixin, "test_greedy_generate")
+
+
+class MegalodonTest(CommonTests, GenerationTests if HAS_GENERATION else GenerationTesterMixin, unittest.TestCase):
+    tester_class = MegalodonTester
+    config_values: ClassVar[dict[str, int]] = {"model_dim": 32}
+    config_names = (*CommonTests.config_names, "num_attention_heads")
 
     def test_can_init_all_missing_weights(self) -> None:
         # It skips models whose config's file does not begin with a recent year of copyright, as Mamba2's does.
@@ -110,10 +184,12 @@ class MegalodonTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin
 
     # The cache is one ring of a chunk's keys and values, an EMA state and norm statistics a layer: its own layout.
 
-    def _check_past_key_values_for_generate(self, batch_size: int, cache: Any, seq_length: int, config: Any) -> None:
-        assert cache.batch_size == batch_size
-        assert cache.get_seq_length() == seq_length
-        assert {tensor.shape[0] for tensor in cache.tensors()} == {batch_size}
+    def _check_past_key_values_for_generate(
+        self, batch_size: int, past_key_values: Any, seq_length: int, config: Any
+    ) -> None:
+        assert past_key_values.batch_size == batch_size
+        assert past_key_values.get_seq_length() == seq_length
+        assert {tensor.shape[0] for tensor in past_key_values.tensors()} == {batch_size}
 
     def _check_caches_are_equal(self, one: Any, other: Any) -> None:
         assert type(one) is type(other)
