@@ -21,11 +21,13 @@ def sources() -> Path:
 
 def build_library(destination: Path, flags: tuple[str, ...] = ()) -> None:
     """Compile the operator library with $CXX or g++ or clang++; CompileError if there is none, or if it fails."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    given = os.environ.get("CXX", "").split()
+    compiler = next(filter(None, map(shutil.which, given[:1] or ("g++", "c++", "clang++"))), None)
     if compiler is None:
-        raise CompileError("the operator library needs a C++17 compiler, and there is none; install g++, or set CXX")
+        found = f"CXX names {given[0]}, which is not there" if given else "there is none"
+        raise CompileError(f"the operator library needs a C++17 compiler, and {found}; install g++, or set CXX")
     files = sorted(map(str, sources().glob("*.cpp")))
-    command = [*compiler.split(), *_FLAGS, *flags, *files, "-o", str(destination), "-ldl"]
+    command = [compiler, *given[1:], *_FLAGS, *flags, *files, "-o", str(destination), "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise CompileError(f"{compiler} does not build the operator library: {done.stderr.strip()[-2000:]}")

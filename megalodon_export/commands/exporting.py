@@ -13,6 +13,7 @@ import msgspec
 
 from ..bundles.checkpoints import default_checkpoint, default_device
 from ..bundles.manifest import DTYPES, Manifest
+from ..bundles.parity import read_parity
 from ..bundles.sentencepiece import write_tokenizer
 from ..export.aoti import add_aoti, export_aoti
 from ..export.onnx import add_onnx, export_onnx
@@ -103,6 +104,9 @@ def _print_exported(args: argparse.Namespace, folder: Path, manifest: Manifest) 
         print(json.dumps(msgspec.to_builtins(facts)))
         return
     devices = ", ".join(target.device for target in targets.values())
-    print(f"{folder}: {total:,} bytes, {manifest.dtype}, {devices}; programs equal to the eager model")
+    parity = read_parity(folder, manifest) or {"results": []}
+    checked = targets.keys() <= {row["runtime"] for row in parity["results"]}
+    said = "programs equal to the eager model" if checked else "verify it on a GPU: megalodon-export verify"
+    print(f"{folder}: {total:,} bytes, {manifest.dtype}, {devices}; {said}")
     name = shlex.quote(str(folder) if folder.parts[0][:1] != "-" else f"./{folder}")
     print(f'next: megalodon-export generate {name} --prompt "In the beginning"')

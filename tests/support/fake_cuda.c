@@ -23,14 +23,16 @@ typedef void (*Callback)(const char* kernel, const unsigned* grid, unsigned thre
 
 static Callback callback;
 static int capability = 90, has_context = 1, failing_launch, copies;
+static char contexts[1000], *context_now = contexts;
 
 void fake_reset(Callback given, int gpu, int context, int launch_error) {
   callback = given, capability = gpu, has_context = context, failing_launch = launch_error, copies = 0;
+  context_now++; /* another context, in which no kernel is loaded */
 }
 int fake_copies(void) { return copies; }
 
 int cuInit(unsigned flags) { return flags ? 1 : 0; }
-int cuCtxGetCurrent(void** context) { return *context = has_context ? &callback : NULL, 0; }
+int cuCtxGetCurrent(void** context) { return *context = has_context ? context_now : NULL, 0; }
 int cuCtxGetDevice(int* device) { return *device = 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   (void)device;
