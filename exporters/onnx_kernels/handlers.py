@@ -33,7 +33,7 @@ def recorded_kernels(t: Any) -> dict[str, Kernel]:
 
 
 def _launch(t: Translator, node: fx.Node, *args: Any) -> Any:
-    fakes = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+    fakes: Any = fx.node.map_arg(node.args, lambda n: n.meta["val"])
 
     def size(traced: Any) -> sympy.Expr:
         return sympy.sympify(t.size(traced))
