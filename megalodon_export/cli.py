@@ -18,6 +18,7 @@ _COMMANDS = {
     "eval": "measuring:evaluate",
     "lm-eval": "harness:lm_eval",
     "bench": "measuring:bench",
+    "bench-serve": "serving:bench_serve",
     "verify": "inspecting:verify",
     "inspect": "inspecting:inspect",
     "doctor": "checking:doctor",

@@ -55,7 +55,20 @@ def parser() -> argparse.ArgumentParser:
         "--threads", type=integer(1, 1024), help="CPU threads (default: 1 for weights under 32 MB, else all cores)"
     )
     commands = whole.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_aoti, _onnx, _convert, _generate, _serve, _eval, _lm_eval, _verify, _inspect, _bench, _doctor):
+    for add in (
+        _aoti,
+        _onnx,
+        _convert,
+        _generate,
+        _serve,
+        _eval,
+        _lm_eval,
+        _verify,
+        _inspect,
+        _bench,
+        _bench_serve,
+        _doctor,
+    ):
         add(commands)
     return whole
 
@@ -277,6 +290,24 @@ def _bench(commands: Any) -> None:
     )
     command.add_argument("--tokens", type=integer(1, 2**20), default=64, help="decode steps to time (default 64)")
     command.add_argument("--prompt-tokens", type=integer(1, 2**20), default=512, help="prefill length (default 512)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _bench_serve(commands: Any) -> None:
+    about = "send load to a running server; print time to first token, inter-token latency, throughput and hits"
+    command = _command(commands, "bench-serve", about)
+    command.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="default http://127.0.0.1:8000")
+    whole: dict[str, tuple[int, int, str]] = {
+        "--clients": (1, 8, "requests at the same time"),
+        "--requests": (1, 64, "of all clients together"),
+        "--prompt-tokens": (1, 128, "of each prompt, drawn at random"),
+        "--shared-tokens": (0, 0, "of them the same in all prompts, at their beginning"),
+        "--max-tokens": (1, 64, "that each request generates"),
+        "--seed": (0, 0, "of the prompts"),
+    }
+    for option, (least, default, what) in whole.items():
+        command.add_argument(option, type=integer(least, 2**31), default=default, help=f"{what} (default {default})")
+    command.add_argument("--api-key-file", type=Path, metavar="FILE", help="its first line is sent as the key")
     command.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -1,13 +1,15 @@
-"""`serve`: answer OpenAI's clients over HTTP."""
+"""`serve`: answer OpenAI's clients over HTTP. `bench-serve`: send load to such a server."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
 
 from ..bundles.checkpoints import default_checkpoint, default_device
+from ..serving.load import Load, measure, table
 from .threads import set_threads
 
 
@@ -52,6 +54,16 @@ def serve(args: argparse.Namespace) -> None:
             limits=limits,
         )
     )
+
+
+def bench_serve(args: argparse.Namespace) -> None:
+    """Measure a running server."""
+    key = None
+    if args.api_key_file is not None:
+        key = args.api_key_file.read_text(encoding="utf-8").splitlines()[0].strip()
+    counts = (args.clients, args.requests, args.prompt_tokens, args.shared_tokens, args.max_tokens)
+    report = measure(Load(args.url, *counts, seed=args.seed, key=key))
+    print(json.dumps(report) if args.json else table(report))
 
 
 def _default_bundle(device: str | None) -> Path:
