@@ -25,6 +25,8 @@ WORDS = re.compile(r"\b(the|and|of|shall|LORD|unto|that|his)\b")
 
 # Not run, by how a command begins. All but the last two kinds are parsed by the command's own argument parser.
 PARSED = {
+    "megalodon-export serve": "runs until a signal ends it",
+    "megalodon-export bench-serve": "needs a running server",
     "python benchmarks/": "needs a GPU, a large model, or minutes",
     "megalodon-export aoti --weight-format": "another export, which tests/model/test_quantized.py makes",
 }
