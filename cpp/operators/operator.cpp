@@ -48,6 +48,7 @@ std::string Operator::attribute(const ort::KernelInfo* info, const char* name) c
 
 void Operator::run(ort::KernelContext* context) const {
   Run run;
+  run.needs_barrier = program_->barrier;
   check(ort::call<ort::Status*>(api_, ort::kKernelContextGetGpuComputeStream,
                                 static_cast<const ort::KernelContext*>(context), &run.stream));
   read_inputs(context, run);
@@ -149,7 +150,7 @@ void Operator::make_outputs(ort::KernelContext* context, Run& run) const {
 void Operator::copy(Run& run, void* destination, const void* source, size_t bytes) const {
   if (destination == source || bytes == 0) return;
   Driver::get().copy(destination, source, bytes, run.stream);
-  run.after_copy = true;
+  run.needs_barrier = true;
 }
 
 void Operator::launch(Run& run, const Step& step, const LoadedKernel& kernel) const {
@@ -189,11 +190,11 @@ void Operator::launch(Run& run, const Step& step, const LoadedKernel& kernel) co
   LaunchAttribute pdl{kProgrammaticStreamSerialization, 0, {}};
   pdl.value.flag = 1;
   config.attributes = &pdl;
-  config.attribute_count = kernel.pdl && !run.after_copy ? 1 : 0;
+  config.attribute_count = kernel.pdl && !run.needs_barrier ? 1 : 0;
   config.shared_bytes = kernel.shared_bytes;
   config.stream = run.stream;
   Driver::get().launch(config, kernel.function, addresses.data(), step.kernel);
-  run.after_copy = false;
+  run.needs_barrier = false;
 }
 
 }  // namespace megalodon

@@ -24,7 +24,7 @@ class Operator {
     std::vector<std::vector<int64_t>> input_shapes;
     std::vector<int64_t> symbols;
     void* stream = nullptr;
-    bool after_copy = false;
+    bool needs_barrier = false;  // the next kernel may not start before all in front of it has ended
   };
 
   std::string attribute(const ort::KernelInfo* info, const char* name) const;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <sstream>
 
 #include "refusal.hpp"
@@ -122,6 +123,8 @@ void Program::read_line(const std::string& line) {
   const std::string kind = words.empty() ? "" : words[0];
   if (kind == "operation" && words.size() == 2) {
     name = words[1];
+  } else if (kind == "barrier" && words.size() == 1) {
+    barrier = true;
   } else if (kind == "size" && words.size() == 5) {
     symbol_names.push_back(words[1]);
     symbols.push_back({index_of(words[2]), index_of(words[3]), whole(words[4])});
@@ -175,8 +178,9 @@ Argument Program::read_argument(const std::string& word) const {
   } else if (word.rfind("f:", 0) == 0) {
     char* end = nullptr;
     argument.kind = Argument::kFloat;
-    argument.number = std::strtof(rest.c_str(), &end);
-    if (rest.empty() || *end != '\0') refuse("the number " + rest);
+    const auto bits = static_cast<uint32_t>(std::strtoul(rest.c_str(), &end, 16));
+    if (rest.size() != 8 || *end != '\0') refuse("the number " + rest);
+    std::memcpy(&argument.number, &bits, sizeof bits);
   } else {
     argument.tensor = read_place(word);
   }

@@ -2,15 +2,16 @@
 // node's attribute `program` (exporters/onnx_kernels/operation.py writes it).
 //
 //   operation ema_step
+//   barrier                                       its first kernel waits for the end of all before it; optional
 //   size B 0 0 1                                  B is dimension 0 of input 0, divided by 1
 //   input x bfloat16 B 192                        name, dtype and shape
 //   output norm_mean float32 B 8 = 2              begins as input 2; both may be one buffer
 //   output x_norm bfloat16 B 192
 //   copy i2 o3                                    output 3 begins as a copy of input 2
-//   launch megalodon_ema_step.ac9f297a0686 B 8 1 i0 i1 o0 n:B f:0x1.4f8b58p-17
+//   launch megalodon_ema_step.ac9f297a0686 B 8 1 i0 i1 o0 n:B f:3727c5ac
 //
 // Sizes are in reverse Polish notation: "264,B,//" is 264 / B. Arguments of a launch are tensors (i0, o0), 32-bit and
-// 64-bit integers (n:, l:) and floats (f:).
+// 64-bit integers (n:, l:) and the bits of float32 numbers (f:).
 #pragma once
 
 #include <cstdint>
@@ -70,6 +71,7 @@ struct Program {
   explicit Program(const std::string& text);
 
   std::string name;
+  bool barrier = false;
   std::vector<std::string> symbol_names;
   std::vector<Symbol> symbols;
   std::vector<Tensor> inputs, outputs;

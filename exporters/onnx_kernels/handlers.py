@@ -53,7 +53,10 @@ def _launch(t: Translator, node: fx.Node, *args: Any) -> Any:
     recorded_kernels(t.graph).update({s.kernel.name: s.kernel for s in operation.steps if isinstance(s, Launch)})
     outputs = _outputs(t, text)
     inputs = [t.graph.value(operands[place]) for place in text.inputs]
-    attributes = {"operation": operation.name, "program": text.program()}
+    # A run's first kernel: the one before it may be of an earlier run, and later kernels read what that has written
+    # before they wait for their own predecessor.
+    barrier = all(value.producer() is None for value in inputs)
+    attributes = {"operation": operation.name, "program": text.program(barrier)}
     t.graph.add(ir.node(OPERATOR, inputs, attributes, domain=DOMAIN, outputs=[val.value for val in outputs]))
     made = dict(zip(text.outputs, outputs, strict=True))
     for place in operation.written:

@@ -7,6 +7,7 @@ other node reads, so that ONNX Runtime allocates them.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -36,9 +37,9 @@ class OperationText:
         """The sizes of a tensor in terms of the graph's symbols."""
         return [sympy.sympify(self.size(one)) for one in tensor.shape]
 
-    def program(self) -> str:
-        """The text."""
-        lines = [f"operation {self.operation.name}", *self._symbols()]
+    def program(self, barrier: bool) -> str:
+        """The text. `barrier`: the first kernel starts when everything before the run's first node has ended."""
+        lines = [f"operation {self.operation.name}", *["barrier"] * barrier, *self._symbols()]
         for place in self.inputs:
             lines.append(f"input {self._tensor(place)}")
         for place in self.outputs:
@@ -75,5 +76,5 @@ class OperationText:
         if argument.kind == "tensor":
             return self._place(argument.value)
         if argument.kind == "fp32":
-            return f"f:{float(argument.value).hex()}"
+            return f"f:{struct.pack('>f', argument.value).hex()}"
         return f"{_LETTERS[argument.kind]}:{to_text(argument.value)}"

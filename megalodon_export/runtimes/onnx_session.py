@@ -45,7 +45,9 @@ class OnnxSession:
         """
         if self.device.type != "cuda":
             return self.onnx.run_with_iobinding(binding, None)
-        options = self._options.setdefault(graph, self._run_options(graph))
+        if graph not in self._options:
+            self._options[graph] = self._run_options(graph)
+        options = self._options[graph]
         current = torch.cuda.current_stream(self.device)
         if self._stream is None:
             current.synchronize()
