@@ -34,6 +34,8 @@ from . import MAX_GEMV_BATCH
 
 _MAX_GEMV_BATCH = tl.constexpr(MAX_GEMV_BATCH)  # kernels read globals that are constexpr, no others
 
+TRITON_VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
 # Whether kernels are interpreted (TRITON_INTERPRET=1). Without this flag, interpreted kernels would go through
 # wrap_triton, which accepts compiled kernels only.
 INTERPRETED = triton.knobs.runtime.interpret

@@ -15,10 +15,15 @@ from support.kernel_operations import OPERATIONS, largest_difference
 def test_interpreted_operators_equal_their_references(
     interpreted_kernels: dict[str, list[float]], operation: str
 ) -> None:
-    assert max(interpreted_kernels[operation]) < BOUNDS["float32"]
+    assert max(interpreted_kernels[operation]) < bound(operation)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_compiled_operators_equal_their_references(operation: str) -> None:
-    assert largest_difference(operation, "cuda") < BOUNDS["float32"]
+    assert largest_difference(operation, "cuda") < bound(operation)
+
+
+def bound(operation: str) -> float:
+    """Of a relative difference: results in bfloat16 may be two roundings apart."""
+    return 2**-6 if operation.endswith("in bfloat16") else BOUNDS["float32"]

@@ -4,7 +4,8 @@
     TRITON_INTERPRET=1 python -m support.kernel_operations [OPERATION ...]      prints each largest difference
     python -m support.kernel_operations --cuda [OPERATION ...]
 
-A difference is relative to the largest number of a tensor, and counts results and tensors that change in place.
+A difference is relative to the largest number of a tensor, and counts results and tensors that change in place. Where
+an operator's name says so, its results are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ def integers(*values: int) -> Tensor:
     return torch.tensor(values)
 
 
-def layer(features: int, columns: int, weights: str = "float") -> tuple[Tensor, Tensor | None, Tensor]:
-    """Weight as stored, scales and bias of a linear layer."""
-    bias = random(features)
+def layer(
+    features: int, columns: int, weights: str = "float", group: int = 4, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weight as stored, scales and bias of a linear layer; int4 in groups of so many columns."""
+    bias = random(features).to(dtype)
     if weights == "float":
-        return random(features, columns), None, bias
-    groups, limit = (1, 128) if weights == "int8" else (columns // 4, 8)
+        return random(features, columns).to(dtype), None, bias
+    groups, limit = (1, 128) if weights == "int8" else (columns // group, 8)
     values = torch.randint(-limit, limit, (features, columns), generator=_generator)
     return values.to(torch.int8) if weights == "int8" else pack(values), random(features, groups).abs() / limit, bias
 
@@ -85,6 +88,26 @@ def linear(batch: int, weights: str = "float") -> tuple[Any, ...]:
 def up_projection(batch: int, weights: str = "float") -> tuple[Any, ...]:
     """With SwiGLU."""
     return random(batch, D), random(D), random(D), *layer(F, D, weights), *layer(F, D, weights), EPS, torch.float32
+
+
+def linear_bfloat16(batch: int, weights: str, features: int, columns: int, group: int = 32) -> tuple[Any, ...]:
+    """x in bfloat16, whose weights go straight into the registers of tensor cores; the result stays in float32."""
+    alpha, first, second = random(features), random(batch, features), random(batch, features)
+    x, layers = random(batch, columns).bfloat16(), layer(features, columns, weights, group, torch.bfloat16)
+    return x, *layers, alpha, first, second, torch.float32
+
+
+def project_bfloat16(batch: int, weights: str) -> tuple[Any, ...]:
+    """`project` likewise; r and v are rounded to bfloat16."""
+    layers = [t for features in (Z, E, 64, E) for t in layer(features, 64, weights, 16, torch.bfloat16)]
+    inputs = random(batch, 64).bfloat16(), random(batch, 64).bfloat16(), random(batch, 4).abs() * 64
+    return *inputs, torch.arange(batch) * 7, *layers, random(batch, H, C, E // H).bfloat16(), EPS
+
+
+def up_projection_bfloat16(batch: int, weights: str) -> tuple[Any, ...]:
+    """`up_projection` likewise, with SwiGLU; the norm's result and the hidden layer are rounded to bfloat16."""
+    layers = [t for _ in range(2) for t in layer(F, 64, weights, 32, torch.bfloat16)]
+    return random(batch, 64), random(64).bfloat16(), random(64).bfloat16(), *layers, EPS, torch.bfloat16
 
 
 def final_norm(hf_statistics: bool = False) -> tuple[Any, ...]:
@@ -134,8 +157,22 @@ OPERATIONS: dict[str, tuple[str, list[Callable[[], tuple[Any, ...]]]]] = {
     "ema_step": ("decode.ema", [ema_step, partial(ema_step, True)]),
     "project": ("decode.projections", [partial(project, 3, "int4"), partial(project, 5)]),
     "attend": ("decode.attention", [attend]),
-    "linear": ("decode.linear", [partial(linear, b, w) for b in (3, 5) for w in ("float", "int8", "int4")]),
+    "linear": (
+        "decode.linear",
+        [partial(linear, b, w) for b in (3, 5) for w in ("float", "int8", "int4")]
+        + [partial(linear_bfloat16, b, w, 40, 96, 16) for b in (1, 2, 9, 17, 40) for w in ("float", "int8", "int4")]
+        + [partial(linear_bfloat16, b, w, 48, 320) for b in (8, 33) for w in ("float", "int8", "int4")]
+        + [partial(linear_bfloat16, 3, "int4", 16, 512, 128), partial(linear_bfloat16, 3, "float", 20, 100)],
+    ),
     "up_projection": ("decode.up_projection", [partial(up_projection, 3), partial(up_projection, 5, "int8")]),
+    "project in bfloat16": (
+        "decode.projections",
+        [partial(project_bfloat16, b, w) for b, w in ((2, "float"), (9, "int4"), (17, "int8"))],
+    ),
+    "up_projection in bfloat16": (
+        "decode.up_projection",
+        [partial(up_projection_bfloat16, b, w) for b, w in ((9, "float"), (1, "int8"), (2, "int4"))],
+    ),
     "final_norm": ("decode.final_norm", [final_norm, partial(final_norm, True)]),
     "argmax": ("decode.argmax", [argmax]),
     "timestep_norm": ("prefill.norms", [timestep_norm, partial(timestep_norm, True)]),
@@ -148,6 +185,7 @@ OPERATIONS: dict[str, tuple[str, list[Callable[[], tuple[Any, ...]]]]] = {
 def largest_difference(name: str, device: str = "cpu") -> float:
     """Largest difference of an operator from its reference, over its cases."""
     where, cases = OPERATIONS[name]
+    name = name.removesuffix(" in bfloat16")
     module = import_module(f"megalodon_export.model.kernels.{where}")
     operator, reference = getattr(module, name), getattr(module, f"{name}_reference")
     worst = 0.0

@@ -2,8 +2,8 @@
 
     y = first + second + alpha * (x W^T + bias)
 
-The kernels are `gemv.py: megalodon_linear_gemv` and `gemm.py: megalodon_linear_gemm`. Their grids are multiplied by
-`path_factors`, so one of them is empty.
+The kernels are `gemv.py: megalodon_linear_gemv` and `gemm.py: megalodon_linear_gemm`, launched for several ranges of
+the batch: all grids but one are empty.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ..launch import launch, next_power_of_2, supports_pdl
-from .gemm import batch_tiles, feature_tiles, megalodon_linear_gemm, path_factors, split_k_tile_sizes
+from .gemm import batch_tiles, feature_tiles, gemm_launches, megalodon_linear_gemm, use_gemv
 from .gemv import gemv_reference, gemv_tile_sizes, megalodon_linear_gemv, min_columns
 from .weights import storage_format, stored_columns
 
@@ -56,7 +56,6 @@ def linear(
     batch, columns = x.shape
     features = weight.shape[0]
     y = x.new_empty(batch, features, dtype=dtype)
-    use_gemv, use_gemm = path_factors(batch)
     tensors = (x, weight, *(x if t is None else t for t in (scale, bias, alpha, first, second)), y, batch)
     given = {"BIAS": bias, "ALPHA": alpha, "FIRST": first, "SECOND": second}
     sizes = {"OUT": features, "K": columns, **{name: t is not None for name, t in given.items()}}
@@ -66,8 +65,9 @@ def linear(
     rest = stored_columns(columns, sizes) - head
     least = min_columns(weight, shape["num_warps"]) if shape["FEATURES"] > 2 else 1  # see `gemv_tile_sizes`
     tail = {"HEAD": head, "TAIL_P": max(next_power_of_2(rest), least) if rest else 0}
-    launch(megalodon_linear_gemv, (feature_tiles(features, shape) * use_gemv,))(*tensors, **sizes, **tail, **shape)
-    shape = split_k_tile_sizes(features, x, sizes["BITS"])
-    grid = (feature_tiles(features, shape) * use_gemm, batch_tiles(batch, shape))
-    launch(megalodon_linear_gemm, grid)(*tensors, **sizes, **shape)
+    grid = (feature_tiles(features, shape) * use_gemv(batch, x, weight, scale),)
+    launch(megalodon_linear_gemv, grid)(*tensors, **sizes, **tail, **shape)
+    for use, shape in gemm_launches(batch, features, x, weight, scale):
+        grid = (feature_tiles(features, shape) * use, batch_tiles(batch, shape))
+        launch(megalodon_linear_gemm, grid)(*tensors, **sizes, **shape)
     return y

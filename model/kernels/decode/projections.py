@@ -18,7 +18,7 @@ from torch.library import triton_op
 
 from ..elementwise import rsqrt, silu
 from ..launch import grid_dependency_wait, launch, launch_dependents, next_power_of_2, supports_pdl
-from .gemm import batch_tiles, feature_tiles, gemm_tile, gemm_tile_sizes, path_factors
+from .gemm import batch_tiles, feature_tiles, gemm_launches, gemm_product, use_gemv
 from .gemv import gemv_reference, gemv_tile, gemv_tile_sizes, load_weight_tile
 from .weights import load_output_features, storage_format, stored_columns
 
@@ -85,7 +85,6 @@ def project(
     z = x_norm.new_empty(batch, z_dim, dtype=torch.float32)
     h = x_norm.new_empty(batch, dim, dtype=torch.float32)
     r = x_norm.new_empty(batch, value_dim)
-    use_gemv, use_gemm = path_factors(batch)
     weights = [x_norm if t is None else t for t in (wz, sz, bz, wr, sr, br, wh1, sh1, bh1, wv, sv, bv)]
     tensors = (x_norm, scaled, squares, position, *weights, z, r, h, value, batch, eps)
     sizes = {"D": dim, "Z": z_dim, "E": value_dim, "H": heads, "C": chunk, "PARTIALS": squares.shape[1]}
@@ -95,10 +94,11 @@ def project(
     shape = gemv_tile_sizes(wz, dim, 4, 2)
     tiles = sum(feature_tiles(n, shape) for n in outputs)
     width = next_power_of_2(stored_columns(dim, sizes))
-    launch(megalodon_project_gemv, (tiles * use_gemv,))(*tensors, **sizes, WIDTH=width, **shape)
-    shape = gemm_tile_sizes(sum(outputs), x_norm, sizes["BITS"])
-    tiles = sum(feature_tiles(n, shape) for n in outputs)
-    launch(megalodon_project_gemm, (tiles * use_gemm, batch_tiles(batch, shape)))(*tensors, **sizes, **shape)
+    grid = (tiles * use_gemv(batch, x_norm, wz, sz),)
+    launch(megalodon_project_gemv, grid)(*tensors, **sizes, WIDTH=width, **shape)
+    for use, shape in gemm_launches(batch, sum(outputs), x_norm, wz, sz):
+        tiles = sum(feature_tiles(n, shape) for n in outputs)
+        launch(megalodon_project_gemm, (tiles * use, batch_tiles(batch, shape)))(*tensors, **sizes, **shape)
     return z, r, h
 
 
@@ -177,7 +177,7 @@ def megalodon_project_gemv(
 
 @triton.jit
 def rms_factors(squares_ptr, b, B, eps, D: tl.constexpr, PARTIALS: tl.constexpr, PARTIALS_P: tl.constexpr):
-    """1 / sqrt(mean square + eps) of rows b (BATCH_TILE) of the batch, from squares (B, PARTIALS)."""
+    """1 / sqrt(mean square + eps) of rows b (ROWS) of the batch, from squares (B, PARTIALS)."""
     partial = tl.arange(0, PARTIALS_P)
     ok = (b < B)[:, None] & (partial < PARTIALS)[None, :]
     total = tl.sum(tl.load(squares_ptr + b[:, None] * PARTIALS + partial[None, :], mask=ok, other=0.0), 1)
@@ -187,18 +187,20 @@ def rms_factors(squares_ptr, b, B, eps, D: tl.constexpr, PARTIALS: tl.constexpr,
 @triton.jit
 def rms_norm_gemm(
     weight_ptr, scale_ptr, bias_ptr, x_ptr, squares_ptr,
-    b, feature, B, eps,
+    first_feature, first_row, B, eps,
     OUT: tl.constexpr, D: tl.constexpr, PARTIALS: tl.constexpr, PARTIALS_P: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr,
-    BATCH_TILE: tl.constexpr, FEATURES: tl.constexpr, K_TILE: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, K_TILE: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+    FRAGMENTS: tl.constexpr, IEEE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """RMSNorm(rows b) times a weight (OUT, D), plus bias: (BATCH_TILE, FEATURES) float32 in registers."""
-    factor = rms_factors(squares_ptr, b, B, eps, D, PARTIALS, PARTIALS_P)
-    y = gemm_tile(
-        x_ptr, weight_ptr, scale_ptr, b, feature, B,
-        OUT, D, BITS, GROUP, BATCH_TILE, FEATURES, K_TILE, STAGES, IEEE,
+    """RMSNorm(ROWS rows from first_row on) times a weight (OUT, D), plus bias: (FEATURES, ROWS) float32."""
+    y = gemm_product(
+        x_ptr, weight_ptr, scale_ptr, first_feature, first_row, B,
+        OUT, D, BITS, GROUP, ROWS, FEATURES, K_TILE, SPLIT_K, STAGES, FRAGMENTS, IEEE, PDL,
     )  # fmt: skip
-    return y * factor[:, None] + load_output_features(bias_ptr, feature, OUT)[None, :]
+    factor = rms_factors(squares_ptr, first_row + tl.arange(0, ROWS), B, eps, D, PARTIALS, PARTIALS_P)
+    bias = load_output_features(bias_ptr, first_feature + tl.arange(0, FEATURES), OUT)
+    return y * factor[None, :] + bias[:, None]
 
 
 @triton.jit
@@ -209,52 +211,56 @@ def megalodon_project_gemm(
     B, eps,
     D: tl.constexpr, Z: tl.constexpr, E: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
     PARTIALS: tl.constexpr, PARTIALS_P: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    BATCH_TILE: tl.constexpr, FEATURES: tl.constexpr, K_TILE: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
-    PDL: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, K_TILE: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+    FRAGMENTS: tl.constexpr, IEEE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BATCH_TILE rows of the batch times FEATURES output features of one of wv, wr, wh1, wz, on the tensor cores.
+    """ROWS rows of the batch times FEATURES output features of one of wv, wr, wh1, wz, on the tensor cores.
 
     In and out: the tensors of `megalodon_project_gemv`. Grid: (the sum over the four weights of ceil(features /
-    FEATURES), in the order v, r, h1, z; ceil(B / BATCH_TILE)). The tile of sums stays in registers.
+    FEATURES), in the order v, r, h1, z; ceil(B / ROWS)). The tile of sums stays in registers.
     The next kernel is `megalodon_attend`, which fills a GPU, so there is no `launch_dependents`.
     """
     tile = tl.program_id(0)
-    b = tl.program_id(1) * BATCH_TILE + tl.arange(0, BATCH_TILE)
+    first_row = tl.program_id(1) * ROWS
+    b = first_row + tl.arange(0, ROWS)
     E_TILES: tl.constexpr = (E + FEATURES - 1) // FEATURES
     D_TILES: tl.constexpr = (D + FEATURES - 1) // FEATURES
-    b_ok = (b < B)[:, None]
-    grid_dependency_wait(PDL)
+    b_ok = (b < B)[None, :]
     if tile < E_TILES:
-        feature = tile * FEATURES + tl.arange(0, FEATURES)
-        v = gemm_tile(
-            x_norm_ptr, wv_ptr, sv_ptr, b, feature, B,
-            E, D, BITS, GROUP, BATCH_TILE, FEATURES, K_TILE, STAGES, IEEE,
+        first = tile * FEATURES
+        v = gemm_product(
+            x_norm_ptr, wv_ptr, sv_ptr, first, first_row, B,
+            E, D, BITS, GROUP, ROWS, FEATURES, K_TILE, SPLIT_K, STAGES, FRAGMENTS, IEEE, PDL,
         )  # fmt: skip
-        v = silu(v + load_output_features(bv_ptr, feature, E)[None, :])
+        feature = first + tl.arange(0, FEATURES)
+        v = silu(v + load_output_features(bv_ptr, feature, E)[:, None])
         slot = tl.load(position_ptr + b, mask=b < B, other=0) % C
         DV: tl.constexpr = E // H
-        head = (b[:, None] * H + (feature // DV)[None, :]).to(tl.int64)
-        at = (head * C + slot[:, None]) * DV + (feature % DV)[None, :]
-        tl.store(value_ptr + at, v.to(value_ptr.dtype.element_ty), mask=b_ok & (feature < E)[None, :])
+        head = (b[None, :] * H + (feature // DV)[:, None]).to(tl.int64)
+        at = (head * C + slot[None, :]) * DV + (feature % DV)[:, None]
+        tl.store(value_ptr + at, v.to(value_ptr.dtype.element_ty), mask=b_ok & (feature < E)[:, None])
     elif tile < 2 * E_TILES:
-        feature = (tile - E_TILES) * FEATURES + tl.arange(0, FEATURES)
+        first = (tile - E_TILES) * FEATURES
         r = silu(rms_norm_gemm(
-            wr_ptr, sr_ptr, br_ptr, scaled_ptr, squares_ptr, b, feature, B, eps, E, D, PARTIALS, PARTIALS_P,
-            BITS, GROUP, BATCH_TILE, FEATURES, K_TILE, STAGES, IEEE,
+            wr_ptr, sr_ptr, br_ptr, scaled_ptr, squares_ptr, first, first_row, B, eps, E, D, PARTIALS, PARTIALS_P,
+            BITS, GROUP, ROWS, FEATURES, K_TILE, SPLIT_K, STAGES, FRAGMENTS, IEEE, PDL,
         ))  # fmt: skip
-        at = b[:, None] * E + feature[None, :]
-        tl.store(r_ptr + at, r.to(r_ptr.dtype.element_ty), mask=b_ok & (feature < E)[None, :])
+        feature = first + tl.arange(0, FEATURES)
+        at = (b * E)[None, :] + feature[:, None]
+        tl.store(r_ptr + at, r.to(r_ptr.dtype.element_ty), mask=b_ok & (feature < E)[:, None])
     elif tile < 2 * E_TILES + D_TILES:
-        feature = (tile - 2 * E_TILES) * FEATURES + tl.arange(0, FEATURES)
+        first = (tile - 2 * E_TILES) * FEATURES
         h = rms_norm_gemm(
-            wh_ptr, sh_ptr, bh_ptr, scaled_ptr, squares_ptr, b, feature, B, eps, D, D, PARTIALS, PARTIALS_P,
-            BITS, GROUP, BATCH_TILE, FEATURES, K_TILE, STAGES, IEEE,
+            wh_ptr, sh_ptr, bh_ptr, scaled_ptr, squares_ptr, first, first_row, B, eps, D, D, PARTIALS, PARTIALS_P,
+            BITS, GROUP, ROWS, FEATURES, K_TILE, SPLIT_K, STAGES, FRAGMENTS, IEEE, PDL,
         )  # fmt: skip
-        tl.store(h_ptr + b[:, None] * D + feature[None, :], h, mask=b_ok & (feature < D)[None, :])
+        feature = first + tl.arange(0, FEATURES)
+        tl.store(h_ptr + (b * D)[None, :] + feature[:, None], h, mask=b_ok & (feature < D)[:, None])
     else:
-        feature = (tile - 2 * E_TILES - D_TILES) * FEATURES + tl.arange(0, FEATURES)
+        first = (tile - 2 * E_TILES - D_TILES) * FEATURES
         z = rms_norm_gemm(
-            wz_ptr, sz_ptr, bz_ptr, scaled_ptr, squares_ptr, b, feature, B, eps, Z, D, PARTIALS, PARTIALS_P,
-            BITS, GROUP, BATCH_TILE, FEATURES, K_TILE, STAGES, IEEE,
+            wz_ptr, sz_ptr, bz_ptr, scaled_ptr, squares_ptr, first, first_row, B, eps, Z, D, PARTIALS, PARTIALS_P,
+            BITS, GROUP, ROWS, FEATURES, K_TILE, SPLIT_K, STAGES, FRAGMENTS, IEEE, PDL,
         )  # fmt: skip
-        tl.store(z_ptr + b[:, None] * Z + feature[None, :], z, mask=b_ok & (feature < Z)[None, :])
+        feature = first + tl.arange(0, FEATURES)
+        tl.store(z_ptr + (b * Z)[None, :] + feature[:, None], z, mask=b_ok & (feature < Z)[:, None])

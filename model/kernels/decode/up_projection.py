@@ -18,7 +18,7 @@ from torch.library import triton_op
 from ..elementwise import silu
 from ..launch import grid_dependency_wait, launch, launch_dependents, next_power_of_2, supports_pdl
 from ..layer_norm import layer_norm, load_scale_and_shift, megalodon_layer_norm
-from .gemm import batch_tiles, feature_tiles, gemm_tile, gemm_tile_sizes, path_factors
+from .gemm import batch_tiles, feature_tiles, gemm_launches, gemm_product, use_gemv
 from .gemv import gemv_reference, gemv_registers, gemv_tile, gemv_tile_sizes, load_weight_tile
 from .weights import load_output_features, storage_format, stored_columns
 
@@ -69,26 +69,26 @@ def up_projection(
     features = w1.shape[0]
     hidden, normed = h.new_empty(batch, features, dtype=dtype), h.new_empty(batch, dim, dtype=dtype)
     affine, pdl = norm_weight is not None and norm_bias is not None, supports_pdl(h)
-    use_gemv, use_gemm = path_factors(batch)
+    gemv = use_gemv(batch, normed, w1, s1)
     norm = [h if t is None else t for t in (norm_weight, norm_bias)]
     weights = [h if t is None else t for t in (w1, s1, b1, w3, s3, b3)]
     sizes = {"F": features, "D": dim, "BIAS": b1 is not None, "SWIGLU": w3 is not None, "PDL": pdl}
     sizes |= storage_format(w1, s1, dim)
-    normalise_first = 1 if sizes["BITS"] == 4 else use_gemm
+    normalise_first = 1 if sizes["BITS"] == 4 else 1 - gemv
     launch(megalodon_layer_norm, (batch * normalise_first,))(
         *(h, h, h, *norm, normed, eps), D=dim, D_P=next_power_of_2(dim), AFFINE=affine, SUM=False, PDL=pdl, num_warps=4
     )
     shape = gemv_tile_sizes(w1, dim, 8 if dim <= 1024 else 4, 4)
-    launch(megalodon_up_projection_gemv, (feature_tiles(features, shape) * use_gemv,))(
+    launch(megalodon_up_projection_gemv, (feature_tiles(features, shape) * gemv,))(
         *(normed if sizes["BITS"] == 4 else h, *norm, *weights, hidden, batch, eps),
         **sizes,
         WIDTH=next_power_of_2(stored_columns(dim, sizes)),
         AFFINE=affine,
         **shape,
     )
-    shape = gemm_tile_sizes(features, normed, sizes["BITS"])
-    grid = (feature_tiles(features, shape) * use_gemm, batch_tiles(batch, shape))
-    launch(megalodon_up_projection_gemm, grid)(*(normed, *weights, hidden, batch), **sizes, **shape)
+    for use, shape in gemm_launches(batch, features, normed, w1, s1):
+        grid = (feature_tiles(features, shape) * use, batch_tiles(batch, shape))
+        launch(megalodon_up_projection_gemm, grid)(*(normed, *weights, hidden, batch), **sizes, **shape)
     return hidden
 
 
@@ -146,32 +146,31 @@ def megalodon_up_projection_gemm(
     B,
     F: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, SWIGLU: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr,
-    BATCH_TILE: tl.constexpr, FEATURES: tl.constexpr, K_TILE: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
-    PDL: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, K_TILE: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+    FRAGMENTS: tl.constexpr, IEEE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """hidden = silu(fc1(x)), times fc3(x) with SWIGLU, on the tensor cores; x is already normalised.
 
     In: x (B, D); fc1 and fc3 as weight (F, D), scales, bias (F). Out: hidden (B, F).
-    Grid: (ceil(F / FEATURES), ceil(B / BATCH_TILE)). Both tiles of sums stay in registers.
+    Grid: (ceil(F / FEATURES), ceil(B / ROWS)). Both tiles of sums stay in registers.
     """
     launch_dependents(PDL)
-    feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
-    b = tl.program_id(1) * BATCH_TILE + tl.arange(0, BATCH_TILE)
-    grid_dependency_wait(PDL)
-    y = gemm_tile(
-        x_ptr, w1_ptr, s1_ptr, b, feature, B,
-        F, D, BITS, GROUP, BATCH_TILE, FEATURES, K_TILE, STAGES, IEEE,
+    first_feature, first_row = tl.program_id(0) * FEATURES, tl.program_id(1) * ROWS
+    y = gemm_product(
+        x_ptr, w1_ptr, s1_ptr, first_feature, first_row, B,
+        F, D, BITS, GROUP, ROWS, FEATURES, K_TILE, SPLIT_K, STAGES, FRAGMENTS, IEEE, PDL,
     )  # fmt: skip
+    feature, b = first_feature + tl.arange(0, FEATURES), first_row + tl.arange(0, ROWS)
     if BIAS:
-        y += load_output_features(b1_ptr, feature, F)[None, :]
+        y += load_output_features(b1_ptr, feature, F)[:, None]
     y = silu(y)
     if SWIGLU:
-        gate = gemm_tile(
-            x_ptr, w3_ptr, s3_ptr, b, feature, B,
-            F, D, BITS, GROUP, BATCH_TILE, FEATURES, K_TILE, STAGES, IEEE,
+        gate = gemm_product(
+            x_ptr, w3_ptr, s3_ptr, first_feature, first_row, B,
+            F, D, BITS, GROUP, ROWS, FEATURES, K_TILE, SPLIT_K, STAGES, FRAGMENTS, IEEE, PDL,
         )  # fmt: skip
         if BIAS:
-            gate += load_output_features(b3_ptr, feature, F)[None, :]
+            gate += load_output_features(b3_ptr, feature, F)[:, None]
         y *= gate
-    at = b[:, None] * F + feature[None, :]
-    tl.store(hidden_ptr + at, y.to(hidden_ptr.dtype.element_ty), mask=(b < B)[:, None] & (feature < F)[None, :])
+    at = (b * F)[None, :] + feature[:, None]
+    tl.store(hidden_ptr + at, y.to(hidden_ptr.dtype.element_ty), mask=(b < B)[None, :] & (feature < F)[:, None])

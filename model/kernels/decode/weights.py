@@ -18,9 +18,43 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from ...quantized import unpack
+from ..launch import INTERPRETED
 
+_INTERPRETED = tl.constexpr(INTERPRETED)  # the interpreter has no inline assembly
 _EXPONENT = tl.constexpr(0x4B000000)  # the float32 2^23, whose lowest mantissa bits count ones
 _TWO_POW_23 = tl.constexpr(2.0**23)
+# Four int8 of a word as bfloat16, exactly. The low 7 bits of a byte are the mantissa of 128 + low; the sign bit makes
+# 128 or 256, which is subtracted.
+_FOUR_BYTES = tl.constexpr("""{
+.reg .b32 low, sign, a, b, minus_one;
+mov.b32 minus_one, 0xBF80BF80;
+and.b32 low, $2, 0x7f7f7f7f;
+and.b32 sign, $2, 0x80808080;
+prmt.b32 a, low, 0x43434343, 0x4140;
+prmt.b32 b, sign, 0x43434343, 0x4140;
+fma.rn.bf16x2 $0, b, minus_one, a;
+prmt.b32 a, low, 0x43434343, 0x4342;
+prmt.b32 b, sign, 0x43434343, 0x4342;
+fma.rn.bf16x2 $1, b, minus_one, a;
+}""")
+# The low and the high 4 bits of a word's bytes as bfloat16, exactly. 4 bits v are the mantissa of 128 + v, from which
+# 136 is subtracted: int4 is stored plus 8.
+_EIGHT_NIBBLES = tl.constexpr("""{
+.reg .b32 low, high, a, one, offset;
+mov.b32 one, 0x3F803F80;
+mov.b32 offset, 0xC308C308;
+and.b32 low, $4, 0x0f0f0f0f;
+shr.u32 high, $4, 4;
+and.b32 high, high, 0x0f0f0f0f;
+prmt.b32 a, low, 0x43434343, 0x4140;
+fma.rn.bf16x2 $0, a, one, offset;
+prmt.b32 a, low, 0x43434343, 0x4342;
+fma.rn.bf16x2 $1, a, one, offset;
+prmt.b32 a, high, 0x43434343, 0x4140;
+fma.rn.bf16x2 $2, a, one, offset;
+prmt.b32 a, high, 0x43434343, 0x4342;
+fma.rn.bf16x2 $3, a, one, offset;
+}""")
 
 
 def linear_tensors(layer: nn.Module | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -65,6 +99,74 @@ def weight_to_float(weight):
 
 
 @triton.jit
+def weight_as(weight, dtype: tl.constexpr):
+    """Floats and int8 as `dtype`, exactly for int8."""
+    if weight.dtype == tl.int8 and dtype == tl.bfloat16 and not _INTERPRETED:
+        converted = tl.inline_asm_elementwise(_FOUR_BYTES, "=r,=r,r", [weight], dtype=tl.bfloat16, is_pure=True, pack=4)
+    elif weight.dtype == tl.int8:
+        converted = weight_to_float(weight).to(dtype)
+    else:
+        converted = weight.to(dtype)
+    return converted
+
+
+@triton.jit
 def load_output_features(vector_ptr, feature, OUT: tl.constexpr):
     """A vector (OUT) of output features, such as a bias or int8's scales, at some of them, float32."""
     return tl.load(vector_ptr + feature, mask=feature < OUT, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def two_floats(words):
+    """int32 (...) -> (..., 2) bfloat16: the low half of each word, then the high one."""
+    low = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def _byte(words, INDEX: tl.constexpr):
+    """One of the four bytes of each word, with its sign."""
+    return (words << (24 - 8 * INDEX)) >> 24
+
+
+@triton.jit
+def four_bytes(words):
+    """Four int8 of each word as bfloat16, (...) -> (..., 4)."""
+    if _INTERPRETED:
+        even, odd = tl.join(_byte(words, 0), _byte(words, 2)), tl.join(_byte(words, 1), _byte(words, 3))
+        four = tl.join(even, odd).to(tl.float32).to(tl.bfloat16)
+    else:
+        first, second = tl.inline_asm_elementwise(
+            _FOUR_BYTES, "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        four = two_floats(tl.join(first, second))
+    return four
+
+
+@triton.jit
+def _nibble(words, INDEX: tl.constexpr, SHIFT: tl.constexpr):
+    """4 bits of one of the four bytes of each word, less the 8 that was added when they were packed."""
+    return ((words >> (8 * INDEX + SHIFT)) & 15) - 8
+
+
+@triton.jit
+def _four_nibbles(words, SHIFT: tl.constexpr):
+    even = tl.join(_nibble(words, 0, SHIFT), _nibble(words, 2, SHIFT))
+    odd = tl.join(_nibble(words, 1, SHIFT), _nibble(words, 3, SHIFT))
+    return tl.join(even, odd).to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
+def eight_nibbles(words):
+    """The low and the high 4 bits of the four bytes of each word as bfloat16, 2 x (..., 4)."""
+    if _INTERPRETED:
+        low, high = _four_nibbles(words, 0), _four_nibbles(words, 4)
+    else:
+        low_first, low_second, high_first, high_second = tl.inline_asm_elementwise(
+            _EIGHT_NIBBLES, "=r,=r,=r,=r,r", [words],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        low = two_floats(tl.join(low_first, low_second))
+        high = two_floats(tl.join(high_first, high_second))
+    return low, high
