@@ -20,7 +20,7 @@ from ..quantized import QuantizedLinear
 
 KERNEL_PREFIX = "megalodon_"  # of every kernel's name: in a captured CUDA graph it marks kernels that call PDL's wait
 PDL_CONSTEXPR = "PDL"  # the kernels' constant that switches programmatic dependent launch on
-MAX_GEMV_BATCH = 4  # rows of a batch up to which a decode step takes the GEMV path; above, the GEMM path
+MAX_EARLY_BATCH = 4  # rows of a batch up to which attention's grid leaves room for kernels that launch early
 
 
 def use_kernels(model: nn.Module, enabled: bool = True) -> None:

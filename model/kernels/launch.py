@@ -14,7 +14,7 @@ kernel writes, such as weights, before that call, while the earlier kernel still
 
 With PDL, a kernel that launches early is placed on SMs that still have free resources and leaves others idle. Grids
 that fill half of a GPU or more lose time by that. The kernels in front of such a grid leave `launch_dependents` out,
-or call `launch_dependents_if_gemv`.
+or call `launch_dependents_if_small`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from . import MAX_GEMV_BATCH
+from . import MAX_EARLY_BATCH
 
-_MAX_GEMV_BATCH = tl.constexpr(MAX_GEMV_BATCH)  # kernels read globals that are constexpr, no others
+_MAX_EARLY_BATCH = tl.constexpr(MAX_EARLY_BATCH)  # kernels read globals that are constexpr, no others
 
 TRITON_VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
@@ -95,10 +95,10 @@ def launch_dependents(PDL: tl.constexpr):
 
 
 @triton.jit
-def launch_dependents_if_gemv(batch, PDL: tl.constexpr):
-    """`launch_dependents` if the step takes the GEMV path, whose kernels do not fill a GPU."""
+def launch_dependents_if_small(batch, PDL: tl.constexpr):
+    """`launch_dependents` for a small batch, whose attention does not fill a GPU."""
     if PDL:  # noqa: SIM102 - decided when it is compiled
-        if batch <= _MAX_GEMV_BATCH:
+        if batch <= _MAX_EARLY_BATCH:
             tl.extra.cuda.gdc_launch_dependents()
 
 

@@ -10,14 +10,23 @@
     final_norm.py        final_norm      TimestepNorm; the position moves on
     argmax.py            argmax          the most probable token of each row
 
-`layer.py` chains a layer's operators. `linear`, `project` and `up_projection` each have two kernels: one of the
-GEMV path for up to MAX_GEMV_BATCH rows, one of the GEMM path above. `gemv.py` and `gemm.py` hold what the kernels of a
-path share, and the two kernels of `linear`. Weights may be floats, int8 or int4
-(`weights.py`). Every module holds its reference in plain PyTorch (`*_reference`), its kernels (`megalodon_*`) and its
-launch, a torch operator with the reference's signature.
+`layer.py` chains a layer's operators. `linear`, `project` and `up_projection` each have two kernels: one of the GEMV
+path and one of the GEMM path, which run for these batches:
+
+    x           weights     GEMV      GEMM, `fragments.py`    GEMM, tiles in shared memory
+    bfloat16    bfloat16    1         2 to 16                 17 and more
+    bfloat16    int8                  1 to 16                 17 and more
+    bfloat16    int4                  all
+    float32     any         1 to 4                            5 and more
+
+Sizes that do not fit `fragments.py` (rows of less than whole 16 bytes) take the paths of float32. `gemv.py`, `gemm.py`
+and `fragments.py` hold what the kernels of a path share. Weights may be floats, int8 or int4 (`weights.py`). Every
+module holds its reference in plain PyTorch (`*_reference`), its kernels (`megalodon_*`) and its launch, a torch
+operator with the reference's signature.
 
 Rules of these kernels:
-- They are batch-invariant: rows of a batch never meet, and every sum has one order.
+- They are batch-invariant: rows of a batch never meet, and every sum has one order. Between the batches 1, 2 to 8, 9 to
+  16 and 17 (int4: 17 and more), orders differ.
 - Issue all loads that follow `grid_dependency_wait` before the first reduction: the reduction's barrier blocks
   reordering, and every further trip to memory shows in the step's time.
 - Letters are those of the model: B rows of the batch, D features, H heads, C slots of the ring, Z, E = H dv, F hidden

@@ -22,7 +22,7 @@ from ..elementwise import rsqrt
 from ..launch import (
     grid_dependency_wait,
     launch,
-    launch_dependents_if_gemv,
+    launch_dependents_if_small,
     next_power_of_2,
     supports_pdl,
 )
@@ -169,7 +169,7 @@ def megalodon_attend(
     Out: partial (B H splits, DV) float32, the weighted values; statistics (B H splits, 2): largest score, sum of exp.
     Grid: (ceil(DV / DV_BLOCK) splits, H, B). q, the sums and the next block of slots stay in registers.
     """
-    launch_dependents_if_gemv(tl.num_programs(2), PDL)
+    launch_dependents_if_small(tl.num_programs(2), PDL)
     DV_BLOCKS: tl.constexpr = (DV + DV_BLOCK - 1) // DV_BLOCK
     dv_block = tl.program_id(0) % DV_BLOCKS
     split = tl.program_id(0) // DV_BLOCKS
@@ -229,7 +229,7 @@ def megalodon_combine_splits(
     In: partial (B H splits, DV), statistics (B H splits, 2) float32 of `megalodon_attend`; r (B, H DV).
     Out: gated (B, H DV). Grid: (ceil(DV / DV_BLOCK), H, B). All splits of DV_BLOCK features stay in registers.
     """
-    launch_dependents_if_gemv(tl.num_programs(2), PDL)
+    launch_dependents_if_small(tl.num_programs(2), PDL)
     head_row = tl.program_id(2).to(tl.int64) * H + tl.program_id(1)
     feature = tl.program_id(0) * DV_BLOCK + tl.arange(0, DV_BLOCK)
     feature_ok = feature < DV

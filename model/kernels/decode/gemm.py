@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import MAX_GEMV_BATCH
 from ..launch import grid_dependency_wait, launch_dependents
 from .fragments import fragment_product, fragment_sizes, fragments_fit, grouped_fragment_product
 from .weights import integer_to_float, load_output_features, storage_format, weight_as
 
+_MAX_GEMV_BATCH = 4  # where weights do not go straight into registers
 _WIDE_FEATURES = 4096  # a weight with so many output features makes tiles enough to fill a GPU without SPLIT_K
 _INTEGER_WIDE_FEATURES = 8192  # the same for int8, whose tiles take less time
 
@@ -35,7 +35,7 @@ def max_gemv_batch(x: Tensor, weight: Tensor, scale: Tensor | None) -> int:
     path is faster from two rows on, and with integers from one row on.
     """
     if not _takes_fragments(x, weight, scale):
-        return MAX_GEMV_BATCH
+        return _MAX_GEMV_BATCH
     return 1 if scale is None else 0
 
 

@@ -1,4 +1,4 @@
-"""The GEMV path of a decode step: a weight times one vector, for each row of a batch of up to MAX_GEMV_BATCH.
+"""The GEMV path of a decode step: a weight times one vector, for each row of a small batch (`gemm.py: use_gemv`).
 
 A Triton program holds some output features of the weight in registers and multiplies them by every row's vector, one
 row after the other. The weight is read once. For one row this is the fastest form; every further row adds its latency,

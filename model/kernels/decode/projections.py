@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ..elementwise import rsqrt, silu
-from ..launch import grid_dependency_wait, launch, launch_dependents, next_power_of_2, supports_pdl
+from ..launch import (
+    grid_dependency_wait,
+    launch,
+    launch_dependents,
+    launch_dependents_if_small,
+    next_power_of_2,
+    supports_pdl,
+)
 from .gemm import batch_tiles, feature_tiles, gemm_launches, gemm_product, use_gemv
 from .gemv import gemv_reference, gemv_tile, gemv_tile_sizes, load_weight_tile
 from .weights import load_output_features, storage_format, stored_columns
@@ -218,8 +225,9 @@ def megalodon_project_gemm(
 
     In and out: the tensors of `megalodon_project_gemv`. Grid: (the sum over the four weights of ceil(features /
     FEATURES), in the order v, r, h1, z; ceil(B / ROWS)). The tile of sums stays in registers.
-    The next kernel is `megalodon_attend`, which fills a GPU, so there is no `launch_dependents`.
+    The next kernel is `megalodon_attend`, which fills a GPU from some rows on.
     """
+    launch_dependents_if_small(B, PDL)
     tile = tl.program_id(0)
     first_row = tl.program_id(1) * ROWS
     b = first_row + tl.arange(0, ROWS)
