@@ -122,7 +122,7 @@ def write_ring(ring: Tensor, new: Tensor, plan: PrefillPlan) -> None:
 
 def attend_step(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, position: Tensor) -> Tensor:
     """Attention of one token: q, k (B, H, dz), v (B, H, dv) -> (B, H, dv). Its slots of the rings are written first."""
-    chunk = cache.key.shape[2]
+    chunk = cache.slots
     rows = torch.arange(q.shape[0], device=q.device)
     slot = position % chunk
     for ring, new in ((cache.key, k), (cache.value, v)):

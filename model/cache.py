@@ -40,6 +40,11 @@ class LayerCache:
     norm_mean: Tensor = tensor_field("B G", "float32", "running mean of the layer's TimestepNorm")
     norm_var: Tensor = tensor_field("B G", "float32", "running variance of the layer's TimestepNorm", fill=1.0)
 
+    @property
+    def slots(self) -> int:
+        """Slots of each of the two rings."""
+        return self.key.shape[2]
+
     def tensors(self) -> list[Tensor]:
         """The tensors in the order of the layout; not copies."""
         return [getattr(self, f.name) for f in fields(self)]
@@ -67,6 +72,9 @@ class FinalCache:
         """Replace the statistics, in place; not part of the autograd graph."""
         self.norm_mean.copy_(norm_mean.detach())
         self.norm_var.copy_(norm_var.detach())
+
+
+RING_DIM = "C"  # of the slots of a ring; a tensor without it is a state
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ def dimension_sizes(config: ModelConfig) -> dict[str, int]:
     """The size of each letter of the layout in a model, all but B, the batch: {"H": 1, "C": 2048, "dz": 256 ...}."""
     return {
         "H": config.num_heads,
-        "C": config.max_cache_len or config.chunk_size,  # an unbounded ring grows from a chunk
+        RING_DIM: config.max_cache_len or config.chunk_size,  # an unbounded ring grows from a chunk
         "dz": config.z_head_dim,
         "dv": config.value_head_dim,
         "D": config.model_dim,
@@ -180,11 +188,11 @@ class ModelCache:
         A decode step writes slot `position mod C` of each before it reads it, so running the step again from the same
         states writes the same values.
         """
-        return [tensor for tensor, f in self._fields() if "C" in f.metadata["dims"]]
+        return [tensor for tensor, f in self._fields() if RING_DIM in f.metadata["dims"]]
 
     def states(self) -> list[Tensor]:
         """Everything but the rings. These tensors are small, and a decode step replaces them whole."""
-        return [tensor for tensor, f in self._fields() if "C" not in f.metadata["dims"]]
+        return [tensor for tensor, f in self._fields() if RING_DIM not in f.metadata["dims"]]
 
     def _fields(self) -> Iterator[tuple[Tensor, Field[Any]]]:
         parts: list[LayerCache | FinalCache] = [*self.layers, self.final]
@@ -203,7 +211,7 @@ class ModelCache:
     @property
     def slots(self) -> int:
         """Slots of each ring: a chunk's tokens, unless the model's attention reaches beyond the chunk."""
-        return self.layers[0].key.shape[2]
+        return self.layers[0].slots
 
     def clone(self, config: ModelConfig) -> Self:
         """An independent copy."""

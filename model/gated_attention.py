@@ -52,11 +52,17 @@ class GatedAttention(nn.Module):
     def forward(self, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None) -> Tensor:
         """New tokens: x (B, L, D) -> x + h (B, L, D). The layer's cache is updated in place."""
         x_norm, y, norm, ema = self.recurrence(x, plan, *self.states(x, cache))
-        m, q, k, v = self.project(x_norm, compact(y), rotary)  # one copy of y here, not one in each product
-        out = self.gate(x, m, self.attend(q, k, v, plan, cache))
+        out = self.behind_recurrence(x, x_norm, y, plan, rotary, cache)
         if cache is not None:
             cache.store_states(*norm, ema)
         return out
+
+    def behind_recurrence(
+        self, x: Tensor, x_norm: Tensor, y: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None
+    ) -> Tensor:
+        """x + h (B, L, D) from what `recurrence` gives; attention alone looks at other tokens, and fills the rings."""
+        m, q, k, v = self.project(x_norm, compact(y), rotary)  # one copy of y here, not one in each product
+        return self.gate(x, m, self.attend(q, k, v, plan, cache))
 
     def step(self, x: Tensor, position: Tensor, rotary: Rotary, cache: LayerCache) -> Tensor:
         """One token of each row: x (B, D) -> x + h (B, D). The layer's cache is updated in place."""

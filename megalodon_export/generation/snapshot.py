@@ -23,10 +23,10 @@ from torch import Tensor
 from ..bundles.files import write_whole
 from ..exporters.programs import dtype_name
 from ..model import CacheTensor, ModelCache, ModelConfig, cache_layout, dimension_sizes
+from ..model.cache import RING_DIM
 from . import snapshot_file
 
 _MAX_POSITION = 2**53 - 1  # the largest whole number that every JSON reader and float64 hold exactly
-_RING_DIM = "C"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Snapshot:
                     f"{tensor.name} of the snapshot is {dtype_name(found)}, expected {dtype_name(expected)}; "
                     "take it again"
                 )
-        self._check_values(layout, sizes[_RING_DIM])
+        self._check_values(layout, sizes[RING_DIM])
         if self.pending is not None and (type(self.pending) is not int or not 0 <= self.pending < config.vocab_size):
             raise ValueError(
                 f"the snapshot's pending token is {self.pending!r}, expected none or a token id in "
@@ -77,7 +77,7 @@ class Snapshot:
         """Put the state, which `check` has accepted, into a cache of one stream."""
         position = int(self.tensors["final.position"][0])
         for layout, tensor in zip(cache_layout(config), cache.tensors(), strict=True):
-            if _RING_DIM in layout.dims:
+            if RING_DIM in layout.dims:
                 tensor.fill_(layout.fill)
         for name, tensor in _filled_slots(config, cache, position):
             tensor.copy_(self.tensors[name].detach())
@@ -132,8 +132,8 @@ class Snapshot:
             raise ValueError(
                 f"final.position of the snapshot is {position}, expected 0..{_MAX_POSITION}; take it again"
             )
-        for tensor in (t for t in layout if _RING_DIM in t.dims):
-            found = self.tensors[tensor.name].shape[tensor.dims.index(_RING_DIM)]
+        for tensor in (t for t in layout if RING_DIM in t.dims):
+            found = self.tensors[tensor.name].shape[tensor.dims.index(RING_DIM)]
             if found != position % slots:
                 raise ValueError(
                     f"{tensor.name} of the snapshot has {found} slots, expected {position % slots} of {slots} at "
@@ -153,8 +153,8 @@ def copy_state(config: ModelConfig, source: ModelCache, target: ModelCache) -> N
 def _filled_slots(config: ModelConfig, cache: ModelCache, position: int) -> Iterator[tuple[str, Tensor]]:
     """Views of a cache's tensors, by name: of rings the slots that are filled at a position."""
     for layout, tensor in zip(cache_layout(config), cache.tensors(), strict=True):
-        if _RING_DIM in layout.dims:
-            yield layout.name, tensor.narrow(layout.dims.index(_RING_DIM), 0, position % cache.slots)
+        if RING_DIM in layout.dims:
+            yield layout.name, tensor.narrow(layout.dims.index(RING_DIM), 0, position % cache.slots)
         else:
             yield layout.name, tensor
 
@@ -169,12 +169,12 @@ def _check_shape(layout: CacheTensor, tensor: Tensor, sizes: dict[str, int]) -> 
         raise ValueError(f"{layout.name} of the snapshot is no tensor of values; take it again")
     shape, found = list(layout.shape(sizes, 1)), list(tensor.shape)
     right = len(found) == len(shape) and all(
-        size < expected if dim == _RING_DIM else size == expected
+        size < expected if dim == RING_DIM else size == expected
         for dim, size, expected in zip(layout.dims, found, shape, strict=True)
     )
     if not right:
         wanted = ", ".join(
-            f"0..{size - 1}" if dim == _RING_DIM else str(size) for dim, size in zip(layout.dims, shape, strict=True)
+            f"0..{size - 1}" if dim == RING_DIM else str(size) for dim, size in zip(layout.dims, shape, strict=True)
         )
         raise ValueError(f"{layout.name} of the snapshot has the shape {found}, expected [{wanted}]; take it again")
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..model import MegalodonLM, ModelConfig, QuantizedLinear, cache_layout, dimension_sizes
+from ..model.cache import RING_DIM
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def decode_bytes(config: ModelConfig, dtype: torch.dtype, batch: int, visible: f
     sizes, slot, states = dimension_sizes(config), 0, 0  # bytes of a row
     for tensor in cache_layout(config):
         size = tensor.torch_dtype(dtype).itemsize * torch.Size(tensor.shape(sizes, 1)).numel()
-        if "C" in tensor.dims:
+        if RING_DIM in tensor.dims:
             slot += size // config.chunk_size
         else:
             states += size

@@ -31,7 +31,7 @@ class CapturedStep:
         states = [*cache.states(), *others]
         before = [tensor.clone() for tensor in states]
         rows = torch.arange(cache.batch, device=device)
-        slots = cache.position % cache.rings()[0].shape[2]
+        slots = cache.position % cache.slots
         overwritten = [ring[rows, :, slots] for ring in cache.rings()]  # not whole rings, which may fill the memory
         cuda_stream = torch.cuda.Stream(device)
         cuda_stream.wait_stream(torch.cuda.current_stream(device))

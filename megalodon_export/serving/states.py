@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..generation.snapshot import Snapshot
 from ..model import ModelCache, ModelConfig, cache_layout
+from ..model.cache import RING_DIM
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class StateCopier:
     """Copies states into rows of caches of one model, and out of them."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self._ring_dims = [t.dims.index("C") if "C" in t.dims else None for t in cache_layout(config)]
+        self._ring_dims = [t.dims.index(RING_DIM) if RING_DIM in t.dims else None for t in cache_layout(config)]
 
     def take(self, cache: ModelCache, row: int, position: int, logits: Tensor | None = None) -> StreamState:
         """A copy of a row, whose stream has been fed `position` tokens."""

@@ -52,7 +52,7 @@ class WindowedAttention(GatedAttention):
             return super().attend(q, k, v, plan, cache)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, d)
         length = q.shape[2]
-        ring_time = _ring_time(plan, cache.key.shape[2], length)
+        ring_time = _ring_time(plan, cache.slots, length)
         starts = range(0, length, self.chunk)
         out = [self._attend_block(q, k, v, plan, cache, ring_time, start) for start in starts]
         write_ring(cache.key, k.detach(), plan)
@@ -110,7 +110,7 @@ class WindowedModel(MegalodonModel):
 def reserve(cache: ModelCache, tokens: int) -> None:
     """Give every ring room for `tokens` tokens, by at least half as much again."""
     for layer in cache.layers:
-        slots = layer.key.shape[2]
+        slots = layer.slots
         if slots < tokens:
             more = max(tokens, slots + slots // 2) - slots
             layer.key, layer.value = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (layer.key, layer.value))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from ..blocking import compact, first
+from ..blocking import first
 from ..blocks import MegalodonBlock
 from ..loss import IGNORED, cross_entropy
 from ..norm import NormState
@@ -87,9 +87,7 @@ def _layer_forward(
     *norm_state, ema = state.receive(attn, initial, x, attn.timenorm, attn.cema)
     x_norm, y, norm, ema = attn.recurrence(x, plan, NormState(*norm_state), ema)
     y = state.send(attn, y, (*norm, ema))
-    m, q, k, v = attn.project(x_norm, compact(y), rotary)
-    h = attn.gate(x, m, attn.attend(q, k, v, plan, None))
-    return layer.ffn(h, x)  # type: ignore[no-any-return]
+    return layer.ffn(attn.behind_recurrence(x, x_norm, y, plan, rotary, None), x)  # type: ignore[no-any-return]
 
 
 _METHOD = "sequence_parallel_forward"
