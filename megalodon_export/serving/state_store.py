@@ -109,15 +109,21 @@ class StateStore:
             self._lower(oldest, level + 1)
 
     def _unplace(self, kept: Kept) -> None:
+        """Take a state off its level, and its file off the disk."""
         if self._levels[kept.level].pop(id(kept), None) is not None:
             self.used[kept.level] -= kept.size
+        self._remove_file(kept)
+
+    @staticmethod
+    def _remove_file(kept: Kept) -> None:
         if kept.file is not None:
             with contextlib.suppress(OSError):
                 kept.file.unlink()
             kept.file = None
 
-    @staticmethod
-    def _drop(kept: Kept) -> None:
+    def _drop(self, kept: Kept) -> None:
+        """Forget a state that is on no level."""
+        self._remove_file(kept)
         kept.state = None
         kept.drop()
 

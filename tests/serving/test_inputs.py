@@ -43,6 +43,7 @@ COMPLETION: dict[str, dict[str, Any]] = {
     "logprobs as bool": {"prompt": "a", "logprobs": True},
     "penalty": {"prompt": "a", "presence_penalty": 2.5},
     "repetition": {"prompt": "a", "repetition_penalty": 0},
+    "tiny repetition": {"prompt": "a", "repetition_penalty": 5e-324},
     "bias key": {"prompt": "a", "logit_bias": {"x": 1}},
     "bias id": {"prompt": "a", "logit_bias": {"257": 1}},
     "bias id of digits": {"prompt": "a", "logit_bias": {"²": 1}},
