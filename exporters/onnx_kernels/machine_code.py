@@ -48,6 +48,10 @@ class Code:
     pdl: bool
 
 
+class NoRoomError(ValueError):
+    """A kernel needs more shared memory than a GPU has; the text says how much."""
+
+
 def check_architectures(names: Sequence[str]) -> tuple[str, ...]:
     """The names in ascending order; ValueError for one that is unknown, or for none."""
     unknown = [name for name in names if name not in GPU_ARCHITECTURES]
@@ -60,7 +64,7 @@ def check_architectures(names: Sequence[str]) -> tuple[str, ...]:
 def compile_kernel(kernel: Kernel, architecture: str) -> list[Code]:
     """A kernel's machine code for an architecture, and the PTX on the way to it.
 
-    ValueError if it needs more shared memory than such a GPU has.
+    NoRoomError if it needs more shared memory than such a GPU has.
     """
     number = int(architecture.removeprefix("sm_"))
     pdl = number >= _FIRST_WITH_PDL
@@ -74,7 +78,7 @@ def compile_kernel(kernel: Kernel, architecture: str) -> list[Code]:
         raise ValueError(f"{kernel.name} needs scratch memory or clusters, which the operator library does not give")
     most = _SHARED_MEMORY[number]
     if about.shared > most:
-        raise ValueError(f"{kernel.name} needs {about.shared} bytes of shared memory, {architecture} has {most}")
+        raise NoRoomError(f"{kernel.name} needs {about.shared} bytes of shared memory, {architecture} has {most}")
     facts = int(about.shared), 32 * int(about.num_warps), _pointers(kernel, ptx)
     codes = [(architecture, machine_code), (PTX, ptx.encode() + b"\0")]
     return [Code(kernel.name, about.name, name, code, *facts, pdl) for name, code in codes]
@@ -92,15 +96,27 @@ def _pointers(kernel: Kernel, ptx: str) -> int:
 def compile_kernels(
     kernels: Iterable[Kernel], architectures: tuple[str, ...], report: Callable[[str], None]
 ) -> list[Code]:
-    """All kernels for all architectures, and the PTX of the oldest one."""
+    """All kernels for all architectures, and the PTX of the oldest one.
+
+    An architecture that has no room for one of the kernels is left out. NoRoomError if none is left.
+    """
     unique = {kernel.name: kernel for kernel in kernels}
-    wanted = [(kernel, architecture) for architecture in architectures for kernel in unique.values()]
+    codes: list[Code] = []
+    failure: NoRoomError | None = None
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:  # the assembler is a process of its own
-        results = list(pool.map(lambda one: compile_kernel(*one), wanted))
-    codes = [code for result in results for code in result]
-    kept = codes[: 2 * len(unique)] + [code for code in codes[2 * len(unique) :] if code.architecture != PTX]
-    report(f"{len(unique)} kernels compiled for {', '.join(architectures)} by Triton {triton_version()}")
-    return kept
+        for architecture in architectures:
+            try:
+                pairs = list(pool.map(lambda kernel, name=architecture: compile_kernel(kernel, name), unique.values()))
+            except NoRoomError as error:
+                failure = error
+                report(f"no kernels for {architecture}: {error}")
+                continue
+            codes += [code for pair in pairs for code in pair if code.architecture != PTX or not codes]
+    if failure is not None and not codes:
+        raise failure
+    made = ", ".join(dict.fromkeys(code.architecture for code in codes if code.architecture != PTX))
+    report(f"{len(unique)} kernels compiled for {made} by Triton {triton_version()}")
+    return codes
 
 
 def write_kernels(path: Path, codes: Iterable[Code]) -> None:

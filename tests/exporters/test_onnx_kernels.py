@@ -41,6 +41,7 @@ from megalodon_export.model.kernels import use_kernels
 from megalodon_export.model.kernels.decode.argmax import megalodon_argmax
 from megalodon_export.model.kernels.launch import recorded_launches
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_cuda.py"
 FILES = ("model.safetensors", "constants.safetensors")
 ARGMAX = Kernel(
     megalodon_argmax,
@@ -248,10 +249,15 @@ def test_a_kernel_is_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None
         assert data[size + int(offset) :][: int(length)] == code.code
 
 
-def test_a_kernel_that_a_gpu_has_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_has_no_room_for_a_kernel_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(machine_code._SHARED_MEMORY, 90, -1)
-    with pytest.raises(ValueError, match=r"megalodon_argmax\.\w+ needs \d+ bytes of shared memory, sm_90 has -1"):
-        machine_code.compile_kernel(ARGMAX, "sm_90")
+    no_room = r"megalodon_argmax\.\w+ needs \d+ bytes of shared memory, sm_90 has -1"
+    with pytest.raises(ValueError, match=no_room):
+        machine_code.compile_kernels([ARGMAX], ("sm_90",), lambda text: None)
+    said: list[str] = []
+    codes = machine_code.compile_kernels([ARGMAX], ("sm_80", "sm_90"), said.append)
+    assert [one.architecture for one in codes] == ["sm_80", "ptx"]
+    assert re.fullmatch(f"no kernels for sm_90: {no_room}", said[0])
 
 
 B = sympy.Symbol("B", positive=True, integer=True)
@@ -305,6 +311,24 @@ def test_nodes_name_their_operation_and_give_the_next_tokens(folder: Path) -> No
     assert len(names) == len(graph)
     assert [one.name for one in graph.outputs][:2] == ["logits", "next_tokens"]
     assert "next_tokens" not in [one.name for one in graph.inputs]
+
+
+@pytest.mark.slow
+def test_the_example_writes_what_the_model_does(folder: Path, tmp_path: Path) -> None:
+    """`examples/onnx_cuda.py` over the fake driver: how it binds the cache, and feeds a step the token before."""
+    kernels: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "compile_kernels", fake_code(kernels))
+        patch.setattr(build, "build_library", lambda path, flags: library.build_library(path, ON_THE_CPU))
+        export_onnx(folder / "checkpoint", tmp_path / "bundle", max_batch=2, max_length=32, kernels=["sm_90"])
+    write_driver(tmp_path / "bundle", kernels)
+    model, ids = plain_model(folder), torch.tensor([[1, 2, 3]])
+    cache, expected = model.new_cache(1), []
+    logits = model.prefill(ids, torch.tensor([3]), cache)
+    for _ in range(3):
+        expected.append(int(logits.argmax()))
+        logits = model.decode(logits.argmax(-1), cache)
+    assert [*map(int, support("example", tmp_path / "bundle", EXAMPLE, interpret=True).split())] == expected
 
 
 @pytest.mark.slow

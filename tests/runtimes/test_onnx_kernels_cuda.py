@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from megalodon_export.runtimes.onnx import OnnxRuntime
 from support.small_models import VARIANTS, make_model
 
 pytestmark = pytest.mark.cuda
+EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_cuda.py"
 
 
 def this_gpu() -> str:
@@ -100,6 +103,17 @@ def test_sessions_write_the_same_text_as_eager(folder: Path) -> None:
         fork = session.fork()
         texts[-1] += [*session.generate_ids([], 20), *fork.generate_ids([], 20)]
     assert texts[0] == texts[1]
+
+
+def test_onnxruntime_and_numpy_alone_write_the_text(tmp_path: Path) -> None:
+    export_onnx(default_checkpoint(), tmp_path / "bundle", "bfloat16", max_batch=1, kernels=(this_gpu(),))
+    code = (
+        f"import runpy, sys; sys.argv = ['onnx_cuda.py', {str(tmp_path / 'bundle')!r}]; "
+        f"runpy.run_path({str(EXAMPLE)!r}); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 100
 
 
 def test_the_default_checkpoint_writes_what_eager_writes(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ where Triton's interpreter may run them on the tensors that ONNX Runtime holds. 
 code: the graph, the library, grids, arguments and their order, and what is in place.
 
     python -m support.kernel_graphs compare FOLDER prefill,decode BATCH ...   calls against the plain model
+    python -m support.kernel_graphs example FOLDER examples/onnx_cuda.py    the tokens that it writes
     python -m support.kernel_graphs launch FOLDER     what is launched, and what is refused, as JSON
 
-`compare` needs TRITON_INTERPRET=1. Both run in processes of their own: a process has one CUDA driver.
+`compare` and `example` need TRITON_INTERPRET=1. All run in processes of their own: a process has one CUDA driver.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _POINTERS = {
     **{"*i32": torch.int32, "*i8": torch.int8, "*u8": torch.uint8},
 }
 _ELEMENTS = {torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.float64: 11}
+Session = onnxruntime.InferenceSession
 Tensors = dict[str, torch.Tensor]
 
 
@@ -133,7 +135,7 @@ def open_graph(folder: Path, program: str) -> onnxruntime.InferenceSession:
     weights = shared_weights([path], torch.device("cpu"))[path]
     for name, value in weights.items():
         options.add_initializer(name, value)  # a mapped file's would not begin at multiples of 16 bytes
-    session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    session = Session(str(path), options, ["CPUExecutionProvider"])
     session.weights = weights  # the session reads them and does not own them
     return session
 
@@ -247,9 +249,36 @@ def launch(folder: Path) -> None:
     print(json.dumps(cases.found))
 
 
+def example(folder: Path, script: Path) -> None:
+    """Run `examples/onnx_cuda.py` on the CPU: its tokens, with a prompt of the tokens 1, 2 and 3."""
+    from support import triton_interpreter  # noqa: F401 - before the kernels
+
+    driver = FakeDriver(folder, interpret=True)
+    program = script.read_text().replace(") -> onnxruntime.InferenceSession", ")")
+    for old, new in (
+        ('"cuda", "CUDAExecutionProvider"', '"cpu", "CPUExecutionProvider"'),
+        ("np.frombuffer(prompt.encode(), np.uint8)", "np.array([1, 2, 3])"),
+        ("range(200)", "range(3)"),
+        ("sys.stdout.buffer.write(bytes([token]))", "print(token)"),
+    ):
+        assert program.count(old) == 1, old
+        program = program.replace(old, new)
+
+    def opened(path: Path, options: Any, providers: list[str]) -> onnxruntime.InferenceSession:
+        return open_graph(folder, path.stem.removesuffix("_kernels"))
+
+    onnxruntime.InferenceSession, onnxruntime.preload_dlls = opened, lambda: None
+    sys.argv = [str(script), str(folder), ""]
+    exec(compile(program, str(script), "exec"), {"__name__": "example"})
+    if driver.error is not None:
+        raise driver.error
+
+
 def main(words: Sequence[str]) -> None:
     """One of the functions above."""
     name, folder, *rest = words
+    if name == "example":
+        return example(Path(folder), Path(rest[0]))
     if name == "compare":
         return compare(Path(folder), rest[0].split(","), list(map(int, rest[1:])))
     launch(Path(folder))
