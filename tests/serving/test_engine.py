@@ -30,8 +30,15 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+# Every prompt and every sampler; the other pairs are slow.
+PAIRS = [
+    pytest.param(prompt, sampling, marks=() if i % len(SAMPLING) == j else pytest.mark.slow)
+    for i, prompt in enumerate(PROMPTS)
+    for j, sampling in enumerate(SAMPLING)
+]
+
+
+@pytest.mark.parametrize(("prompt", "sampling"), PAIRS)
 def test_a_stream_is_a_session(engine: Make, alone: Alone, prompt: list[int], sampling: dict[str, Any]) -> None:
     one = engine()
     expected = alone(prompt, 80, **sampling)

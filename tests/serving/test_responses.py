@@ -239,3 +239,28 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     status, body, _ = client.request("POST", "/v1/responses/state", snapshot(runtime).to_bytes())
     assert status == 507, body
     assert not list(tmp_path.iterdir())
+
+
+def test_a_turn_costs_its_own_tokens(client: Client) -> None:
+    """A turn after 6,000 tokens feeds as many tokens as one after 20."""
+    costs = []
+    for text in ("x" * 20, "y" * 6_000):
+        first = respond(client, text)["id"]
+        before = client.metrics()
+        respond(client, "and then?", first)
+        after = client.metrics()
+        name = 'megalodon:fed_tokens_total{model_name="small"}'
+        costs.append(after[name] - before[name])
+    assert costs == [len("\nand then?") + 1] * 2
+
+
+def test_a_long_prompt_seen_before_is_not_fed(client: Client) -> None:
+    fields = {"prompt": "z" * 6_000, "max_tokens": 2, "temperature": 0}
+    first = client.complete(**fields)
+    before = client.metrics()
+    again = client.complete(**fields)
+    after = client.metrics()
+    assert again["choices"] == first["choices"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 6_000
+    name = 'megalodon:fed_tokens_total{model_name="small"}'
+    assert after[name] == before[name]

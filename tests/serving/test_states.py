@@ -63,7 +63,7 @@ def cursor_position(cursor: Any, end: int) -> int:
 WORDS = st.lists(st.integers(0, 1), max_size=14)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(WORDS, st.booleans()), max_size=12), st.integers(0, 6))
 def test_the_tree_is_a_dictionary_of_prefixes(runtime: Runtime, moves: list[tuple[list[int], bool]], room: int) -> None:
     """Beside a plain dictionary: nothing wrong is found, and with room for all states nothing is missed."""
