@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton", reason="Triton is not installed (it comes with a CUDA build of torch)")
+import megalodon_export.model.kernels as model_kernels
+from megalodon_export.model.kernels import KERNEL_PREFIX
 from megalodon_export.model.kernels.decode.argmax import megalodon_argmax
 from megalodon_export.model.kernels.launch import launch
 from support.kernel_types import compiled
@@ -44,6 +50,31 @@ def test_a_launch_is_a_node_of_a_traced_graph() -> None:
 
 def test_an_empty_grid_launches_nothing() -> None:
     assert not [target for target in traced(0) if "triton_kernel_wrapper" in target]
+
+
+def kernels() -> list[str]:
+    """module:name of every kernel."""
+    found = []
+    for module in pkgutil.walk_packages(model_kernels.__path__, model_kernels.__name__ + "."):
+        members = vars(importlib.import_module(module.name))
+        found += [f"{module.name}:{name}" for name, member in members.items() if is_kernel(member, module.name)]
+    return found
+
+
+def is_kernel(member: object, module: str) -> bool:
+    """Whether it is a Triton function that a module launches and that is written there."""
+    function = getattr(member, "fn", None)
+    return getattr(function, "__module__", "") == module and function.__name__.startswith(KERNEL_PREFIX)
+
+
+@pytest.mark.parametrize("kernel", kernels())
+def test_a_kernels_source_can_be_copied_into_a_string(kernel: str) -> None:
+    """AOTInductor copies a kernel, and all that it refers to, into a string of Python, where a backslash ends it."""
+    module, name = kernel.split(":")
+    source = user_defined_triton_kernel_transitive_closure_source_code(getattr(importlib.import_module(module), name))
+    copied = ast.literal_eval("'''" + source.replace("'''", r"\'\'\'") + "'''")
+    assert f"def {name}(" in copied
+    compile(copied, kernel, "exec")
 
 
 @pytest.mark.parametrize("pdl", [True, False])

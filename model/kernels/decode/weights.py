@@ -23,38 +23,43 @@ from ..launch import INTERPRETED
 _INTERPRETED = tl.constexpr(INTERPRETED)  # the interpreter has no inline assembly
 _EXPONENT = tl.constexpr(0x4B000000)  # the float32 2^23, whose lowest mantissa bits count ones
 _TWO_POW_23 = tl.constexpr(2.0**23)
+# PTX without line breaks: AOTInductor copies these strings into a string of Python.
 # Four int8 of a word as bfloat16, exactly. The low 7 bits of a byte are the mantissa of 128 + low; the sign bit makes
 # 128 or 256, which is subtracted.
-_FOUR_BYTES = tl.constexpr("""{
-.reg .b32 low, sign, a, b, minus_one;
-mov.b32 minus_one, 0xBF80BF80;
-and.b32 low, $2, 0x7f7f7f7f;
-and.b32 sign, $2, 0x80808080;
-prmt.b32 a, low, 0x43434343, 0x4140;
-prmt.b32 b, sign, 0x43434343, 0x4140;
-fma.rn.bf16x2 $0, b, minus_one, a;
-prmt.b32 a, low, 0x43434343, 0x4342;
-prmt.b32 b, sign, 0x43434343, 0x4342;
-fma.rn.bf16x2 $1, b, minus_one, a;
-}""")
+_FOUR_BYTES = tl.constexpr(
+    "{ "
+    ".reg .b32 low, sign, a, b, minus_one; "
+    "mov.b32 minus_one, 0xBF80BF80; "
+    "and.b32 low, $2, 0x7f7f7f7f; "
+    "and.b32 sign, $2, 0x80808080; "
+    "prmt.b32 a, low, 0x43434343, 0x4140; "
+    "prmt.b32 b, sign, 0x43434343, 0x4140; "
+    "fma.rn.bf16x2 $0, b, minus_one, a; "
+    "prmt.b32 a, low, 0x43434343, 0x4342; "
+    "prmt.b32 b, sign, 0x43434343, 0x4342; "
+    "fma.rn.bf16x2 $1, b, minus_one, a; "
+    "}"
+)
 # The low and the high 4 bits of a word's bytes as bfloat16, exactly. 4 bits v are the mantissa of 128 + v, from which
 # 136 is subtracted: int4 is stored plus 8.
-_EIGHT_NIBBLES = tl.constexpr("""{
-.reg .b32 low, high, a, one, offset;
-mov.b32 one, 0x3F803F80;
-mov.b32 offset, 0xC308C308;
-and.b32 low, $4, 0x0f0f0f0f;
-shr.u32 high, $4, 4;
-and.b32 high, high, 0x0f0f0f0f;
-prmt.b32 a, low, 0x43434343, 0x4140;
-fma.rn.bf16x2 $0, a, one, offset;
-prmt.b32 a, low, 0x43434343, 0x4342;
-fma.rn.bf16x2 $1, a, one, offset;
-prmt.b32 a, high, 0x43434343, 0x4140;
-fma.rn.bf16x2 $2, a, one, offset;
-prmt.b32 a, high, 0x43434343, 0x4342;
-fma.rn.bf16x2 $3, a, one, offset;
-}""")
+_EIGHT_NIBBLES = tl.constexpr(
+    "{ "
+    ".reg .b32 low, high, a, one, offset; "
+    "mov.b32 one, 0x3F803F80; "
+    "mov.b32 offset, 0xC308C308; "
+    "and.b32 low, $4, 0x0f0f0f0f; "
+    "shr.u32 high, $4, 4; "
+    "and.b32 high, high, 0x0f0f0f0f; "
+    "prmt.b32 a, low, 0x43434343, 0x4140; "
+    "fma.rn.bf16x2 $0, a, one, offset; "
+    "prmt.b32 a, low, 0x43434343, 0x4342; "
+    "fma.rn.bf16x2 $1, a, one, offset; "
+    "prmt.b32 a, high, 0x43434343, 0x4140; "
+    "fma.rn.bf16x2 $2, a, one, offset; "
+    "prmt.b32 a, high, 0x43434343, 0x4342; "
+    "fma.rn.bf16x2 $3, a, one, offset; "
+    "}"
+)
 
 
 def linear_tensors(layer: nn.Module | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
