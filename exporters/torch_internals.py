@@ -3,9 +3,10 @@
 Each function says what breaks without it. `tests/exporters/test_torch_internals.py` tests each against the installed
 torch, and fails where a new version has changed one. Importing this module imports neither Inductor nor Dynamo.
 
-Four places cannot import this module, and have theirs under the same kind of comment: `model/blocking.py`
-(`known`), `model/compiled.py` (sizes that vary), `model/kernels/launch.py` (Triton's settings), and
-`doctor/probes.py`, which has to run where the package cannot be imported. Structures of the CUDA driver are in
+Six places cannot import this module, and have theirs under the same kind of comment: `model/blocking.py` (`known`),
+`model/compiled.py` (sizes that vary), `model/compile_time.py`, `model/transformers_api/compiling.py`,
+`model/kernels/launch.py` (Triton's settings), and `doctor/probes.py`, which has to run where the package cannot be
+imported. Structures of the CUDA driver are in
 `runtimes/cuda_driver.py`.
 Names that torch documents in spite of their underscore, such as `torch._check`, may be used anywhere.
 """
@@ -28,6 +29,7 @@ from torch import SymInt, Tensor
 # The pytree functions of torch.export: an exported program's structure of outputs is one of their TreeSpecs.
 from torch.utils._pytree import tree_any, tree_map, tree_unflatten
 
+from ..model.compile_time import INDEX_FUNCTIONS, quick_compilation
 from ..model.kernels import KERNEL_PREFIX, PDL_CONSTEXPR
 
 if TYPE_CHECKING:  # sympy takes a third of a second to import, which whoever opens a bundle would wait for
@@ -173,13 +175,12 @@ def compile_graph(graph: fx.GraphModule, examples: tuple[Tensor, ...], options: 
     from torch._inductor import aot_compile
 
     widen_inductor_caches()
-    with torch.no_grad(), symbolic_sizes(), pdl_understood():
+    with torch.no_grad(), sizes_from_one(), quick_compilation(), pdl_understood():
         files = aot_compile(graph, examples, options=options)
     return [str(file) for file in files]  # type: ignore[union-attr]
 
 
-# Functions of torch._inductor.sizevars that remember their last 128 results, from torch 2.12 on.
-INDEX_CACHES = ("stride_at", "simplify_index_in_vec_range")
+# INDEX_FUNCTIONS are in torch._inductor.sizevars from torch 2.12 on, and remember their last 128 results.
 
 
 def widen_inductor_caches() -> None:
@@ -190,7 +191,7 @@ def widen_inductor_caches() -> None:
     """
     import torch._inductor.sizevars as sizevars
 
-    for name in INDEX_CACHES:
+    for name in INDEX_FUNCTIONS:
         cached = getattr(sizevars, name, None)
         if cached is not None and cached.cache_info().maxsize is not None:
             setattr(sizevars, name, functools.cache(cached.__wrapped__))

@@ -18,6 +18,7 @@ A batch of one is compiled for itself, as torch.compile does with every size of 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -28,6 +29,7 @@ from .backend import Backend
 from .blocking import padding_to
 from .blocks import MegalodonBlock
 from .cache import FinalCache, LayerCache
+from .compile_time import quick_compilation
 from .config import BLOCK
 from .norm import TimestepNorm
 from .plan import PrefillPlan
@@ -70,7 +72,8 @@ class CompiledBackend(Backend):
         _vary([x, *rotary], (0, 1))
         _vary_plan(plan)
         _vary(() if cache is None else cache.tensors(), (0,))
-        return self._prefill(layer, x, plan, rotary, cache)
+        with _quick():
+            return self._prefill(layer, x, plan, rotary, cache)
 
     def _prefill_blocks(
         self, layer: MegalodonBlock, x: Tensor, plan: PrefillPlan, rotary: Rotary, cache: LayerCache | None
@@ -83,7 +86,8 @@ class CompiledBackend(Backend):
     ) -> Tensor:
         """A layer over one token of each row: x (B, D) -> (B, D)."""
         _vary([x, position, *rotary, *cache.tensors()], (0,))
-        return self._step(layer, x, position, rotary, cache)
+        with _quick():
+            return self._step(layer, x, position, rotary, cache)
 
     # What runs once a pass, not once a layer, is not compiled.
 
@@ -106,6 +110,11 @@ class CompiledBackend(Backend):
     def write_next_tokens(self, logits: Tensor, next_tokens: Tensor) -> None:
         """As the inner back end."""
         self.inner.write_next_tokens(logits, next_tokens)
+
+
+def _quick() -> AbstractContextManager[None]:
+    """The settings for a call that may compile; nothing where the call is traced as a part of something larger."""
+    return nullcontext() if torch.compiler.is_compiling() else quick_compilation()
 
 
 # Private interfaces of torch: `torch._dynamo.maybe_mark_dynamic` and the attribute that it sets. Without the marks, the

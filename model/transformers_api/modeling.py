@@ -18,6 +18,7 @@ from .accelerate_hooks import execution_device, is_dispatched
 from .arguments import Layout, one_cache, one_input, refuse_others, take_layout
 from .blocks import MegalodonDecoderLayer
 from .cache import MegalodonCache
+from .compiling import compiled_by_layer
 from .config import MegalodonConfig
 from .generation import CACHE, MegalodonGenerationMixin
 from .hidden_states import HiddenStates
@@ -84,6 +85,7 @@ class MegalodonModel(Megalodon, MegalodonPreTrainedModel):  # type: ignore[misc]
         layers = [execution_device(layer, device) for layer in self.layers]
         return MegalodonCache.allocate(self.config, batch, self.dtype_of_weights, device, layers)
 
+    @compiled_by_layer
     @can_return_tuple
     def forward(
         self,
@@ -177,6 +179,7 @@ class MegalodonForCausalLM(MegalodonLM, MegalodonPreTrainedModel, MegalodonGener
         """Replace the head."""
         self.lm_head = value
 
+    @compiled_by_layer
     @can_return_tuple
     def forward(
         self,

@@ -23,6 +23,7 @@ import megalodon_export
 import megalodon_export.model.kernels as kernels
 from megalodon_export.exporters import torch_internals
 from megalodon_export.exporters.torch_internals import TorchChangedError
+from megalodon_export.model.compile_time import INDEX_FUNCTIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -200,7 +201,7 @@ needs_index_caches = pytest.mark.skipif(
 def test_inductor_forgets_indices_unless_its_caches_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.sizevars as sizevars
 
-    names = torch_internals.INDEX_CACHES
+    names = INDEX_FUNCTIONS
     for name in names:
         original = getattr(sizevars, name).__wrapped__
         monkeypatch.setattr(sizevars, name, functools.lru_cache(original))
@@ -313,7 +314,9 @@ PRIVATE = re.compile(
 ELSEWHERE = {
     "exporters/torch_internals.py",
     "model/blocking.py",
+    "model/compile_time.py",
     "model/kernels/launch.py",
+    "model/transformers_api/compiling.py",
     "megalodon_export/doctor/probes.py",
 }
 

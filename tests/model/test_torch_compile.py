@@ -1,0 +1,105 @@
+"""`torch.compile(model)` compiles layer by layer: one graph for each kind of pass, and the model stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+import megalodon_export.model as m
+from support.slow import slow_except
+from support.small_models import make_model, random_tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
+
+CHUNK = 64
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing that another test compiled, and no falling back to eager mode."""
+    torch.compiler.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch.compiler.reset()
+
+
+def graphs() -> int:
+    """How many graphs were compiled since the last call. None may have a break."""
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    count: int = counters["stats"]["unique_graphs"]
+    counters.clear()
+    return count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", slow_except(["eager", "eager long", "aot_eager long"], "eager"))
+def test_a_kind_of_pass_is_compiled_once(case: str) -> None:
+    backend, *long = case.split()
+    model = make_model(chunk_size=CHUNK, num_layers=2)
+    compiled = torch.compile(model, backend=backend)
+    plain = model.model.backend
+    sizes = [(2, 40), (3, 64), (7, 5), (3, 33), (2, 31), *([(2, 100), (3, 300), (7, 128)] if long else [])]
+    for number, (batch, length) in enumerate(sizes):
+        token_ids = random_tokens(batch, length)
+        mask = (torch.arange(length) >= torch.arange(batch)[:, None] % length).long()
+        for options in ({}, {"attention_mask": mask}):
+            actual, expected = (f(token_ids, **options, use_cache=False).logits for f in (compiled, model))
+            assert torch.allclose(actual, expected, atol=1e-9)
+        caches = model.new_cache(batch), model.new_cache(batch)
+        for tokens in (token_ids, token_ids[:, :1]):
+            both = zip((compiled, model), caches, strict=True)
+            actual, expected = (f(tokens, past_key_values=cache).logits for f, cache in both)
+            assert torch.allclose(actual, expected, atol=1e-9)
+        assert graphs() == {0: 3, 5: 2}.get(number, 0)  # both prefills and a step; prefills of several chunks
+        assert model.model.backend is plain
+
+
+def test_what_torch_compile_was_given_reaches_the_layers() -> None:
+    seen = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        seen.append(graph)
+        return graph.forward
+
+    model = make_model(num_layers=2).eval()
+    with torch.no_grad():
+        torch.compile(model, backend=compiler)(random_tokens(2, 5), use_cache=False)
+        assert len(seen) == 1
+        torch.compile(model.model, backend=compiler)(random_tokens(2, 5), use_cache=False)  # of the same compiler
+        assert len(seen) == 1
+
+
+def test_layers_that_are_compiled_already_stay_so() -> None:
+    model = make_model(num_layers=2)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        torch.compile(model, backend="aot_eager")(random_tokens(2, 5), use_cache=False)
+        assert graphs() == 1
+        model(random_tokens(3, 7), use_cache=False)
+        assert graphs() == 0
+
+
+def test_a_function_that_calls_the_model_is_one_graph() -> None:
+    model = make_model(num_layers=2)
+
+    def last(token_ids: torch.Tensor) -> torch.Tensor:
+        return model(token_ids, use_cache=False).logits[:, -1]
+
+    token_ids = random_tokens(2, 5)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(last, backend="eager", fullgraph=True)(token_ids), last(token_ids))
+    assert graphs() == 1
+
+
+def test_an_error_leaves_the_model_as_it_was() -> None:
+    model = make_model(num_layers=1)
+    plain = model.model.backend
+    with pytest.raises(ValueError, match="input_ids"):
+        torch.compile(model, backend="eager")()
+    assert model.model.backend is plain
+    assert isinstance(model, m.MegalodonForCausalLM)
