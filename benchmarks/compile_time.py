@@ -5,12 +5,13 @@
 Each case runs in a process of its own, with Inductor's caches on disk off:
 
     first    seconds of the first call, 2 x 512 tokens, which compiles
+    cpu      seconds of processor time in it, which other work on the machine does not lengthen as much
     second   seconds of the first call of another length, 2 x 384
     third    the same for a batch of another size, 3 x 640 tokens
     steady   milliseconds of a call of 2 x 512, the median of those that follow
     eager    the same without torch.compile
 
-`compile()` compiles our layers one kind at a time (`model.compile()`), and `torch.compile` the whole forward.
+`compile()` is `model.compile()`, and `torch.compile` compiles `model.forward`: ours layer by layer as well.
 """
 
 from __future__ import annotations
@@ -93,8 +94,10 @@ def measure(name: str, layers: int, task: str, device: str) -> dict[str, Any]:
     else:  # generate() calls the model itself
         model.forward = torch.compile(model.forward)
     row: dict[str, Any] = {"model": name, "layers": layers, "task": task, "device": device}
+    before = sum(os.times()[:4])
     for column, sizes in CALLS.items():
         row[column] = seconds_of(call, *sizes, count=1)
+        row.setdefault("cpu", sum(os.times()[:4]) - before)
     row["steady"] = seconds_of(call, *CALLS["first"], count=5)
     row["eager"] = eager
     row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -132,7 +135,7 @@ def line(row: dict[str, Any]) -> str:
     start = f"{row['task']:9} {row['layers']:3} layers  {row['model']:24}"
     if "failed" in row:
         return f"{start} {row['failed']}"
-    times = "".join(f"{column} {row[column]:7.2f} s  " for column in CALLS)
+    times = "".join(f"{column} {row[column]:7.2f} s  " for column in (*CALLS, "cpu"))
     calls = "".join(f"{column} {row[column] * 1e3:7.1f} ms  " for column in ("steady", "eager"))
     return f"{start} {times}{calls}{row['graphs']} graphs"
 

@@ -5,6 +5,7 @@
 
 torch.compile would put all layers into one graph, compile it again for another length, and take longer with every
 layer. `fullgraph=True` asks for that graph, and gets it. So does a function that calls the model and is compiled.
+The Trainer's `torch_compile=True` compiles layer by layer, with mixed precision as without it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def compiled_by_layer(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # it is traced as a part of something larger, or exported
+            if "_original_forward" in vars(self) and not torch.compiler.is_exporting():  # accelerate's, for autocast
+                torch._dynamo.graph_break()
             return forward(self, *args, **kwargs)
         callback = set_eval_frame(None)
         try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
+from transformers import Trainer, TrainingArguments
 
 import megalodon_export.model as m
 from support.slow import slow_except
@@ -103,3 +105,22 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
         torch.compile(model, backend="eager")()
     assert model.model.backend is plain
     assert isinstance(model, m.MegalodonForCausalLM)
+
+
+@pytest.mark.slow  # accelerate's wrappers around `forward`, which torch.compile sees first
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_trainer_compiles_one_layer(bf16: bool, tmp_path: Path) -> None:
+    losses = []
+    for compiled in (False, True):
+        model = make_model(torch.float32, chunk_size=CHUNK, num_layers=3)
+        rows = [{"input_ids": ids, "labels": ids} for ids in random_tokens(12, 40)]
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=3, bf16=bf16, use_cpu=True, report_to=[],
+            save_strategy="no", disable_tqdm=True, logging_steps=1, torch_compile=compiled,
+            torch_compile_backend="aot_eager" if compiled else None,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert counters["stats"]["unique_graphs"] == 1
+    assert losses[0] == pytest.approx(losses[1], abs=1e-2 if bf16 else 1e-5)
