@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import transformers
 
 from support import upstream_tests
 
@@ -125,3 +126,26 @@ def test_all_mixins_are_there(report: Report) -> None:
     assert "test_greedy_generate" in report.ran["MegalodonTest"]
     assert "test_pipeline_text_generation" in report.ran["MegalodonTest"]
     assert "test_torch_export_dynamic" in report.ran["MegalodonTest"]
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("0.1", "is transformers 0.1, and"), (None, "mixins for generation, exp")]
+)
+def test_what_cannot_be_had_is_said(
+    version: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = tmp_path / "checkout"
+    for name, text in (
+        ("src/transformers/__init__.py", f'__version__ = "{version or transformers.__version__}"\n'),
+        ("tests/test_modeling_common.py", ""),
+    ):
+        (checkout / name).parent.mkdir(parents=True)
+        (checkout / name).write_text(text)
+    monkeypatch.setenv(upstream_tests.SOURCE, str(checkout))
+    try:
+        sentence = upstream_tests.make_package(tmp_path / "made")
+    except upstream_tests.NotToBeHad as reason:
+        sentence = str(reason)
+    assert said in sentence
+    assert f"git clone --depth 1 --branch v{transformers.__version__} " in sentence
+    assert "\n" not in sentence
