@@ -16,7 +16,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from tokenizers import Tokenizer
@@ -25,6 +24,7 @@ from torch import Tensor
 from ..generation.sampling import raise_logit_errors
 from ..runtimes import PlainModes, Runtime
 from .choosing import Chooser
+from .engine_options import EngineOptions, Refused
 from .observer import Observer
 from .prefill import Prefiller, Prompt
 from .prefix_tree import Cursor, PrefixTree
@@ -33,31 +33,10 @@ from .state_store import StateStore
 from .states import StreamState
 from .streams import Request, Stream, Token
 
+__all__ = ["Engine", "EngineOptions", "Refused"]
+
 _LOG = logging.getLogger(__name__)
 _MIN_INTERVAL = 64  # tokens between two kept states of a prompt, rounded up to whole chunks
-
-
-class Refused(Exception):
-    """The engine takes no request now. `retry_after` is in seconds; None where it will take none at all."""
-
-    def __init__(self, message: str, retry_after: int | None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """streams: run at the same time. queue: requests that wait. piece: tokens of a prompt fed between two steps.
-
-    device_bytes, host_bytes: for kept states. keep: False keeps none.
-    """
-
-    streams: int = 32
-    queue: int = 256
-    piece: int = 256
-    device_bytes: int = 1 << 30
-    host_bytes: int = 1 << 30
-    keep: bool = True
 
 
 class _Running:
@@ -227,30 +206,33 @@ class Engine:
 
     def _join(self, prompt: Prompt) -> None:
         """Choose the first tokens of a prompt's streams, and let the streams run."""
-        state, failed = self._prefiller.take(prompt), False
+        state = self._prefiller.take(prompt)
         self._prompts.remove(prompt)
         self._prompting -= len(prompt.streams)
         self._observer.begun(len(prompt.tokens), prompt.cached_tokens)
         self._observe_aborted([stream for stream in prompt.streams if stream.cancelled])
-        for stream in prompt.streams:
-            if stream.cancelled:
-                continue
-            stream.begin(prompt.cached_tokens, prompt.scored)
-            cursor = prompt.cursor.fork() if prompt.cursor is not None else None
+        reasons = [self._begin(stream, prompt, state) for stream in prompt.streams if not stream.cancelled]
+        self._prefiller.drop(prompt, clean="error" in reasons)
+
+    def _begin(self, stream: Stream, prompt: Prompt, state: StreamState) -> str | None:
+        """Choose a stream's first token, and give it a row; why it is over already, or None."""
+        running = _Running(stream, -1, None if prompt.cursor is None else prompt.cursor.fork())
+        stream.begin(prompt.cached_tokens, prompt.scored)
+        try:
             if not prompt.request.max_tokens:
-                self._end(_Running(stream, -1, cursor), "length", lambda: state)
-                continue
+                return self._end(running, "length", lambda: state)
             assert state.logits is not None
             chooser = Chooser([stream], self.runtime.device, self.runtime.config.logits_size)
             (token,), (error,) = chooser.choose(state.logits[None])
-            running = _Running(stream, token.id, cursor)
             reason = self._accept(running, token, error, lambda: state)
-            failed = failed or reason == "error"
             if reason is None:
                 self._rows.append(state)
                 self._running.append(running)
                 self._chooser = None
-        self._prefiller.drop(prompt, clean=failed)
+            return reason
+        except Exception as fault:
+            _LOG.exception("a stream could not begin")
+            return self._fail(running, f"the stream could not begin: {fault}")
 
     def _step(self) -> None:
         """Feed every running stream its last token, and choose the next one."""
@@ -276,7 +258,7 @@ class Engine:
             if running.cursor is not None:
                 running.cursor.advance([running.pending])
                 if not error and self._rows.positions[row] % self.interval == 0:
-                    running.cursor.keep(take())
+                    self._keep(running.cursor, take)
             if reason := self._accept(running, token, error, take):
                 over.append(row)
                 if reason == "error":
@@ -288,43 +270,59 @@ class Engine:
         """A copy of the state of a stream that has been fed its token, with its row of logits (B, V)."""
         return self._rows.take(row, logits[row])
 
-    def _accept(self, running: _Running, token: Token, error: int, state: Callable[[], StreamState]) -> str | None:
-        """Give a stream its next token; why it is over, or None. `state` makes a copy of what was fed to it."""
-        stream = running.stream
+    @staticmethod
+    def _keep(cursor: Cursor, take: Callable[[], StreamState]) -> None:
+        """Keep a state, of which `take` makes a copy. Where there is no memory for it, that costs hits alone."""
         try:
-            raise_logit_errors([error], self.runtime.config.logits_size)
+            cursor.keep(take())
+        except Exception:
+            _LOG.exception("a state could not be kept")
+
+    def _accept(self, running: _Running, token: Token, error: int, take: Callable[[], StreamState]) -> str | None:
+        """Give a stream its next token; why it is over, or None. `take` makes a copy of what was fed to it."""
+        stream, before = running.stream, running.stream.times.last_token
+        try:
+            if error:
+                raise_logit_errors([error], self.runtime.config.logits_size)
             if token.id >= self.runtime.config.vocab_size:
                 raise ValueError(f"the model chose token {token.id}, which it cannot be fed")
-            before = stream.times.last_token
             reason = stream.accept(token)
         except Exception as fault:
-            self._close(running)
             # A grammar may lead to where no token may follow, and a bias may be all that a model cannot follow.
             blame = stream.constraint is not None or bool(stream.request.rules.bias)
-            stream.fail(f"the stream could not go on: {fault}", is_refusal=blame)
-            self._observer.ended(stream, "error")
-            self._news.append(stream)
-            return "error"
+            return self._fail(running, f"the stream could not go on: {fault}", blame)
         running.pending = token.id
         self._observer.chosen(stream, before)
         if reason is not None:
-            self._end(running, reason, state)
-        else:
-            self._news.append(stream)
-        return reason
+            return self._end(running, reason, take)
+        self._news.append(stream)
+        return None
 
-    def _end(self, running: _Running, reason: str, state: Callable[[], StreamState]) -> None:
-        """Finish a stream, and keep its state, of which `state` makes a copy."""
-        stream, wanted, pending = running.stream, running.stream.request.keep_state, None
-        copy = state() if wanted or running.cursor is not None else None
-        if running.cursor is not None and copy is not None:
-            running.cursor.keep(copy)
+    def _end(self, running: _Running, reason: str, take: Callable[[], StreamState]) -> str:
+        """Finish a stream, and keep its state, of which `take` makes a copy; the reason, or "error"."""
+        stream, copy, pending = running.stream, None, None
+        if stream.request.keep_state:
+            try:
+                copy = take()
+            except Exception as fault:
+                _LOG.exception("a state could not be copied")
+                return self._fail(running, f"the stream's state could not be copied: {fault}")
+            pending = stream.generated[-1] if stream.generated else None
+        if running.cursor is not None:
+            self._keep(running.cursor, take if copy is None else lambda: copy)
         self._close(running)
-        if stream.generated and wanted:
-            pending = stream.generated[-1]
-        stream.finish(reason, copy if wanted else None, pending)
+        stream.finish(reason, copy, pending)
         self._observer.ended(stream, reason)
         self._news.append(stream)
+        return reason
+
+    def _fail(self, running: _Running, error: str, is_refusal: bool = False) -> str:
+        """End a stream by a fault."""
+        self._close(running)
+        running.stream.fail(error, is_refusal)
+        self._observer.ended(running.stream, "error")
+        self._news.append(running.stream)
+        return "error"
 
     def _tell(self) -> None:
         """Wake the readers of streams with news, when the rows of those that are over are free."""
@@ -366,10 +364,7 @@ class Engine:
 
     def _fail_running(self, error: str) -> None:
         for running in self._running:
-            self._close(running)
-            running.stream.fail(error)
-            self._observer.ended(running.stream, "error")
-            self._news.append(running.stream)
+            self._fail(running, error)
         self._running, self._chooser = [], None
         self._rows.clear()
 

@@ -4,11 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Sequence
+from weakref import WeakKeyDictionary, ref
 
 from .engine import Engine, Refused
 from .errors import ApiError, bad
 from .streams import Request, Stream, Update
+
+
+class _Bell:
+    """Wakes the readers of an event loop. However many have news after a step, the loop is interrupted once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+        self._lock, self._waiting = threading.Lock(), list[asyncio.Event]()
+
+    def ring(self, event: asyncio.Event) -> None:
+        """Set an event of the loop; from any thread."""
+        with self._lock:
+            self._waiting.append(event)
+            if len(self._waiting) > 1:
+                return
+        loop = self._loop()
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        with self._lock:
+            events, self._waiting = self._waiting, []
+        for event in events:
+            event.set()
+
+
+_bells: WeakKeyDictionary[asyncio.AbstractEventLoop, _Bell] = WeakKeyDictionary()
 
 
 class Generation:
@@ -17,6 +47,7 @@ class Generation:
     def __init__(self, engine: Engine, requests: Sequence[Request], seconds: float) -> None:
         """Queues the requests; ApiError if the engine takes one of them not, and then none. `seconds` bound it all."""
         self._engine, self._loop, self._news = engine, asyncio.get_running_loop(), asyncio.Event()
+        self._bell = _bells.setdefault(self._loop, _Bell(self._loop))
         self._until = self._loop.time() + seconds
         self.streams: list[Stream] = []
         try:
@@ -58,5 +89,4 @@ class Generation:
         self._engine.wake()
 
     def _notify(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._news.set)
+        self._bell.ring(self._news)

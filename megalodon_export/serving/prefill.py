@@ -7,6 +7,7 @@ is small to put aside. There, a prompt also looks for states that others have ke
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ from .choosing import with_logprobs
 from .prefix_tree import Cursor, PrefixTree
 from .states import StateCopier, StreamState, reset_row
 from .streams import Request, Stream, Token
+
+_LOG = logging.getLogger(__name__)
 
 
 class Prompt:
@@ -77,7 +80,7 @@ class Prefiller:
         if prompt.cursor is not None:
             prompt.cursor.advance(piece)
             if (start + count) % self._interval == 0 or prompt.is_fed:
-                prompt.cursor.keep(self._copier.take(self._cache, 0, start + count, logits))
+                self._keep(prompt.cursor, start + count, logits)
         if prompt.is_fed:
             prompt.logits = logits.clone()
         return count
@@ -143,6 +146,13 @@ class Prefiller:
             targets = torch.tensor(list(following), dtype=torch.int64, device="cpu").to(logits.device)
             prompt.scored += with_logprobs(logits[: len(following)], targets, most)
         return logits[-1]
+
+    def _keep(self, cursor: Cursor, position: int, logits: Tensor) -> None:
+        """Keep the state. Where there is no memory for it, that costs hits alone."""
+        try:
+            cursor.keep(self._copier.take(self._cache, 0, position, logits))
+        except Exception:
+            _LOG.exception("a state could not be kept")
 
     def _end_of_piece(self, position: int) -> int:
         since = position % self._interval

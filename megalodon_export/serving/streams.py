@@ -132,7 +132,8 @@ class Times:
 class Stream:
     """One answer. The engine's thread writes it, and any other thread takes what is new.
 
-    `notify` is called, on the engine's thread, when there is something new after a `take`.
+    `notify` is called, on the engine's thread, when there is something new after a `take`. Tokens become text on the
+    reader's thread, so that the engine does not wait for it, unless a stop string may end the stream.
     """
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None, notify: Callable[[], None]) -> None:
@@ -141,13 +142,23 @@ class Stream:
         self.constraint = request.rules.constraint() if request.rules.constraint else None
         self.cancelled = False
         self._text = TextStream(tokenizer, request.stop) if tokenizer is not None else None
+        self._reader_decodes = self._text is not None and not request.stop
         self._notify, self._lock, self._new, self._told = notify, threading.Lock(), Update(), False
 
     def take(self) -> Update:
         """What is new since the last call."""
         with self._lock:
             new, self._new, self._told = self._new, Update(), False
-            return new
+        if self._reader_decodes:
+            new.text = "".join(map(self._decode, new.tokens)) + (self._flush() if new.finish_reason else "")
+        return new
+
+    def _decode(self, token: Token) -> str:
+        """The text that a token completes; the end of the sequence is no text."""
+        return "" if self._text is None or token.id == self.request.eos_token_id else self._text.push(token.id)
+
+    def _flush(self) -> str:
+        return "" if self._text is None else self._text.flush()
 
     def cancel(self) -> None:
         """Nobody reads the stream any more; the engine ends it after its step."""
@@ -169,11 +180,11 @@ class Stream:
         is_end = token.id == self.request.eos_token_id
         if self.constraint is not None and not is_end:
             self.constraint.accept(token.id)
-        text = "" if is_end or self._text is None else self._text.push(token.id)
+        text = "" if self._reader_decodes else self._decode(token)
         with self._lock:
             self._new.text += text
             self._new.tokens.append(token)
-        if is_end or (self._text is not None and self._text.stopped):
+        if is_end or (self.request.stop and self._text is not None and self._text.stopped):
             return "stop"
         if self.constraint is not None and self.constraint.is_over:
             return "stop"
@@ -181,7 +192,7 @@ class Stream:
 
     def finish(self, reason: str, state: StreamState | None = None, pending: int | None = None) -> None:
         """The stream has ended by itself."""
-        rest = "" if self._text is None else self._text.flush()
+        rest = "" if self._reader_decodes else self._flush()
         with self._lock:
             self._new.text += rest
             self._new.finish_reason, self._new.state, self._new.pending = reason, state, pending

@@ -313,3 +313,45 @@ def test_logits_without_numbers_fail_their_stream_alone(engine: Make, alone: Alo
     assert sum("NaN" in str(answer.error) for answer in found) == 1
     for answer, token in zip(found, (1, 2, 3), strict=True):
         assert answer.error or answer.ids == alone([token], 60)
+
+
+@pytest.mark.parametrize("place", ["_rows", "_prefiller"])
+def test_states_that_cannot_be_kept_cost_hits_alone(engine: Make, alone: Alone, place: str) -> None:
+    """Memory for a copy of a state may be missing at any time; the streams go on, and later ones are kept again."""
+    one = engine()
+    copier = getattr(one, place)._copier
+    take, prompt = copier.take, [*range(100)]
+
+    def missing(*arguments: Any) -> None:
+        raise RuntimeError("no memory")
+
+    copier.take = missing
+    if place == "_rows":
+        assert ids(one, prompt, 60) == alone(prompt, 60)
+        (answer,) = Reader(one, request(prompt, 5, keep_state=True)).wait()
+        assert "no memory" in str(answer.error)
+    else:
+        (answer,) = Reader(one, request(prompt, 5)).wait()
+        assert "no memory" in str(answer.error), "without a copy it cannot join the others"
+    copier.take = take
+    for _ in range(2):
+        (answer,) = answers(one, prompt, 60)
+        assert answer.ids == alone(prompt, 60)
+    assert answer.cached_tokens == 100
+
+
+def test_a_row_that_cannot_be_had_fails_its_stream_alone(engine: Make, alone: Alone) -> None:
+    one = engine()
+    running = Reader(one, request([1], 80))
+    running.wait(tokens=1)
+    append = one._rows.append
+
+    def missing(*arguments: Any) -> None:
+        one._rows.append = append  # type: ignore[method-assign]
+        raise RuntimeError("no memory")
+
+    one._rows.append = missing  # type: ignore[assignment, method-assign]
+    found = Reader(one, request([2], 9, n=2)).wait()
+    assert "no memory" in str(found[0].error)
+    assert found[1].ids == alone([2], 9)
+    assert running.wait()[0].ids == alone([1], 80)
