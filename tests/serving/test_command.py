@@ -63,6 +63,21 @@ def test_a_server_from_start_to_end(start: Start, tmp_path: Path) -> None:
     process.kill()
 
 
+@pytest.mark.slow  # starts a server
+def test_streams_that_do_not_end_are_ended(start: Start) -> None:
+    """SIGTERM waits for `--drain-seconds` and no longer."""
+    process, client = start("--drain-seconds", 1, "--max-tokens", 10**9)
+    body = json.dumps({"prompt": "a", "max_tokens": 10**9, "ignore_eos": True, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with client.send(head + body) as running:
+        assert running.recv(1000)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=TIMEOUT)
+        while running.recv(1 << 20):
+            pass
+    assert process.returncode == 0, log
+
+
 @pytest.mark.slow  # starts two servers
 def test_a_second_server_on_the_states_is_refused(
     start: Start, command: Callable[..., subprocess.Popen[str]], tiny_bundle: Path, tmp_path: Path

@@ -147,3 +147,40 @@ def test_clients_that_misbehave_harm_nobody(serve: Callable[..., Client], count:
     for gauge in ("running", "waiting"):
         client.await_value(f'vllm:num_requests_{gauge}{{model_name="small"}}', 0)
     assert client.complete(prompt="honest", max_tokens=12, seed=5)["choices"] == expected
+
+
+def test_a_slow_reader_holds_up_nobody(client: Client) -> None:
+    """It reads nothing while others are answered, and then has all of its text."""
+    fields = {"prompt": "slow", "max_tokens": 3000, "ignore_eos": True, "seed": 4}
+    body = json.dumps({**fields, "stream": True, "return_token_ids": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with slow:
+        slow.connect(("127.0.0.1", client.port))
+        slow.sendall(head.encode() + body)
+        for seed in range(5):
+            assert client.complete(prompt="quick", max_tokens=5, ignore_eos=True, seed=seed)["choices"]
+        client.await_value('vllm:num_requests_running{model_name="small"}', 0)
+        received = b""
+        while data := slow.recv(1 << 16):
+            received += data
+    ids = [json.loads(line[6:])["choices"][0]["token_ids"] for line in received.splitlines() if line[:7] == b"data: {"]
+    assert sum(map(len, ids)) == 3000
+    assert received.rstrip().endswith(b"0")
+    assert b"data: [DONE]" in received
+
+
+@pytest.mark.slow  # two thousand sockets
+def test_two_thousand_idle_connections_hold_up_nobody(client: Client) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(10_000, hard), hard))
+    try:
+        idle = [socket.create_connection(("127.0.0.1", client.port)) for _ in range(2000)]
+        assert client.complete(prompt="a", max_tokens=5, ignore_eos=True)["usage"]["completion_tokens"] == 5
+        for connection in idle:
+            connection.close()
+        assert client.get("/health") == {"status": "ok"}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
