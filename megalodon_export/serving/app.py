@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -12,9 +13,11 @@ import msgspec
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from .. import __version__
 from . import models, responses
 from .answers import fault, refusal
 from .chat import chat
@@ -41,6 +44,7 @@ def make_app(
     app = FastAPI(title="megalodon-export", docs_url=None, redoc_url=None)
     app.state.service, app.state.metrics, app.state.keys = service, metrics, keys or Keys()
     app.state.started = int(time.time())
+    app.openapi = partial(_document, app)  # type: ignore[method-assign]
     for kind in (ApiError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _refuse)
     _add_open_routes(app)
@@ -95,20 +99,22 @@ async def _refuse(request: Request, error: Exception) -> Response:
     return refusal(fault(error))
 
 
+_KINDS = (CompletionFields, ChatFields, ResponseFields, TokenizeFields, DetokenizeFields)
+_REFERENCE = "#/components/schemas/{name}"
+
+
 def _body_of_kind(kind: type[msgspec.Struct]) -> dict[str, Any]:
     """What the OpenAPI document says of a route's body."""
-    (schema,), parts = msgspec.json.schema_components([kind], ref_template="#/components/schemas/{name}")
-    del schema
-    name = kind.__name__
-    own = parts.pop(name)
-    inlined = msgspec.json.decode(
-        msgspec.json.encode(own).replace(b'{"$ref":"#/components/schemas/StreamOptions"}', _encoded(parts))
-    )
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined}}}}
+    schema = {"$ref": _REFERENCE.format(name=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def _encoded(parts: dict[str, Any]) -> bytes:
-    return msgspec.json.encode(parts.get("StreamOptions", {}))
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with the bodies' fields."""
+    document = get_openapi(title=app.title, version=__version__, routes=app.routes)
+    _, schemas = msgspec.json.schema_components(_KINDS, ref_template=_REFERENCE)
+    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+    return document
 
 
 def _add_open_routes(app: FastAPI) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import re
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class ResponseStore:
     """Stored responses by id, the oldest first. Any thread may use it.
 
     folder: holds the responses; None for memory alone. seconds: until one expires. count, size: of all together; the
-    oldest make room.
+    oldest of the owner who has stored the most make room.
     """
 
     def __init__(
@@ -144,7 +145,15 @@ class ResponseStore:
     def _make_room(self, size: int) -> None:
         self._expire()
         while self._records and (len(self._records) >= self._count or self.used + size > self._size):
-            self._forget(next(iter(self._records)))
+            self._forget(self._least_wanted())
+
+    def _least_wanted(self) -> str:
+        """The oldest response of the owner who has stored the most bytes, so that nobody crowds out another."""
+        sizes: Counter[str] = Counter()
+        for record in self._records.values():
+            sizes[record.owner] += record.size
+        ((owner, _),) = sizes.most_common(1)
+        return next(name for name, record in self._records.items() if record.owner == owner)
 
     def _forget(self, name: str) -> None:
         with self._lock:

@@ -253,3 +253,12 @@ def test_the_page_needs_nothing_from_outside(client: Client) -> None:
     assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", page)
     for used in re.findall(r'\$\("(\w+)"\)', page):
         assert f'id="{used}"' in page
+
+
+def test_the_openapi_document_has_the_fields(client: Client) -> None:
+    document = client.get("/openapi.json")
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"):
+        reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        schema = document["components"]["schemas"][reference.rsplit("/", 1)[1]]
+        assert schema["additionalProperties"] is False
+        assert schema["properties"].keys() & {"prompt", "messages", "input", "tokens"}

@@ -214,6 +214,15 @@ def test_old_responses_make_room(runtime: Runtime, tmp_path: Path, in_folder: bo
         assert store.used == 3 * size
 
 
+def test_nobody_crowds_out_another(runtime: Runtime) -> None:
+    store = ResponseStore(count=4)
+    store.save(name_of(100), "you", {}, snapshot(runtime))
+    for number in range(9):
+        store.save(name_of(number), "me", {}, snapshot(runtime))
+    assert [record.id for record in store.list("you")] == [name_of(100)]
+    assert [record.id for record in store.list("me")] == [name_of(number) for number in (8, 7, 6)]
+
+
 def test_responses_expire(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ResponseStore(tmp_path, seconds=100)
     store.save(name_of(1), "me", {}, snapshot(runtime))
