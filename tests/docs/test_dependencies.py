@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SCRIPTS = ("benchmarks", "artifacts", "tests/support")  # some import each other by name
-OWN = {"megalodon_export", "soak", "support", "transformers_tests"}  # the last are upstream's, put there by a test
+OWN = {"megalodon_export", "soak", "support", "tests"}  # the last are transformers' own, which a test puts there
 OWN |= {path.stem for folder in SCRIPTS for path in (ROOT / folder).rglob("*.py")}
 UNIMPORTED = {"onnxscript"}  # in the extra of the tests, for transformers' ONNX exporter
 IMPLIED = {"numpy"}  # torch needs it for `Tensor.numpy`
@@ -44,9 +44,8 @@ PACKAGE = imported("model", "exporters", "megalodon_export")
 
 
 def test_the_package_imports_what_is_declared() -> None:
-    optional = (
-        OPTIONAL["quantize"] | OPTIONAL["lm-eval"] | OPTIONAL["serve"] | {"triton"}
-    )  # a torch for CUDA brings Triton
+    optional = OPTIONAL["quantize"] | OPTIONAL["lm-eval"] | OPTIONAL["serve"]
+    optional |= {"triton"}  # a torch for CUDA brings it
     assert REQUIRED | optional == PACKAGE | IMPLIED
 
 
@@ -61,8 +60,6 @@ def test_no_test_module_imports_another() -> None:
     """What they share is in tests/support and in fixtures; modules have names of their own in all folders."""
     modules = [path.stem for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(set(modules)) == len(modules)
-    imports = re.compile(
-        r"^\s*(?:from|import)\s+(?!transformers_tests\b)(?:[\w.]*\.)?(?:test_\w+|conftest)\b", re.MULTILINE
-    )
+    imports = re.compile(r"^\s*(?:from|import)\s+(?!tests\.)(?:[\w.]*\.)?(?:test_\w+|conftest)\b", re.MULTILINE)
     for path in (ROOT / "tests").rglob("*.py"):
         assert not imports.search(path.read_text()), path

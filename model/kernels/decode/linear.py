@@ -65,8 +65,8 @@ def linear(
     rest = stored_columns(columns, sizes) - head
     least = min_columns(weight, shape["num_warps"]) if shape["FEATURES"] > 2 else 1  # see `gemv_tile_sizes`
     tail = {"HEAD": head, "TAIL_P": max(next_power_of_2(rest), least) if rest else 0}
-    grid = (feature_tiles(features, shape) * use_gemv(batch, x, weight, scale),)
-    launch(megalodon_linear_gemv, grid)(*tensors, **sizes, **tail, **shape)
+    tiles = feature_tiles(features, shape) * use_gemv(batch, x, weight, scale)
+    launch(megalodon_linear_gemv, (tiles,))(*tensors, **sizes, **tail, **shape)
     for use, shape in gemm_launches(batch, features, x, weight, scale):
         grid = (feature_tiles(features, shape) * use, batch_tiles(batch, shape))
         launch(megalodon_linear_gemm, grid)(*tensors, **sizes, **shape)

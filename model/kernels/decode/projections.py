@@ -101,8 +101,8 @@ def project(
     shape = gemv_tile_sizes(wz, dim, 4, 2)
     tiles = sum(feature_tiles(n, shape) for n in outputs)
     width = next_power_of_2(stored_columns(dim, sizes))
-    grid = (tiles * use_gemv(batch, x_norm, wz, sz),)
-    launch(megalodon_project_gemv, grid)(*tensors, **sizes, WIDTH=width, **shape)
+    tiles *= use_gemv(batch, x_norm, wz, sz)
+    launch(megalodon_project_gemv, (tiles,))(*tensors, **sizes, WIDTH=width, **shape)
     for use, shape in gemm_launches(batch, sum(outputs), x_norm, wz, sz):
         tiles = sum(feature_tiles(n, shape) for n in outputs)
         launch(megalodon_project_gemm, (tiles * use, batch_tiles(batch, shape)))(*tensors, **sizes, **shape)
