@@ -26,8 +26,10 @@ from ..onnx_names import KERNEL_LIBRARY, KERNELS_FILE, kernel_graph_file, with_n
 from ..programs import DECODE, PREFILL, Limits, ProgramName, program_specs
 from ..stages import export_stages, one_layer_model
 from . import handlers
+from .last_tokens import replace_indexing
 from .library import build_library
 from .machine_code import check_architectures, compile_kernels, write_kernels
+from .pointwise import fuse
 from .recording import Kernel
 
 
@@ -65,6 +67,9 @@ def build(
         shared: dict[Any, Any] = {handlers.KERNELS: kernels}
         with recorded_launches(_ignore):
             stages = export_stages(model, name, limits, all_logits)
+        for stage in stages.values():
+            fuse(stage.graph.graph)
+            replace_indexing(stage.graph.graph)
         graph = build_graph(with_next_tokens(specs[name]), stages, config, weights, limits, shared)
         require(graph)
         save_graph(graph, folder / kernel_graph_file(name))

@@ -19,6 +19,7 @@ from ..onnx.graph_builder import BATCH, MULTIPLES, Blank, Val
 from ..onnx.translator import Translator, handles
 from ..programs import DECODE
 from ..torch_internals import operators
+from . import last_tokens, pointwise  # noqa: F401 - define operators
 from .operation import OperationText
 from .recording import Kernel, Launch, record, with_case
 

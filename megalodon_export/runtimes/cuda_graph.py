@@ -13,8 +13,8 @@ from ..model import ModelCache
 from ..model.cache import copy_in_place
 from .cuda_driver import use_dependent_launch
 
-_MOST_TOKENS = 4096  # B * L of a captured prefill; with more, the GPU takes longer than the host needs for launches
-_MAX_PREFILLS = 8  # captured prefills of one cache; the least recently used one makes room
+MOST_TOKENS = 4096  # B * L of a captured prefill; with more, the GPU takes longer than the host needs for launches
+MAX_PREFILLS = 8  # captured prefills of one cache; the least recently used one makes room
 
 RunPrefill = Callable[[Tensor, Tensor], Tensor]
 
@@ -86,10 +86,10 @@ class CapturedPrefills:
         """The logits of `run`, which is the same program at every call, in a tensor of the caller's own."""
         size = token_ids.shape
         if size not in self._captured:
-            if size not in self._seen or token_ids.numel() > _MOST_TOKENS:
+            if size not in self._seen or token_ids.numel() > MOST_TOKENS:
                 self._seen.add(size)
                 return run(token_ids, lengths)
-            if len(self._captured) == _MAX_PREFILLS:
+            if len(self._captured) == MAX_PREFILLS:
                 self._captured.popitem(last=False)
             self._captured[size] = _CapturedPrefill(run, token_ids, lengths, self._pool)
             self._pool = self._captured[size].graph.pool()

@@ -23,12 +23,14 @@ from ..model import ModelCache
 from ..model.modeling import last_valid
 from .base import Runtime, RuntimeUnavailable, require_device
 from .bound_programs import BoundPrograms
-from .onnx_kernels import captured_in_place, kernel_graphs, suit
+from .onnx_kernels import CapturedGraphs, captured_in_place, kernel_graphs, suit
 from .onnx_session import BoundGraph, bind, open_session, require_cuda, require_version, shared_weights
 
 
 class OnnxRuntime(Runtime):
     """Runs `prefill.onnx` and `decode.onnx`, or on CUDA the graphs with kernels, where the bundle has them."""
+
+    captures_prefills = False  # graphs with kernels: whether ONNX Runtime captures a prefill of a size that comes again
 
     def __init__(
         self,
@@ -63,7 +65,9 @@ class OnnxRuntime(Runtime):
         library = folder / KERNEL_LIBRARY if self.kernels else None
         stream = torch.cuda.Stream(chosen) if on_gpu and self.kernels else None
         self.sessions = {
-            name: open_session(path, chosen, weights.get(path, {}), prepack, name == DECODE, library, stream)
+            name: open_session(
+                path, chosen, weights.get(path, {}), prepack, name == DECODE or self.captures_prefills, library, stream
+            )
             for name, path in paths.items()
         }
         self.graph_numbers = itertools.count(1)  # each names one captured decode step
@@ -130,8 +134,27 @@ class BoundKernelGraphs(BoundOnnxPrograms):
     def __init__(self, runtime: OnnxRuntime, cache: ModelCache, capture: bool) -> None:
         super().__init__(runtime, cache, capture)
         self._capture = capture
+        self._captured_prefills = CapturedGraphs()
         self._next_tokens = torch.zeros(2, cache.batch, dtype=torch.int64, device=runtime.device)
         self._steps: dict[tuple[int, int], tuple[BoundGraph, Tensor, Tensor]] = {}  # by the addresses of both tensors
+
+    def _run_prefill(self, token_ids: Tensor, lengths: Tensor, rows: Sequence[int]) -> Tensor:
+        """The first call of a size runs uncaptured, the second is captured, and later ones replay it."""
+        size, captured = tuple(token_ids.shape), self._captured_prefills
+        if not (self._capture and self.runtime.captures_prefills and captured.is_due(size)):
+            return super()._run_prefill(token_ids, lengths, rows)
+        if size not in captured.graphs:
+            arguments = {"token_ids": torch.zeros_like(token_ids), "lengths": torch.zeros_like(lengths)}
+            number = next(self.runtime.graph_numbers)
+            graph = self.bind_graph(PREFILL, arguments, rows, number)
+            weakref.finalize(graph, graph.session.release, number).atexit = False
+            graph.session.run(graph.binding, number)  # several times, over rows without tokens, which keep their cache
+            captured.add(size, graph, arguments)
+        graph, arguments = captured.graphs[size]
+        arguments["token_ids"].copy_(token_ids)
+        arguments["lengths"].copy_(lengths)
+        graph.run()
+        return graph.logits.clone()
 
     def run_decode(self, token_ids: Tensor) -> Tensor:
         """Logits (B, V)."""

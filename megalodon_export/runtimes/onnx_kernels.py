@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from ..exporters.onnx_names import KERNEL_LIBRARY, kernel_boundary
 from ..exporters.programs import ProgramName, program_specs
 from ..model import ModelCache
 from ..model.cache import copy_in_place
+from .cuda_graph import MAX_PREFILLS, MOST_TOKENS
 
 _OLDEST_GPU = (8, 0)
 # ONNX Runtime runs a graph some times before it captures it, within one call: three times in 1.31.
@@ -54,3 +58,30 @@ def captured_in_place(run: Callable[[], None], cache: ModelCache, others: Sequen
     copy_in_place(states, before)
     for ring, old in zip(cache.rings(), overwritten, strict=True):
         ring[rows, :, slots] = old
+
+
+class CapturedGraphs:
+    """The captured prefills of one cache by their size (B, L), each with the tensors that it reads its arguments from.
+
+    The least recently used one makes room. With many tokens the GPU takes longer than the host needs for launches, and
+    nothing is captured.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: OrderedDict[tuple[int, ...], tuple[Any, dict[str, Tensor]]] = OrderedDict()
+        self._seen: set[tuple[int, ...]] = set()
+
+    def is_due(self, size: tuple[int, ...]) -> bool:
+        """Whether a size has come before, so that it is worth being captured."""
+        if size in self.graphs:
+            self.graphs.move_to_end(size)
+            return True
+        due = size in self._seen and math.prod(size) <= MOST_TOKENS
+        self._seen.add(size)
+        return due
+
+    def add(self, size: tuple[int, ...], graph: Any, arguments: dict[str, Tensor]) -> None:
+        """Keep a captured prefill."""
+        if len(self.graphs) == MAX_PREFILLS:
+            self.graphs.popitem(last=False)
+        self.graphs[size] = graph, arguments

@@ -33,7 +33,7 @@ from support.small_models import make_model
 if find_spec("triton") is None or shutil.which("cc") is None or shutil.which("c++") is None:
     pytest.skip("Triton and a C++ compiler are needed", allow_module_level=True)
 
-from megalodon_export.exporters.onnx_kernels import build, library, machine_code, recording
+from megalodon_export.exporters.onnx_kernels import build, library, machine_code, pointwise, recording
 from megalodon_export.exporters.onnx_kernels.expressions import evaluate, is_multiple_of_16, to_text
 from megalodon_export.exporters.onnx_kernels.recording import Kernel
 from megalodon_export.exporters.workers import CompileError
@@ -108,9 +108,42 @@ def launches(folder: Path) -> dict[str, Any]:
 )
 def test_graphs_with_kernels_compute_what_the_model_does(folder: Path, calls: list[str], batches: Any) -> None:
     lines = support("compare", folder, ",".join(calls), *batches, interpret=True).splitlines()
-    assert len(lines) == len(calls) * len(batches)
+    assert len(lines) == 2 + len(calls) * len(batches)  # two operations come first
     for line in lines:
         assert float(line.split()[-1]) < BOUNDS["float32"], line
+
+
+class FeedForward(torch.nn.Module):
+    """A feed-forward as prefill computes it: every elementwise form behind a product."""
+
+    def __init__(self, swiglu: bool, rescale: bool, bias: bool) -> None:
+        super().__init__()
+        self.fc1, self.fc3 = torch.nn.Linear(6, 8, bias), torch.nn.Linear(6, 8, bias) if swiglu else None
+        self.fc2, self.alpha = torch.nn.Linear(8, 6, bias), torch.nn.Parameter(torch.randn(6)) if rescale else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.silu(self.fc1(x))
+        hidden = hidden if self.fc3 is None else hidden * self.fc3(x)
+        out = self.fc2(hidden)
+        return x + (out if self.alpha is None else self.alpha * out)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_what_follows_a_product_becomes_one_operation(swiglu: bool, rescale: bool, bias: bool) -> None:
+    module, x = FeedForward(swiglu, rescale, bias), torch.randn(2, 3, 6)
+    expected = module(x)
+    graph = torch.export.export(module, (x,)).module()
+    pointwise.fuse(graph.graph)
+    fused = graph.graph.find_nodes(op="call_function", target=torch.ops.megalodon.pointwise.default)
+    assert len(fused) == 2 + (swiglu and bias)
+    for node in fused:
+        node.target = pointwise.pointwise_reference
+    called = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+    assert called == {torch.ops.aten.linear.default, pointwise.pointwise_reference}
+    graph.recompile()
+    assert torch.allclose(graph(x), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 64])
@@ -133,6 +166,8 @@ def test_the_library_launches_what_the_model_does(
             logits = model.decode(ids[:, 0], cache)
             model.model.backend.write_next_tokens(logits, torch.zeros(2, batch, dtype=torch.int64))
     found = [[name.split(".")[0], grid, threads] for name, _, grid, threads, _ in _launched(launches, program, batch)]
+    # The graph has kernels of its own where the model runs torch's operations.
+    found = [one for one in found if one[0] not in ("megalodon_pointwise", "megalodon_take_tokens")]
     assert found == [one for one in expected if 0 not in one[1]]
 
 

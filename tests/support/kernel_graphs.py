@@ -14,6 +14,7 @@ code: the graph, the library, grids, arguments and their order, and what is in p
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import subprocess
@@ -176,6 +177,7 @@ def compare(folder: Path, programs: Sequence[str], batches: Sequence[int]) -> No
     """
     from support import triton_interpreter  # noqa: F401 - before the kernels
 
+    compare_operations()
     driver, model = FakeDriver(folder, interpret=True), plain_model(folder)
     names = [present_name(one.name) for one in cache_layout(model.config)]
     sessions = {name: open_graph(folder, name) for name in sorted({*programs})}
@@ -198,6 +200,23 @@ def compare(folder: Path, programs: Sequence[str], batches: Sequence[int]) -> No
             if not prefill:
                 worst += float((found["next_tokens"] - torch.stack([logits.argmax(-1), ids[:, 0] * 0])).abs().max())
             print(f"{batch} {program} {worst}", flush=True)
+
+
+def compare_operations() -> None:
+    """Print the largest difference of each operation of `exporters/onnx_kernels` from its reference."""
+    from megalodon_export.exporters.onnx_kernels.last_tokens import take_tokens, take_tokens_reference
+    from megalodon_export.exporters.onnx_kernels.pointwise import pointwise, pointwise_reference
+
+    worst = 0.0
+    for flags in itertools.product((False, True), repeat=5):
+        sizes = (2, 3, 20), (20,), (2, 3, 20), (20,), (2, 3, 20)
+        product, *terms = (torch.randn(size) for size in sizes)
+        given = [term if flag else None for term, flag in zip(terms, flags[1:], strict=True)]
+        difference = pointwise(product, *given, flags[0]) - pointwise_reference(product, *given, flags[0])
+        worst = max(worst, float(difference.abs().max()))
+    print(f"pointwise {worst}")
+    x, index = torch.randn(3, 5, 2050), torch.tensor([4, 0, 2])
+    print(f"take_tokens {float((take_tokens(x, index) - take_tokens_reference(x, index)).abs().max())}")
 
 
 class Cases:
