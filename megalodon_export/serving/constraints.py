@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,12 +133,11 @@ class GrammarConstraint:
 
     def __init__(self, matcher: Any, logits_size: int) -> None:
         self._matcher, self._size = matcher, logits_size
-        self._bits = torch.arange(32, dtype=torch.int32, device="cpu")
 
     def mask(self) -> Tensor:
         """The tokens that may come next, (V) bool on the CPU."""
-        words = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.int32)
-        return ((words[:, None] >> self._bits) & 1).reshape(-1)[: self._size].bool()
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return torch.from_numpy(np.unpackbits(bits, count=self._size, bitorder="little").view(np.bool_))
 
     def accept(self, token: int) -> None:
         """The stream has got this token."""
