@@ -36,6 +36,7 @@ from .streams import Request, Stream, Token
 __all__ = ["Engine", "EngineOptions", "Refused"]
 
 _LOG = logging.getLogger(__name__)
+_MOST_FAULTS = 5  # failed calls one after another; then the device is taken for lost
 _MIN_INTERVAL = 64  # tokens between two kept states of a prompt, rounded up to whole chunks
 
 
@@ -69,6 +70,7 @@ class Engine:
             self._prefiller = Prefiller(runtime, self._tree, self.interval, min(options.piece, self.interval))
         self._prompts: deque[Prompt] = deque()
         self._running: list[_Running] = []
+        self._faults = 0  # failed calls since the last one that succeeded
         self._news: list[Stream] = []  # whose readers are to be told
         self._chooser: Chooser | None = None
         self._queue: deque[tuple[Request, list[Stream]]] = deque()
@@ -201,7 +203,9 @@ class Engine:
             except Exception as error:
                 _LOG.exception("a prompt failed")
                 self._leave(prompt, f"the prompt could not be fed: {error}")
+                self._count_fault(error)
                 return
+            self._faults = 0
             budget -= max(fed, 1)
 
     def _join(self, prompt: Prompt) -> None:
@@ -250,7 +254,9 @@ class Engine:
         except Exception as fault:
             _LOG.exception("a step failed")
             self._fail_running(f"a step failed: {fault}")
+            self._count_fault(fault)
             return
+        self._faults = 0
         self._observer.stepped(len(self._running), time.monotonic() - started)
         over = []
         for row, (running, token, error) in enumerate(zip(self._running, tokens, errors, strict=True)):
@@ -361,6 +367,12 @@ class Engine:
     def _observe_aborted(self, streams: list[Stream]) -> None:
         for stream in streams:
             self._observer.ended(stream, "abort")
+
+    def _count_fault(self, fault: Exception) -> None:
+        """Give up after many faults in a row: a GPU may be lost, and only a new process gets it back."""
+        self._faults += 1
+        if self._faults >= _MOST_FAULTS:
+            raise RuntimeError(f"{self._faults} calls in a row have failed; restart the server") from fault
 
     def _fail_running(self, error: str) -> None:
         for running in self._running:

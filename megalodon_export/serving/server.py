@@ -168,7 +168,7 @@ def _free_bytes(device: torch.device) -> int:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other servers off a state folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # states hold what was said
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:

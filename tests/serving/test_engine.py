@@ -355,3 +355,19 @@ def test_a_row_that_cannot_be_had_fails_its_stream_alone(engine: Make, alone: Al
     assert "no memory" in str(found[0].error)
     assert found[1].ids == alone([2], 9)
     assert running.wait()[0].ids == alone([1], 80)
+
+
+def test_a_lost_device_ends_the_engine(engine: Make) -> None:
+    """Five calls in a row fail: later requests are refused, so that a probe notices."""
+    one = engine()
+
+    def lost(*arguments: Any) -> None:
+        raise RuntimeError("the device is lost")
+
+    one._prefiller._programs.run_prefill = lost  # type: ignore[assignment, method-assign]
+    for _ in range(5):
+        assert "the device is lost" in str(Reader(one, request([1], 4)).wait()[0].error)
+    with pytest.raises(Refused, match="5 calls in a row have failed") as refused:
+        one.submit(request([1], 4), lambda: None)
+    assert refused.value.retry_after is None
+    assert one.failure
