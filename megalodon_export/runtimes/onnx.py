@@ -30,8 +30,6 @@ from .onnx_session import BoundGraph, bind, open_session, require_cuda, require_
 class OnnxRuntime(Runtime):
     """Runs `prefill.onnx` and `decode.onnx`, or on CUDA the graphs with kernels, where the bundle has them."""
 
-    captures_prefills = False  # graphs with kernels: whether ONNX Runtime captures a prefill of a size that comes again
-
     def __init__(
         self,
         folder: Path,
@@ -66,7 +64,7 @@ class OnnxRuntime(Runtime):
         stream = torch.cuda.Stream(chosen) if on_gpu and self.kernels else None
         self.sessions = {
             name: open_session(
-                path, chosen, weights.get(path, {}), prepack, name == DECODE or self.captures_prefills, library, stream
+                path, chosen, weights.get(path, {}), prepack, name == DECODE or self.kernels, library, stream
             )
             for name, path in paths.items()
         }
@@ -141,7 +139,7 @@ class BoundKernelGraphs(BoundOnnxPrograms):
     def _run_prefill(self, token_ids: Tensor, lengths: Tensor, rows: Sequence[int]) -> Tensor:
         """The first call of a size runs uncaptured, the second is captured, and later ones replay it."""
         size, captured = tuple(token_ids.shape), self._captured_prefills
-        if not (self._capture and self.runtime.captures_prefills and captured.is_due(size)):
+        if not (self._capture and captured.is_due(size)):
             return super()._run_prefill(token_ids, lengths, rows)
         if size not in captured.graphs:
             arguments = {"token_ids": torch.zeros_like(token_ids), "lengths": torch.zeros_like(lengths)}
