@@ -6,7 +6,8 @@
     update = stream.take()     # until `update.is_last`
 
 Streams join and leave between two steps. A stream's tokens depend on its request alone: not on the other streams, nor
-on when they come and go. The engine knows nothing of HTTP.
+on when they come and go (on a GPU its numbers may differ by roundings between sizes of the batch). The engine knows
+nothing of HTTP.
 """
 
 from __future__ import annotations
