@@ -28,7 +28,7 @@ def quick_compilation() -> Iterator[None]:
     Where sizes are symbols, computing the keys of that cache costs more than it saves. An index is a sum of products:
     `sympy.simplify` tries many forms of it, and `sympy.expand` finds the same in a tenth of the time.
     """
-    config = importlib.import_module("torch._dynamo.config")
+    config: Any = importlib.import_module("torch._dynamo.config")
     modules, expanding = index_modules()
     before = config.fake_tensor_cache_enabled, [module.sympy for module in modules]
     config.fake_tensor_cache_enabled = False

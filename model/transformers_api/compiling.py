@@ -31,7 +31,7 @@ try:
         set_eval_frame,
     )
 except ImportError:
-    set_eval_frame = None
+    set_eval_frame = None  # type: ignore[assignment]
 
 _BACKENDS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, CompiledBackend]] = weakref.WeakKeyDictionary()
 
@@ -56,7 +56,8 @@ def compiled_by_layer(forward: Callable[..., Any]) -> Callable[..., Any]:
             set_eval_frame(callback)
         return forward(self, *args, **kwargs)
 
-    set_code_exec_strategy(run.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
+    code = run.__code__  # type: ignore[attr-defined]  # a function, which `wraps` hides
+    set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
     return run
 
 
