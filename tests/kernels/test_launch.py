@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed (it comes with a C
 import megalodon_export.model.kernels as model_kernels
 from megalodon_export.model.kernels import KERNEL_PREFIX
 from megalodon_export.model.kernels.decode.argmax import megalodon_argmax
+from megalodon_export.model.kernels.decode.gemm import batch_tiles, gemm_launches, use_gemv
 from megalodon_export.model.kernels.launch import launch
 from support.kernel_types import compiled
 
@@ -82,3 +83,35 @@ def test_programmatic_dependent_launch_is_in_the_machine_code(pdl: bool) -> None
     ptx = compiled(megalodon_argmax, {**SIZES, "PDL": pdl}, "*fp32", "fp32")
     found = re.findall(r"griddepcontrol\.(\w+)", ptx)
     assert found == (["launch_dependents", "wait"] if pdl else [])
+
+
+WEIGHTS = {  # format -> how a weight (16, 256) is stored, and its scales
+    "float": (lambda dtype: torch.zeros(16, 256, dtype=dtype), None),
+    "int8": (lambda _: torch.zeros(16, 256, dtype=torch.int8), torch.ones(16, 1)),
+    "int4": (lambda _: torch.zeros(16, 128, dtype=torch.uint8), torch.ones(16, 8)),
+    "int4 in groups of 8": (lambda _: torch.zeros(16, 128, dtype=torch.uint8), torch.ones(16, 32)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_every_batch_takes_exactly_one_kernel(weights: str, dtype: torch.dtype) -> None:
+    stored, scale = WEIGHTS[weights]
+    for batch in (*range(1, 70), 1000):
+        x, weight = torch.zeros(1, 256, dtype=dtype), stored(dtype)
+        launches = gemm_launches(batch, 16, x, weight, scale)
+        factors = [use_gemv(batch, x, weight, scale), *(factor for factor, _ in launches)]
+        assert sorted(factors) == [0] * len(launches) + [1], batch
+        for factor, sizes in launches:
+            assert not factor or batch_tiles(batch, sizes) == -(-batch // sizes["ROWS"])
+
+
+def test_a_symbolic_batch_chooses_when_it_runs() -> None:
+    def factors(rows: torch.Tensor) -> list[int]:
+        x, weight = torch.zeros(1, 256, dtype=torch.bfloat16), torch.zeros(16, 256, dtype=torch.bfloat16)
+        batch = rows.shape[0]
+        return [use_gemv(batch, x, weight, None), *(f for f, _ in gemm_launches(batch, 16, x, weight, None))]
+
+    traced = make_fx(factors, tracing_mode="symbolic")(torch.zeros(7, 1))
+    for batch in (2, 8, 9, 16, 17, 500):
+        assert traced(torch.zeros(batch, 1)) == factors(torch.zeros(batch, 1)), batch
