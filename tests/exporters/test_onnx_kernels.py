@@ -367,14 +367,16 @@ def test_the_example_writes_what_the_model_does(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_command_makes_a_bundle_for_every_gpu(tmp_path: Path, checkpoints: dict[str, Path], command: Any) -> None:
-    """The real machine code of all architectures, in bfloat16, on this machine, which may have no GPU."""
-    words = "onnx", "--checkpoint", checkpoints["tiny"], "--out", tmp_path / "made", "--kernels", "--dtype", "bfloat16"
-    process = command(*words)
+def test_the_command_makes_machine_code_for_gpus_that_are_not_here(
+    tmp_path: Path, checkpoints: dict[str, Path], command: Any
+) -> None:
+    """In bfloat16, for the oldest and the newest; the command in docs/onnx.md, which a test runs, makes all six."""
+    words = "onnx", "--checkpoint", checkpoints["tiny"], "--out", tmp_path / "made", "--dtype", "bfloat16"
+    process = command(*words, "--kernels", "sm_80,sm_120")
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     manifest = json.loads((tmp_path / "made" / "manifest.json").read_text())
     assert set(kernel_files()) <= manifest["files"].keys()
     head = (tmp_path / "made" / KERNELS_FILE).read_bytes().split(b"\n\n")[0].decode()
     kinds = {line.split()[3] for line in head.splitlines()[1:]}
-    assert kinds == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "ptx"}
+    assert kinds == {"sm_80", "sm_120", "ptx"}

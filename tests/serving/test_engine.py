@@ -83,7 +83,7 @@ def test_random_prompts_with_common_beginnings(
 
 
 @pytest.mark.slow  # the same with many more examples
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(PARTS, st.sampled_from(SAMPLING)), min_size=1, max_size=8), st.integers(0, 400_000))
 def test_more_random_prompts_with_common_beginnings(
     engine: Make, alone: Alone, wanted: list[tuple[list[list[int]], dict[str, Any]]], memory: int
