@@ -116,6 +116,22 @@ RANGES: dict[str, tuple[tuple[str, ...], tuple[object, ...], str]] = {
     "--group-size": (("aoti",), (0, -1), "1..1048576"),
     "--tokens": (("bench", "x"), (0, -1), "1..1048576"),
     "--prompt-tokens": (("bench", "x"), (0, -1), "1..1048576"),
+    "--port": (("serve", "x"), (-1, 65536, 1.5), "0..65535"),
+    "--streams": (("serve", "x"), (0, -1, 2**16 + 1), "1..65536"),
+    "--queue": (("serve", "x"), (-1, 2**20 + 1), "0..1048576"),
+    "--prefill-tokens": (("serve", "x"), (0, -1), "1..1048576"),
+    "--max-tokens": (("serve", "x"), (0, -1, 2**31), f"1..{2**31 - 1}"),
+    "--max-prompt-tokens": (("serve", "x"), (-1, 2**31), f"0..{2**31 - 1}"),
+    "--max-body": (("serve", "x"), (0, -1), "1..1048576"),
+    "--timeout": (("serve", "x"), (0, 10**7 + 1), "1..10000000"),
+    "--drain-seconds": (("serve", "x"), (-1, 10**6 + 1), "0..1000000"),
+    "--state-memory": (("serve", "x"), (-1, 2**30 + 1), f"0..{2**30}"),
+    "--device-state-memory": (("serve", "x"), (-1, 2**30 + 1), f"0..{2**30}"),
+    "--state-disk": (("serve", "x"), (-1, 2**40 + 1), f"0..{2**40}"),
+    "--clients": (("bench-serve",), (0, 2**31 + 1), f"1..{2**31}"),
+    "--requests": (("bench-serve",), (0, -1), f"1..{2**31}"),
+    "--shared-tokens": (("bench-serve",), (-1, 2**31 + 1), f"0..{2**31}"),
+    "--response-days": (("serve", "x"), (-1, "nan", 36501), "0..36500"),
 }
 
 
