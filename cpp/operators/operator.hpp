@@ -43,7 +43,7 @@ class Operator {
   std::vector<const LoadedKernel*> kernels_;  // of each step; null for a copy
 };
 
-// What an ONNX Runtime status says; the status itself stays with ONNX Runtime.
+// The message of an ONNX Runtime status. ONNX Runtime keeps the status.
 struct StatusError {
   ort::Status* status;
 };

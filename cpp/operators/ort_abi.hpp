@@ -1,4 +1,4 @@
-// What this library uses of ONNX Runtime's C ABI, declared here: no package of ONNX Runtime's has its headers.
+// The part of ONNX Runtime's C ABI that this library uses. ONNX Runtime's Python packages come without headers.
 //
 // OrtApi is a table of functions that only grows, so a function keeps its index. Version 18 of the table (ONNX Runtime
 // 1.18) has all that is used here. The layout and the indices are those of onnxruntime_c_api.h.

@@ -1,5 +1,5 @@
-// What one node of a graph does: its tensors, and the copies and launches that the exporter recorded, read from the
-// node's attribute `program` (exporters/onnx_kernels/operation.py writes it).
+// A node's tensors, and the copies and launches that the exporter recorded for it, read from the node's attribute
+// `program` (exporters/onnx_kernels/operation.py writes it).
 //
 //   operation ema_step
 //   barrier                                       its first kernel waits for the end of all before it; optional

@@ -161,7 +161,7 @@ class GraphBuilder:
         return self._constants[key]
 
     def shared(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives, a value as a rule, made once per key."""
+        """The result of `make`, usually a value, made once for each key."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]

@@ -1,4 +1,4 @@
-"""What follows the matrix products of a prefill, fused: AOTInductor fuses it by itself, ONNX Runtime does not.
+"""Elementwise operations behind the matrix products of a prefill, as one kernel; ONNX Runtime does not fuse them.
 
     silu(linear(x, w, b)) * gate      one product, then one kernel
     x + alpha * linear(h, w)          likewise

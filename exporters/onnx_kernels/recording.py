@@ -1,4 +1,4 @@
-"""What an operation of `model/kernels` launches, recorded by running its own launch code on fake tensors.
+"""Records the launches of an operation of `model/kernels` by running its own launch code on fake tensors.
 
     record(torch.ops.megalodon.ema_step.default, fake arguments, translator.size)
     -> Operation: its inputs, the tensors that it makes, and its steps: copies and launches, in order

@@ -26,7 +26,7 @@ def refusal(error: ApiError) -> Response:
 
 
 def fault(error: BaseException) -> ApiError:
-    """What is said of an error that is none of the client's; the log has more."""
+    """The answer to an error that is not the client's fault. The log has its details."""
     if isinstance(error, ApiError):
         return error
     _LOG.error("a request failed", exc_info=error)

@@ -104,7 +104,7 @@ _REFERENCE = "#/components/schemas/{name}"
 
 
 def _body_of_kind(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """What the OpenAPI document says of a route's body."""
+    """The OpenAPI document's description of a route's body."""
     schema = {"$ref": _REFERENCE.format(name=kind.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 

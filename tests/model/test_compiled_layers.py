@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch._dynamo
-from torch._dynamo.utils import counters
 
 import megalodon_export.model as m
+from support.compiled_graphs import graphs
 from support.small_models import make_model, random_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 CHUNK = 64
 BATCHES, LENGTHS = (2, 3, 7), (64, 5, 40, 31, 33)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """Nothing that another test compiled, and no falling back to eager mode."""
-    torch.compiler.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
-    torch.compiler.reset()
-
-
-def graphs() -> int:
-    """How many graphs were compiled since the last call. None may have a break."""
-    assert not counters["graph_break"], dict(counters["graph_break"])
-    count: int = counters["stats"]["unique_graphs"]
-    counters.clear()
-    return count
 
 
 def pair(backend: str, **sizes: int | str) -> tuple[m.MegalodonForCausalLM, m.MegalodonForCausalLM]:

@@ -22,16 +22,6 @@ CASES = ["carried", "carried autocast"]  # checkpointing without a cache is in `
 
 
 @pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """Nothing that another test compiled, and no falling back to eager mode."""
-    torch.compiler.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
-    torch.compiler.reset()
-
-
-@pytest.fixture
 def group() -> Iterator[None]:
     """A group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

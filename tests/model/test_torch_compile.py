@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,30 +11,13 @@ from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 import megalodon_export.model as m
+from support.compiled_graphs import graphs
 from support.slow import slow_except
 from support.small_models import make_model, random_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 CHUNK = 64
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """Nothing that another test compiled, and no falling back to eager mode."""
-    torch.compiler.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
-    torch.compiler.reset()
-
-
-def graphs() -> int:
-    """How many graphs were compiled since the last call. None may have a break."""
-    assert not counters["graph_break"], dict(counters["graph_break"])
-    count: int = counters["stats"]["unique_graphs"]
-    counters.clear()
-    return count
 
 
 @torch.no_grad()

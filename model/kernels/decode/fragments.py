@@ -19,14 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import TRITON_VERSION, grid_dependency_wait
-from .weights import eight_nibbles, four_bytes, load_output_features, two_floats
+from .weights import eight_nibbles, four_bytes, load_output_features, stored_columns, two_floats
 
 # Consecutive columns of one thread in a fragment, as the compiler arranges them. With another number, operands are
 # shuffled between threads: slower, equally right.
 _FLOAT_RUN = tl.constexpr(4 if TRITON_VERSION < (3, 7) else 2)
 _INTEGER_RUN = tl.constexpr(4)
-_BYTES = {0: 16, 8: 16, 4: 8}  # of a weight's row that a thread takes at once, by BITS
-PARTS = {0: 4, 8: 2, 4: 2}  # of a weight's row that a warp takes in one step
+_PARTS = {0: 4, 8: 2, 4: 2}  # of a weight's row that a warp takes in one step
 
 
 def fragments_fit(weight: Tensor, columns: int, group: int) -> bool:
@@ -42,7 +41,7 @@ def fragment_sizes(bits: int, group: int, features: int, columns: int, rows: int
     asked for ahead. Wide weights have programs enough; others need more warps and longer loads for each of theirs.
     """
     wide, long, short = features >= 8192, columns > 4096, columns <= 2560
-    feature_tile, warps, parts, stages = 16, 8 if long else 4, PARTS[bits], 2
+    feature_tile, warps, parts, stages = 16, 8 if long else 4, _PARTS[bits], 2
     if bits == 0 and rows == 8:
         stages = 2 if short else 1
     elif bits == 0:
@@ -55,19 +54,20 @@ def fragment_sizes(bits: int, group: int, features: int, columns: int, rows: int
     else:
         warps, stages = 4, 1
     part = part_columns(bits, group)
-    while parts > 1 and _stored(columns, bits) % (warps * parts * part):
+    while parts > 1 and stored_columns(columns, {"BITS": bits}) % (warps * parts * part):
         parts //= 2
     sizes = {"FEATURES": feature_tile, "ROWS": rows, "K_TILE": parts * part, "SPLIT_K": warps, "STAGES": stages}
     return {**sizes, "FRAGMENTS": True, "IEEE": False, "num_warps": warps}
 
 
 def part_columns(bits: int, group: int) -> int:
-    """Columns of one part: those that four threads take; bytes for int4, whose parts lie inside a group."""
-    return 4 * (_BYTES[bits] // 2 if bits == 0 else min(_BYTES[bits], group // 4 if group else 16))
+    """Columns of one part: those that four threads take. The kernels below derive the same from BITS and GROUP.
 
-
-def _stored(columns: int, bits: int) -> int:
-    return columns // 2 if bits == 4 else columns
+    For int4 they are bytes, and lie inside a group.
+    """
+    if bits == 4:
+        return 32 if group % 32 == 0 else 16
+    return 64 if bits == 8 else 32
 
 
 # A tile's numbers lie in one long dimension, whose fastest bits are the thread of a warp, then come warps, parts of a

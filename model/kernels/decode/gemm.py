@@ -28,7 +28,7 @@ _WIDE_FEATURES = 4096  # a weight with so many output features makes tiles enoug
 _INTEGER_WIDE_FEATURES = 8192  # the same for int8, whose tiles take less time
 
 
-def max_gemv_batch(x: Tensor, weight: Tensor, scale: Tensor | None) -> int:
+def _max_gemv_batch(x: Tensor, weight: Tensor, scale: Tensor | None) -> int:
     """Rows of a batch up to which a step takes the GEMV path.
 
     Every further row adds its latency there. Where weights go straight into the registers of tensor cores, the GEMM
@@ -41,7 +41,7 @@ def max_gemv_batch(x: Tensor, weight: Tensor, scale: Tensor | None) -> int:
 
 def use_gemv(batch: int, x: Tensor, weight: Tensor, scale: Tensor | None) -> int:
     """1 if a step of so many rows takes the GEMV path, else 0: a factor of its kernel's grid."""
-    return _at_most(batch, max_gemv_batch(x, weight, scale))
+    return _at_most(batch, _max_gemv_batch(x, weight, scale))
 
 
 def gemm_launches(
